@@ -1,0 +1,84 @@
+"""What of a run is sharded: fp32 weights, moments and averaged weights, as boxes of the whole model's tensors.
+
+Keys are `<kind>/<name>`, kinds `weight`, `exp_avg`, `exp_avg_sq`, `ema`; names are the model's own and do not depend on
+the grid. The tensors are views of the optimizer's shards: nothing is copied to save, and loading fills them in place.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from megabagel.checkpoint.boxes import boxes
+from megabagel.parallel.sharding import Piece, pieces
+from megabagel.parallel.stages import PipelineStage
+from megabagel.parallel.topology import Topology
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank's flat share of one parameter: numbers [start, stop) of the local parameter, and their states."""
+
+    parameter: torch.nn.Parameter
+    start: int
+    stop: int
+    states: dict[str, torch.Tensor]
+    """Flat fp32 tensors of stop - start numbers by kind."""
+
+
+def optimizer_shards(distributed: Any, ema: dict[torch.Tensor, torch.Tensor]) -> Iterator[Shard]:
+    """The shards that megatron-core's distributed optimizer keeps on this rank."""
+    for by_type in distributed.gbuf_ranges:
+        for by_bucket in by_type.values():
+            for bucket in by_bucket:
+                for parameter, ranges in bucket["param_map"].items():
+                    group, order = distributed.model_param_group_index_map[parameter]
+                    weight = distributed.optimizer.param_groups[group]["params"][order]
+                    moments = distributed.optimizer.state[weight]
+                    states = {"weight": weight, **{kind: moments[kind] for kind in MOMENTS}}
+                    if weight in ema:
+                        states["ema"] = ema[weight]
+                    yield Shard(parameter, ranges["param"].start, ranges["param"].end, states)
+
+
+def sharded_tensors(
+    stages: list[PipelineStage], distributed: Any, ema: dict[torch.Tensor, torch.Tensor], topology: Topology
+) -> dict[str, ShardedTensor]:
+    """Every box of every shard of this rank, under unique labels."""
+    names = {parameter: name for stage in stages for name, parameter in stage.model.named_parameters()}
+    found = {}
+    for shard in optimizer_shards(distributed, ema):
+        for piece in pieces(names[shard.parameter], shard.parameter):
+            for kind, flat in shard.states.items():
+                for number, tensor in enumerate(_tensors(shard, piece, kind, flat.detach(), topology.tp.rank)):
+                    found[f"{kind}/{piece.name}/{number}"] = tensor
+    return found
+
+
+def _tensors(shard: Shard, piece: Piece, kind: str, flat: torch.Tensor, tp_rank: int) -> Iterator[ShardedTensor]:
+    """The boxes of a piece that a shard covers."""
+    shape = list(shard.parameter.shape)
+    row = 1
+    if piece.dim == 0:  # blocks lie one after the other in memory; a split of another dimension has one block
+        row = shard.parameter[0].numel()
+        shape[0] = piece.length
+    first, last = piece.start * row, piece.start * row + torch.Size(shape).numel()
+    start, stop = max(shard.start, first), min(shard.stop, last)
+    if start >= stop:
+        return
+    for box in boxes(start - first, stop - first, tuple(shape)):
+        at = start - shard.start + box.at
+        yield ShardedTensor(
+            key=f"{kind}/{piece.name}",
+            data=flat[at : at + box.size].view(box.shape),
+            dtype=flat.dtype,
+            local_shape=box.shape,
+            global_shape=piece.shape,
+            global_offset=tuple(mine + whole for mine, whole in zip(box.offset, piece.offset, strict=True)),
+            axis_fragmentations=None,  # boxes form no regular grid
+            replica_id=tp_rank if piece.replicated else 0,
+        )

@@ -1,0 +1,57 @@
+"""Judges a whole config: first each number alone, then the rules between fields, then the grid against the world."""
+
+from collections.abc import Collection
+
+from megabagel.config import data_rules, model_rules
+from megabagel.config.ranges import out_of_range
+from megabagel.config.rules import Rule, nearest_multiples
+from megabagel.config.schema import Config
+from megabagel.config.typed import pattern
+from megabagel.errors import UserError
+
+RULES = tuple(item for room in (model_rules, data_rules) for item in vars(room).values() if isinstance(item, Rule))
+
+
+def violations(config: Config, doubtful: Collection[str] = ()) -> list[str]:
+    """Return one line for each thing wrong with `config`, naming keys, values and the next step.
+
+    Rules that read a number outside its range, or one of the `doubtful` dotted keys (values that were not understood),
+    are left out: what they would say about it is not what the user needs to mend.
+    """
+    lines = []
+    wrong = {pattern(key) for key in doubtful}
+    for key, line in out_of_range(config):
+        if not _touches(pattern(key), wrong):
+            lines.append(line)
+    wrong |= {pattern(key) for key, _ in out_of_range(config)}
+    for rule in RULES:
+        if not any(_touches(key, wrong) for key in rule.keys):
+            lines += rule.messages(config)
+    return lines
+
+
+def _touches(key: str, wrong: Collection[str]) -> bool:
+    """Whether `key`, a section around it or a part of it is among `wrong`."""
+    return any(key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.") for other in wrong)
+
+
+def check_world(config: Config, world_size: int) -> int:
+    """Return the data-parallel size of `world_size` ranks, or raise `UserError` where the grid does not fit."""
+    p, packs = config.parallel, config.train.packs_per_step
+    grid = p.tp * p.pp * p.cp
+    if world_size % grid:
+        raise UserError(
+            f"world size = {world_size}, parallel.tp = {p.tp}, parallel.pp = {p.pp}, parallel.cp = {p.cp}: one replica "
+            f"takes tp x pp x cp = {grid} ranks. Start {nearest_multiples(world_size, grid)} ranks, or change the grid."
+        )
+    dp = world_size // grid
+    unit = dp * p.pp if p.vpp > 1 else dp
+    if packs % unit:
+        why = f"micro-batches of each of the dp = {dp} replicas are a multiple of pp when vpp > 1"
+        raise UserError(
+            f"train.packs_per_step = {packs}, world size = {world_size}, parallel.tp = {p.tp}, parallel.pp = {p.pp}, "
+            f"parallel.vpp = {p.vpp}, parallel.cp = {p.cp}: "
+            f"{why if p.vpp > 1 else f'each of the dp = {dp} replicas takes the same number of packs'}. "
+            f"Set train.packs_per_step to {nearest_multiples(packs, unit)}."
+        )
+    return dp

@@ -1,0 +1,177 @@
+"""YAML file plus `section.key=value` overrides to one checked `Config`, and back.
+
+Every problem of the file, of the overrides and of the rules between fields is reported in one message.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megabagel.config.checks import violations
+from megabagel.config.schema import Config
+from megabagel.config.typed import Problems, add_unknown, build, known_keys, pattern, show
+from megabagel.errors import UserError
+
+_COMMAND_LINE = "command line"
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path`, apply `overrides` in order, check everything.
+
+    An override is `section.key=value` with the value in YAML; keys go as deep as the tree does, list indices included
+    (`data.sources.0.weight=2`). A file may name another one as `base: other.yaml` (relative to itself): mappings are
+    merged key by key, everything else, lists included, is replaced by the later file.
+
+    Raises `UserError`: one message with a line for each problem, naming key, value and expectation.
+    """
+    tree = to_dict(Config())
+    origins: dict[str, str] = {}
+    for name, layer in _read_layers(Path(path)):
+        _merge(tree, layer, name, origins)
+    problems = Problems()
+    for override in overrides:
+        _apply(tree, override, problems, origins)
+    config = build(Config, tree, problems)
+    lines = [f"{text} ({_origin(key, origins)})" for key, text in problems.found]
+    lines += violations(config, problems.doubtful)
+    if lines:
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise UserError("\n  ".join((f"{path}: {count} in the configuration", *lines)))
+    return config
+
+
+def to_dict(config: Any) -> Any:
+    """Return `config` (a whole tree or a part of it) as plain dicts, lists and scalars."""
+    if is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, tuple):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def dump(config: Config, path: str | Path) -> None:
+    """Write the resolved tree as YAML; `load(path)` gives an equal `Config`."""
+    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the config: {error.strerror}; choose another run.dir") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key may be given only once (the plain loader silently keeps the last)."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def _read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """(file name, content) of `path` and of the files it is based on, the outermost base first."""
+    chain = (*above, path.resolve())
+    if path.resolve() in above:
+        raise UserError(f"{path}: 'base' runs in a circle: {' -> '.join(map(str, chain))}; remove one of these")
+    content = _read_yaml(path)
+    base = content.pop("base", None)
+    if base is None:
+        return [(str(path), content)]
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base = {show(base)}: expected the name of one YAML file")
+    return [*_read_layers(path.parent / base, chain), (str(path), content)]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config: {error.strerror}; expected a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8 text; expected a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: {_syntax(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: holds {show(content)}; expected a mapping with sections {', '.join(to_dict(Config()))}"
+        )
+    return content
+
+
+def _syntax(error: yaml.YAMLError) -> str:
+    """One line for an error of the YAML parser."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+def _merge(tree: dict[str, Any], layer: dict[str, Any], name: str, origins: dict[str, str], path: str = "") -> None:
+    """Lay the content of file `name` over `tree`, noting for each key set which file it came from."""
+    for key, value in layer.items():
+        full = f"{path}{key}"
+        if isinstance(tree.get(key), dict) and isinstance(value, dict):
+            _merge(tree[key], value, name, origins, f"{full}.")
+        elif not (isinstance(tree.get(key), dict) and value is None):  # a section without keys changes nothing
+            tree[key] = value
+            origins[full] = name
+
+
+def _apply(tree: dict[str, Any], override: str, problems: Problems, origins: dict[str, str]) -> None:
+    """Set one `section.key=value` in `tree`."""
+    key, equals, text = override.partition("=")
+    origins[key] = _COMMAND_LINE
+    if not equals:
+        problems.add(key, f"{override!r}: expected section.key=value")
+        return
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        problems.add(key, f"{key} = {text!r}: {_syntax(error)}")
+        return
+    if pattern(key) not in set(known_keys()):
+        add_unknown(key, value, problems)
+        return
+    try:
+        _set(tree, key.split("."), value, origins)
+    except _NoPlace as error:
+        problems.add(key, f"{key} = {show(value)}: {error}")
+
+
+class _NoPlace(Exception):
+    """The tree has nothing at the place that an override names."""
+
+
+def _set(tree: dict[str, Any], parts: list[str], value: Any, origins: dict[str, str]) -> None:
+    """Lay `value` over what is at the place `parts` of `tree`."""
+    node: Any = tree
+    for depth, part in enumerate(parts):
+        above = ".".join(parts[:depth])
+        if isinstance(node, list) and part.isdecimal():
+            if int(part) >= len(node):
+                raise _NoPlace(f"{above} has {len(node)} entries, numbered from 0")
+            place: Any = int(part)
+        elif isinstance(node, dict):
+            place = part
+        else:
+            raise _NoPlace(f"{above} is {show(node)}; set {above} as a whole")
+        parent, node = node, node[place] if isinstance(node, list) else node.get(place)
+    if isinstance(parent, dict):
+        _merge(parent, {parts[-1]: value}, _COMMAND_LINE, origins, "".join(f"{part}." for part in parts[:-1]))
+    else:
+        parent[place] = value
+        origins[".".join(parts[:-1])] = _COMMAND_LINE  # a list is judged as one value
+
+
+def _origin(key: str, origins: dict[str, str]) -> str:
+    """Where the value at `key` came from: the longest key on the way to it that was set."""
+    while key not in origins:
+        key = key.rpartition(".")[0]
+    return origins[key]

@@ -1,0 +1,85 @@
+"""Which numbers each field takes, judged alone. Every number of the tree is in exactly one row."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megabagel.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Range:
+    """A set of numbers and the fields that take them; `*` in a key stands for every entry of a list."""
+
+    text: str
+    holds: Callable[[float], bool]
+    keys: tuple[str, ...]
+
+
+def _under(section: str, names: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{name}" for name in names.split())
+
+
+RANGES = (
+    Range(
+        "at least 1",
+        lambda x: x >= 1,
+        (
+            *_under("model", "layers hidden heads kv_heads head_dim ffn vocab latent_patch latent_grid"),
+            *_under("model.vit", "layers hidden heads ffn patch grid"),
+            *_under("model.vae", "channels downsample width width_multipliers.* res_blocks"),
+            *_under("parallel", "tp pp vpp cp chunk"),
+            *_under("data", "min_tokens max_tokens max_sample_tokens lookahead prefetch"),
+            *_under("data.vae_resize", "max_size min_size max_pixels"),
+            *_under("data.vit_resize", "max_size min_size max_pixels"),
+            *_under("train", "steps packs_per_step"),
+            *_under("telemetry", "log_every sample_size.* sample_steps"),
+        ),
+    ),
+    Range(
+        "at least 0",
+        lambda x: x >= 0,
+        (
+            "parallel.layer_split.*",
+            "data.sources.*.weight",
+            *_under("train", "seed min_lr warmup weight_decay ce_weight mse_weight"),
+            *_under("checkpoint", "every keep"),
+            *_under("telemetry", "sample_every sample_guidance"),
+        ),
+    ),
+    Range(
+        "greater than 0",
+        lambda x: x > 0,
+        (
+            *_under("model", "norm_eps rope_base init_std vit.norm_eps vae.scale"),
+            *_under("train", "lr eps clip timestep_shift"),
+            "telemetry.peak_tflops",
+        ),
+    ),
+    Range("from 0 to 1", lambda x: 0 <= x <= 1, _under("data", "drop_text drop_vit drop_latent")),
+    Range("at least 0 and less than 1", lambda x: 0 <= x < 1, _under("train", "beta1 beta2 ema")),
+    Range("any number", lambda x: True, ("model.vae.shift",)),
+)
+
+
+def out_of_range(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, message) of every number outside its range."""
+    for allowed in RANGES:
+        for wanted in allowed.keys:
+            for key, value in numbers(config, wanted):
+                if not allowed.holds(value):
+                    yield key, f"{key} = {value}: expected {allowed.text}"
+
+
+def numbers(node: Any, wanted: str, path: str = "") -> Iterator[tuple[str, float]]:
+    """Yield (dotted key, number) of what `wanted` names under `node`; unset optional fields give nothing."""
+    name, _, rest = wanted.partition(".")
+    entries = enumerate(node) if name == "*" else [(name, getattr(node, name))]
+    for label, value in entries:
+        key = f"{path}.{label}" if path else str(label)
+        if value is None:
+            continue
+        if rest:
+            yield from numbers(value, rest, key)
+        else:
+            yield key, value

@@ -1,0 +1,133 @@
+"""From the plan to packed batches: reads, decodes and tokenizes this rank's share in a background thread.
+
+Nothing here decides an order: the plan does. An image that fails although the index found it sound (its file changed, a
+disk error) is replaced: latents by NaN, which the model side turns into rows without loss, ViT patches by grey.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megabagel.config.schema import Config
+from megabagel.data.decode import DecodeEngine
+from megabagel.data.documents import ImageItem, SampleError, TextItem
+from megabagel.data.plan import GlobalPlan, StepPlan
+from megabagel.data.tokenizer import TextTokenizer
+from megabagel.data.transforms import patchify
+from megabagel.data.words import Writer
+from megabagel.sequence.batch import Encoders, PackedBatch
+from megabagel.sequence.images import vae_images, vit_images
+from megabagel.sequence.layout import build_layout, layout_rows
+from megabagel.sequence.pack import Pack
+from megabagel.sequence.sample import SamplePlan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A planned step and this rank's packed batches of it."""
+
+    plan: StepPlan
+    batches: list[PackedBatch]
+    lost_images: int
+    """Images of this rank that could not be decoded, since the start."""
+
+
+class Loader:
+    """Fills packs with content for one rank."""
+
+    def __init__(
+        self,
+        plan: GlobalPlan,
+        tokenizer: TextTokenizer,
+        decode: DecodeEngine,
+        config: Config,
+        encoders: Encoders,
+        dp: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.plan, self.tokenizer, self.decode, self.config = plan, tokenizer, decode, config
+        self.encoders, self.dp = encoders, dp
+        grid = config.parallel
+        self.rows = layout_rows(config.data.max_tokens, grid.chunk, grid.cp)
+        self.writer = Writer(tokenizer)
+        self.lost_images = 0
+
+    def steps(self, count: int) -> Iterator[Step]:
+        """The next `count` steps, prepared `data.prefetch` ahead in a thread whose errors surface here."""
+        ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=max(1, self.config.data.prefetch))
+        stopped = threading.Event()
+
+        def produce() -> None:
+            for _ in range(count):
+                item: Step | BaseException
+                try:
+                    item = self._fill(self.plan.next_step())
+                except BaseException as error:
+                    item = error
+                while not stopped.is_set():
+                    try:
+                        ready.put(item, timeout=0.2)
+                        break
+                    except queue.Full:
+                        continue
+                if stopped.is_set() or isinstance(item, BaseException):
+                    return
+
+        threading.Thread(target=produce, name="loader", daemon=True).start()
+        try:
+            for _ in range(count):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+
+    def _fill(self, plan: StepPlan) -> Step:
+        batches = [self.batch(plan.packs[number]) for number in plan.share(*self.dp)]
+        return Step(plan, batches, self.lost_images)
+
+    def batch(self, pack: Pack) -> PackedBatch:
+        """One pack with the words and the images that this rank encodes."""
+        grid = self.config.parallel
+        layout = build_layout(pack, self.rows, grid.chunk, grid.cp)
+        words = [word for sample in pack.samples for word in self._words(sample)]
+        patches, pixels = [], []
+        seen = vit_images(pack)
+        for sample, vit in (seen[number] for number in self.encoders.vit(pack)):
+            patch = self.config.model.vit.patch
+            view = self._image(pack.samples[sample], vit.slot, vit.rows * patch, vit.cols * patch)
+            patches.append(patchify(torch.nan_to_num(view), patch))
+        images = vae_images(pack)
+        for image in (images[number] for number in self.encoders.vae(pack)):
+            stride = self.config.model.latent_stride
+            pixels.append(self._image(pack.samples[image.sample], image.slot, image.rows * stride, image.cols * stride))
+        return PackedBatch(pack, layout, torch.tensor(words, dtype=torch.int64), patches, pixels)
+
+    def _words(self, sample: SamplePlan) -> list[int]:
+        document = self.plan.document(sample.key)
+        index = self.plan.sources[sample.key.source].index
+
+        def ids(slot: int) -> list[int]:
+            item = document.items[slot]
+            assert isinstance(item, TextItem)
+            return self.tokenizer.encode(index.text(item))
+
+        return self.writer.words(sample.items, ids)
+
+    def _image(self, sample: SamplePlan, slot: int, height: int, width: int) -> torch.Tensor:
+        """[3, height, width] in [-1, 1]; NaN if it cannot be had."""
+        index = self.plan.sources[sample.key.source].index
+        item = self.plan.document(sample.key).items[slot]
+        assert isinstance(item, ImageItem)
+        try:
+            return self.decode(index.read(item.member), [(height, width)])[0]
+        except (SampleError, OSError) as error:
+            self.lost_images += 1
+            logger.warning("source %s, sample %d: image lost: %s", sample.key.source, sample.key.sample, error)
+            return torch.full((3, height, width), torch.nan)

@@ -1,0 +1,171 @@
+"""Text to token ids: one small interface over Hugging Face `tokenizers`, sentencepiece and plain bytes.
+
+The four special tokens mark texts and images (bagel-reference section 4). They enter a sequence by id only: their names
+inside a caption are encoded as ordinary text.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+import tokenizers
+
+from megabagel.errors import UserError
+
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+"""Start and end of a text, start and end of an image."""
+
+
+class TextTokenizer(Protocol):
+    """What the program asks of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows that a word embedding needs: the highest id + 1."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; never a special token."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens are left out."""
+
+    def token_id(self, token: str) -> int:
+        """Id of one special token; KeyError if the vocabulary has none of this name."""
+
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give equal ids; stored with checkpoints and indexes."""
+
+
+def load_tokenizer(spec: str) -> TextTokenizer:
+    """The tokenizer that `data.tokenizer` names: `bytes`, a `*.model` file, a `tokenizer.json` or a folder with one.
+
+    Raises:
+        UserError: the file is missing or cannot be read, or lacks one of the special tokens.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = Path(spec)
+    if path.is_dir():
+        path /= "tokenizer.json"
+    kind = _KINDS.get(path.suffix)
+    if kind is None or not path.is_file():
+        raise UserError(
+            f"data.tokenizer = {spec!r}: {'no such file: ' + str(path) if kind else 'unknown kind of tokenizer'}."
+            " Expected `bytes`, a `tokenizer.json`, a folder with a `tokenizer.json`, or a sentencepiece `*.model`."
+        )
+    try:
+        tokenizer = kind(path.read_bytes())
+    except Exception as error:  # both libraries raise bare Exception or RuntimeError
+        raise UserError(
+            f"data.tokenizer = {spec!r}: {path} is not a readable tokenizer ({error}). Copy or train the file again."
+        ) from error
+    missing = [token for token in SPECIAL_TOKENS if not _has(tokenizer, token)]
+    if missing:
+        raise UserError(
+            f"data.tokenizer = {spec!r}: the vocabulary lacks {', '.join(missing)}. Every text and image is bracketed"
+            " by special tokens: add them (tokenizers: special tokens; sentencepiece: control_symbols)."
+        )
+    return tokenizer
+
+
+def _has(tokenizer: TextTokenizer, token: str) -> bool:
+    try:
+        tokenizer.token_id(token)
+    except KeyError:
+        return False
+    return True
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0..255, then the special tokens. Needs no file."""
+
+    vocab_size = 256 + len(SPECIAL_TOKENS)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; never a special token."""
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def token_id(self, token: str) -> int:
+        """Id of one special token; KeyError if unknown."""
+        return {token: 256 + number for number, token in enumerate(SPECIAL_TOKENS)}[token]
+
+    def fingerprint(self) -> str:
+        """Constant: there is one byte tokenizer."""
+        return "bytes-1"
+
+
+class JsonTokenizer:
+    """A `tokenizer.json` of Hugging Face `tokenizers` (for example the byte-level BPE of Qwen2.5)."""
+
+    def __init__(self, data: bytes) -> None:
+        self._model = tokenizers.Tokenizer.from_buffer(data)
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        # Special or merely added: both are matched in text, unless they are special and this switch is on.
+        self._model.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocabulary])
+        self._model.encode_special_tokens = True
+        self._model.no_truncation()  # the file may ask for a length; ours is decided by the planner
+        self._model.no_padding()
+        self._fingerprint = f"tokenizers-{hashlib.sha256(data).hexdigest()}"
+        self.vocab_size = max(vocabulary.values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; never a special token."""
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens are left out."""
+        return self._model.decode(list(ids), skip_special_tokens=True)
+
+    def token_id(self, token: str) -> int:
+        """Id of one special token; KeyError if the vocabulary has none of this name."""
+        number = self._model.token_to_id(token)
+        if number is None:
+            raise KeyError(token)
+        return number
+
+    def fingerprint(self) -> str:
+        """Digest of the file."""
+        return self._fingerprint
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece `*.model`."""
+
+    def __init__(self, data: bytes) -> None:
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        self._special = {self._model.piece_to_id(token) for token in SPECIAL_TOKENS}
+        self._fingerprint = f"sentencepiece-{hashlib.sha256(data).hexdigest()}"
+        self.vocab_size = self._model.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; never a special token."""
+        # A user-defined symbol is matched wherever it stands in a text: cut its name in two before the library sees it.
+        return [number for part in _INSIDE_SPECIAL.split(text) for number in self._model.encode(part)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens are left out."""
+        return self._model.decode([number for number in ids if number not in self._special])
+
+    def token_id(self, token: str) -> int:
+        """Id of one special token; KeyError if the vocabulary has none of this name."""
+        number = self._model.piece_to_id(token)  # the id of <unk> where the piece is unknown
+        if self._model.id_to_piece(number) != token:
+            raise KeyError(token)
+        return number
+
+    def fingerprint(self) -> str:
+        """Digest of the file."""
+        return self._fingerprint
+
+
+_KINDS: dict[str, Callable[[bytes], TextTokenizer]] = {".model": SentencePieceTokenizer, ".json": JsonTokenizer}
+
+# Matches the empty string between the first and second character of a special token's name.
+_INSIDE_SPECIAL = re.compile("(?<=<)(?=" + "|".join(re.escape(token[1:]) for token in SPECIAL_TOKENS) + ")")

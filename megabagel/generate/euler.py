@@ -1,0 +1,139 @@
+"""Sample images during training: Euler steps through the training forward path, on whatever grid trains.
+
+Each prompt is a packed sample (text, noised image) and, with guidance, a second one without the text; a forward pass
+of the pack gives every velocity at once. Nothing is cached between steps, so this is for a few small pictures.
+
+Legend: L latent tokens of a pack, C = 64 numbers of each.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megabagel.config.schema import Config
+from megabagel.data.tokenizer import TextTokenizer
+from megabagel.data.words import Writer
+from megabagel.errors import UserError
+from megabagel.model.flow import unpatchify
+from megabagel.model.inputs import Outputs, StageInputs
+from megabagel.model.noise import normal
+from megabagel.parallel.inputs import Drive, InputBuilder
+from megabagel.parallel.topology import Topology
+from megabagel.sequence.batch import PackedBatch
+from megabagel.sequence.items import Item, Latent, Text, item_tokens
+from megabagel.sequence.keys import SampleKey, seed64
+from megabagel.sequence.layout import build_layout, layout_rows
+from megabagel.sequence.pack import build_pack
+from megabagel.sequence.sample import LATENT, Dropout, plan_sample
+
+Evaluate = Callable[[StageInputs], Outputs | None]
+"""One forward pass of the pipeline; outputs on the last stage, None elsewhere."""
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    """One packed batch of prompts: `prompts` of them, then as many without text if guided."""
+
+    batch: PackedBatch
+    prompts: tuple[str, ...]
+
+
+class EulerSampler:
+    """Draws `telemetry.prompts`; every rank calls it together and gets the same pictures."""
+
+    def __init__(
+        self, config: Config, topology: Topology, builder: InputBuilder, tokenizer: TextTokenizer, evaluate: Evaluate
+    ) -> None:
+        self.config, self.topology, self.builder, self.evaluate = config, topology, builder, evaluate
+        self.tokenizer, self.writer = tokenizer, Writer(tokenizer)
+        height, width = config.telemetry.sample_size
+        self.rows, self.cols = height // config.model.latent_stride, width // config.model.latent_stride
+        self.guided = config.telemetry.sample_guidance > 1
+        self.canvases = self._canvases()
+
+    def draw(self) -> dict[str, np.ndarray]:
+        """Prompt -> picture, uint8 [height, width, 3]."""
+        return {prompt: picture for canvas in self.canvases for prompt, picture in self._draw(canvas).items()}
+
+    def _draw(self, canvas: _Canvas) -> dict[str, np.ndarray]:
+        prompts, seed = canvas.prompts, self.config.train.seed
+        size, width = self.rows * self.cols, self.config.model.latent_dim
+        x_LC = torch.cat([normal(seed64(seed, "sample image", prompt), size, width) for prompt in prompts])
+        times = self._times()
+        for now, then in pairwise(times):
+            both = torch.cat([x_LC, x_LC]) if self.guided else x_LC
+            v_LC = self._velocity(canvas.batch, Drive(both, now))
+            if self.guided:
+                with_text, without = v_LC.chunk(2)
+                v_LC = without + self.config.telemetry.sample_guidance * (with_text - without)
+            x_LC = x_LC - v_LC * (now - then)
+        return {prompt: self._picture(tokens) for prompt, tokens in zip(prompts, x_LC.split(size), strict=True)}
+
+    def _times(self) -> list[float]:
+        """Grid points from 1 to 0, shifted as in training (bagel-reference section 16)."""
+        shift = self.config.train.timestep_shift
+        even = np.linspace(1, 0, self.config.telemetry.sample_steps + 1)
+        return [float(shift * t / (1 + (shift - 1) * t)) for t in even]
+
+    def _velocity(self, batch: PackedBatch, drive: Drive) -> torch.Tensor:
+        """[L, C] on every rank: the last stage's ranks put their rows together."""
+        outputs = self.evaluate(self.builder.build(batch, drive))
+        grid = self.topology
+        found = torch.zeros(drive.x_t_LC.shape, device=self.builder.device)
+        rows_split = self.config.parallel.sp and grid.tp.size > 1
+        if outputs is not None and grid.dp.first and (grid.tp.first or rows_split):
+            layout = batch.layout
+            token_G = layout.rank(grid.cp.rank)[layout.borders[grid.cp.rank] :]
+            latent_G = np.where(token_G >= 0, batch.pack.fill_S[token_G], -1)
+            latent_g = self.builder.factory.share(torch.from_numpy(latent_G).to(found.device))
+            found[latent_g[latent_g >= 0]] = outputs.velocity_gC.float()[latent_g >= 0]
+        dist.all_reduce(found)
+        return found.cpu()
+
+    def _picture(self, tokens: torch.Tensor) -> np.ndarray:
+        latent = unpatchify(tokens, self.rows, self.cols, self.config.model.latent_patch)
+        pixels = self.builder.codec.decode(latent[None].to(self.builder.device))[0]
+        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+
+    def _canvases(self) -> list[_Canvas]:
+        """Prompts in batches that fit into a pack."""
+        limit, used = self.config.data.max_tokens, 0
+        canvases: list[_Canvas] = []
+        group: list[str] = []
+        for prompt in self.config.telemetry.prompts:
+            cost = sum(item_tokens(item) for items in self._samples([prompt]) for item in items)
+            if cost > limit:
+                raise UserError(
+                    f"telemetry.prompts: {prompt!r} needs {cost} tokens at telemetry.sample_size, data.max_tokens is "
+                    f"{limit}: shorten it, sample smaller pictures or raise data.max_tokens"
+                )
+            if used + cost > limit:
+                canvases.append(self._canvas(group))
+                group, used = [], 0
+            group.append(prompt)
+            used += cost
+        return [*canvases, self._canvas(group)] if group else canvases
+
+    def _samples(self, prompts: Sequence[str]) -> list[list[Item]]:
+        image = Latent(1, self.rows, self.cols, noised=True)
+        texts: list[list[Item]] = [[Text(0, len(self.tokenizer.encode(prompt))), image] for prompt in prompts]
+        return texts + [[image] for _ in prompts if self.guided]
+
+    def _canvas(self, prompts: list[str]) -> _Canvas:
+        samples = [
+            plan_sample(items, SampleKey(0, "prompts", number, 0), Dropout())
+            for number, items in enumerate(self._samples(prompts))
+        ]
+        words = [
+            word
+            for number, sample in enumerate(samples)
+            for word in self.writer.words(sample.items, lambda _, n=number: self.tokenizer.encode(prompts[n]))  # type: ignore[misc]
+        ]
+        pack, grid = build_pack(samples), self.config.parallel
+        assert (pack.kind_S == LATENT).sum() == len(samples) * self.rows * self.cols
+        layout = build_layout(pack, layout_rows(self.config.data.max_tokens, grid.chunk, grid.cp), grid.chunk, grid.cp)
+        return _Canvas(PackedBatch(pack, layout, torch.tensor(words, dtype=torch.int64), [], []), tuple(prompts))

@@ -1,0 +1,209 @@
+"""Starts the ranks of a run on this machine and ends them together: what torchrun does, for one node, with less noise.
+
+Rank 0 writes straight to the terminal. Of the other ranks only stderr is shown, each line marked with its rank, and a
+user's mistake that every rank reports is shown once.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+ERROR_PREFIX = "megabagel: error: "
+"""Opens the message of a `UserError` on stderr, which is the last thing its process says."""
+USER_ERROR = 2
+"""Exit code of a user's mistake."""
+
+_POLL_S = 0.05
+_SETTLE_S = 2.0
+"""Time for the other ranks to report the same user's mistake by themselves."""
+_TERM_S = 10.0
+"""Time between SIGTERM and SIGKILL."""
+_DRAIN_S = 1.0
+_PR_SET_PDEATHSIG = 1
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass
+class _Rank:
+    """One started process."""
+
+    index: int
+    process: subprocess.Popen[str]
+    held: list[str] = field(default_factory=list)
+    """Lines of stderr from the error message on, not shown yet."""
+    reader: threading.Thread | None = None
+
+
+def spawn(command: Sequence[str], nproc: int) -> int:
+    """Run `command` as `nproc` ranks and wait until they have all ended.
+
+    Ranks find their place in RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. SIGINT,
+    SIGTERM and SIGUSR1 are passed on to them. When one fails, the others are stopped.
+
+    Returns 0, or the exit code of the rank that failed first (128 + n for signal n).
+    """
+    ranks: list[_Rank] = []
+    with _forwarding(ranks):
+        try:
+            port = _free_port()
+            for index in range(nproc):
+                ranks.append(_start(command, index, nproc, port))
+            for rank in ranks[1:]:
+                _read_stderr(rank)
+            failed = _first_failure(ranks)
+            if failed:
+                _report(failed, ranks)
+        finally:
+            _stop(ranks)
+    return _exit_code(failed.process) if failed else 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _start(command: Sequence[str], index: int, nproc: int, port: int) -> _Rank:
+    """Start one rank, in a session of its own so that Ctrl-C reaches it once, through us."""
+    place = {
+        "RANK": index,
+        "LOCAL_RANK": index,
+        "WORLD_SIZE": nproc,
+        "LOCAL_WORLD_SIZE": nproc,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    process = subprocess.Popen(
+        command,
+        env={
+            "OMP_NUM_THREADS": str(max(1, cpus // nproc)),
+            **os.environ,
+            **{name: str(value) for name, value in place.items()},
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=None if index == 0 else subprocess.DEVNULL,
+        stderr=None if index == 0 else subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=_die_with_parent(),
+    )
+    return _Rank(index, process)
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """What a child runs first so that it does not outlive us, even when we are killed; Linux only."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _read_stderr(rank: _Rank) -> None:
+    """Show the stderr of `rank` as it comes, up to an error message, which is held back."""
+    stream = rank.process.stderr
+    assert stream is not None
+
+    def pump() -> None:
+        for line in stream:
+            if rank.held or line.startswith(ERROR_PREFIX):
+                rank.held.append(line)
+            else:
+                _show(rank, line)
+
+    rank.reader = threading.Thread(target=pump, daemon=True)
+    rank.reader.start()
+
+
+def _show(rank: _Rank, line: str) -> None:
+    sys.stderr.write(f"[rank {rank.index}] {line.rstrip()}\n")
+
+
+def _first_failure(ranks: list[_Rank]) -> _Rank | None:
+    """Wait until a rank fails, and return it, or until all have ended well."""
+    while True:
+        codes = [rank.process.poll() for rank in ranks]
+        failed = next((rank for rank, code in zip(ranks, codes, strict=True) if code), None)
+        if failed or None not in codes:
+            return failed
+        time.sleep(_POLL_S)
+
+
+def _exit_code(process: subprocess.Popen[str]) -> int:
+    """Exit code of an ended process as a shell gives it: 128 + n for signal n."""
+    code = process.returncode
+    return code if code >= 0 else 128 - code
+
+
+def _wait(ranks: list[_Rank], seconds: float) -> None:
+    """Wait until all ranks have ended, at most so long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(rank.process.poll() is None for rank in ranks):
+        time.sleep(_POLL_S)
+
+
+def _report(failed: _Rank, ranks: list[_Rank]) -> None:
+    """Say why the run ends. A user's mistake is shown once: rank 0 has written its own, else the first one counts."""
+    if failed.process.returncode == USER_ERROR:
+        _wait(ranks, _SETTLE_S)
+    else:
+        code = failed.process.returncode
+        how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+        print(f"megabagel: rank {failed.index} ended with {how}; stopping the others", file=sys.stderr)
+    told = ranks[0].process.poll() == USER_ERROR
+    for rank in ranks[1:]:
+        code = rank.process.poll()
+        if code is None:
+            continue
+        _drain(rank)
+        if code != USER_ERROR or not told:
+            for line in rank.held:
+                _show(rank, line)
+        told = told or code == USER_ERROR
+
+
+def _stop(ranks: list[_Rank]) -> None:
+    """End every rank that still runs, together with the processes it started."""
+    for rank in ranks:
+        if rank.process.poll() is None:
+            rank.process.terminate()
+    _wait(ranks, _TERM_S)
+    for rank in ranks:
+        if rank.process.poll() is None:
+            os.killpg(rank.process.pid, signal.SIGKILL)  # its session: start_new_session made it the leader
+        rank.process.wait()
+        _drain(rank)
+
+
+def _drain(rank: _Rank) -> None:
+    """Let the last lines of an ended rank through; a process that it left behind may keep its stderr open."""
+    if rank.reader:
+        rank.reader.join(timeout=_DRAIN_S)
+
+
+@contextmanager
+def _forwarding(ranks: list[_Rank]) -> Iterator[None]:
+    """Pass signals on to the ranks that run."""
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

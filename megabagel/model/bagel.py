@@ -1,0 +1,120 @@
+"""The model, whole or one pipeline stage of it: inputs, layers, heads (BAGEL section 2; bagel-reference section 8).
+
+Legend: see `model.inputs`. A stage owns the layers it is given by their number in the whole model, so a parameter's
+name does not depend on how the model is cut.
+"""
+
+import torch
+from megabagel_kernels.flow import flow_loss_to_target
+from torch import nn
+
+from megabagel.config.schema import ModelConfig
+from megabagel.model.factory import LayerFactory
+from megabagel.model.flow import TimeEmbedder
+from megabagel.model.inputs import Hidden, LatentInputs, Outputs, StageInputs, VitInputs
+from megabagel.model.layers import Experts, Layer, RMSNorm
+from megabagel.model.positions import sincos_table
+from megabagel.model.vit import Connector, Vit
+
+
+class Embed(nn.Module):
+    """Words, ViT features and noised latents to hidden states."""
+
+    vit_table: torch.Tensor
+    latent_table: torch.Tensor
+
+    def __init__(self, config: ModelConfig, factory: LayerFactory) -> None:
+        super().__init__()
+        self.config, self.factory = config, factory
+        self.words = factory.embedding(config.vocab, config.hidden)
+        if config.visual_und:
+            self.vit = Vit(config.vit, factory)
+            self.connector = Connector(config, factory)
+            self.register_buffer("vit_table", sincos_table(config.hidden, config.vit.grid), persistent=False)
+        if config.visual_gen:
+            self.vae2llm = factory.partial_over_rows(nn.Linear(config.latent_dim, config.hidden))
+            self.time_embedder = factory.partial_over_rows(TimeEmbedder(config.hidden))
+            self.register_buffer("latent_table", sincos_table(config.hidden, config.latent_grid), persistent=False)
+
+    def forward(self, inputs: StageInputs) -> Hidden:
+        """Hidden states of this rank's rows."""
+        und_UI = self.words(inputs.word_U) * inputs.is_word_U[:, None]
+        if inputs.vit is not None:
+            und_UI = und_UI + self._images(inputs.vit)
+        latents = inputs.latents
+        assert latents is not None
+        return Hidden(
+            self.factory.split_rows(und_UI), self._latents(latents, und_UI), latents.target_gC, latents.weight_g
+        )
+
+    def _images(self, vit: VitInputs) -> torch.Tensor:
+        """[U, I]: encoded patches on their rows, zeros elsewhere."""
+        encoded = vit.collect(self.connector(self.vit(vit.patches, vit.grid, vit.attend)))
+        encoded = encoded + self.vit_table[vit.grid_all].to(encoded.dtype)
+        nothing = encoded.sum(0, keepdim=True) * 0  # keeps the tower in the graph of a batch without images
+        return torch.cat([encoded, nothing])[vit.row_U]
+
+    def _latents(self, latents: LatentInputs, like: torch.Tensor) -> torch.Tensor:
+        """[g, I]: latent tokens, their timestep and position."""
+        if not self.config.visual_gen:
+            return like.new_zeros(len(latents.grid_g), self.config.hidden)
+        time_II = self.time_embedder(latents.time_I)
+        tokens_gI = self.vae2llm(latents.x_t_gC.to(like.dtype))
+        return tokens_gI + time_II[latents.image_g] + self.latent_table[latents.grid_g].to(tokens_gI.dtype)
+
+
+class Heads(nn.Module):
+    """Final norms, word head with cross-entropy, velocity head with flow loss."""
+
+    def __init__(self, config: ModelConfig, factory: LayerFactory) -> None:
+        super().__init__()
+        self.factory = factory
+        self.norm = Experts(
+            lambda: factory.partial_over_rows(RMSNorm(config.hidden, config.norm_eps)),
+            doubled=config.variant != "dense",
+        )
+        self.lm_head = factory.head(config.hidden, config.vocab)
+        self.visual_gen = config.visual_gen
+        if config.visual_gen:
+            self.llm2vae = factory.partial_over_rows(nn.Linear(config.hidden, config.latent_dim))
+
+    def forward(self, hidden: Hidden, inputs: StageInputs) -> Outputs:
+        """Losses per row."""
+        und_uI, gen_gI = self.norm.both(hidden.und_uI, hidden.gen_gI)
+        ce_K = self.lm_head(self.factory.join_rows(und_uI)[inputs.ce_row_K], inputs.label_K)
+        velocity_gC = self.llm2vae(gen_gI) if self.visual_gen else torch.zeros_like(hidden.target_gC)
+        mse_g = flow_loss_to_target(velocity_gC, hidden.target_gC, hidden.weight_g)
+        return Outputs(ce_K, mse_g, velocity_gC)
+
+
+class Bagel(nn.Module):
+    """Layers `layers` of the model, with the inputs if `first` and the heads if `last`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        factory: LayerFactory,
+        layers: range | None = None,
+        first: bool = True,
+        last: bool = True,
+        recompute: str = "none",
+    ) -> None:
+        super().__init__()
+        layers = range(config.layers) if layers is None else layers
+        if first:
+            self.embed = Embed(config, factory)
+        self.layers = nn.ModuleDict({str(index): Layer(config, factory, recompute) for index in layers})
+        if last:
+            self.heads = Heads(config, factory)
+        self.first, self.last = first, last
+
+    def forward(self, inputs: StageInputs, hidden: Hidden | None = None) -> Hidden | Outputs:
+        """One micro-batch through this stage; `hidden` comes from the stage before."""
+        if self.first:
+            hidden = self.embed(inputs)
+        assert hidden is not None
+        und_uI, gen_gI = hidden.und_uI, hidden.gen_gI
+        for layer in self.layers.values():
+            und_uI, gen_gI = layer(und_uI, gen_gI, inputs.rope, inputs.attend)
+        hidden = Hidden(und_uI, gen_gI, hidden.target_gC, hidden.weight_g)
+        return self.heads(hidden, inputs) if self.last else hidden

@@ -1,0 +1,104 @@
+"""What a model is built from, so that the model itself never asks for a rank.
+
+Legend: T rows, I and O input and output width. "Rows" are tokens; under sequence parallelism each tensor-parallel
+rank holds 1/tp of them between the linears.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class LayerFactory(Protocol):
+    """Linears and row exchanges of one kind of parallelism."""
+
+    @property
+    def shards(self) -> int:
+        """Ways that heads, MLP widths and the vocabulary are split."""
+        ...
+
+    def column(self, inputs: int, blocks: Mapping[str, int], *, bias: bool, rows_split: bool) -> nn.Module:
+        """Linear [T, I] -> [T', O / shards]: the outputs of several named blocks side by side, each split alike.
+
+        With `rows_split` the input holds this rank's share of the rows and the output all of them.
+        """
+        ...
+
+    def row(self, inputs: int, outputs: int, *, bias: bool, rows_split: bool) -> nn.Module:
+        """Linear [T, I / shards] -> [T', O], summed over shards; with `rows_split` the output is this rank's rows."""
+        ...
+
+    def embedding(self, vocabulary: int, width: int) -> nn.Module:
+        """Word embedding ids [T] -> [T, width], equal on all shards."""
+        ...
+
+    def head(self, width: int, vocabulary: int) -> nn.Module:
+        """Module (hidden [T, width], labels [T]) -> cross-entropy per row [T] in fp32, over a split vocabulary."""
+        ...
+
+    def split_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's share of rows that are equal on all shards (differentiable)."""
+        ...
+
+    def join_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """All rows from every rank's share, to feed `head` (differentiable)."""
+        ...
+
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        """`split_rows` for tensors that need no gradient."""
+        ...
+
+    def partial_over_rows(self, module: nn.Module) -> nn.Module:
+        """Mark weights that act on split rows: under row splitting their gradients are sums over shards."""
+        ...
+
+    def partial_over_heads(self, module: nn.Module) -> nn.Module:
+        """Mark weights that act on split heads: their gradients are always sums over shards."""
+        ...
+
+
+class SingleDevice:
+    """The factory without parallelism: plain torch modules, for reading, tests and small tools."""
+
+    shards = 1
+
+    def column(self, inputs: int, blocks: Mapping[str, int], *, bias: bool, rows_split: bool) -> nn.Module:
+        """A linear."""
+        return nn.Linear(inputs, sum(blocks.values()), bias=bias)
+
+    def row(self, inputs: int, outputs: int, *, bias: bool, rows_split: bool) -> nn.Module:
+        """A linear."""
+        return nn.Linear(inputs, outputs, bias=bias)
+
+    def embedding(self, vocabulary: int, width: int) -> nn.Module:
+        """A table."""
+        return nn.Embedding(vocabulary, width)
+
+    def head(self, width: int, vocabulary: int) -> nn.Module:
+        """A linear and torch's cross-entropy."""
+        return _Head(width, vocabulary)
+
+    def split_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """All rows."""
+        return x
+
+    join_rows = share = split_rows
+
+    def partial_over_rows(self, module: nn.Module) -> nn.Module:
+        """Nothing is split."""
+        return module
+
+    partial_over_heads = partial_over_rows
+
+
+class _Head(nn.Module):
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, width))
+
+    def forward(self, hidden_TI: torch.Tensor, label_T: torch.Tensor) -> torch.Tensor:
+        logits = functional.linear(hidden_TI, self.weight).float()
+        return functional.cross_entropy(logits, label_T, reduction="none")

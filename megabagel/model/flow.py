@@ -1,0 +1,56 @@
+"""The latent side of rectified flow: timesteps, their embedding, and latents as tokens (bagel-reference sections 8, 9).
+
+Shapes: T tokens, C latent channels, h x w latent tokens, p latent cells per token side, D = p * p * C numbers of a
+token.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+FEATURES = 256
+"""Sinusoidal features of a timestep."""
+
+
+def timestep(draw: Tensor, shift: float) -> Tensor:
+    """Timestep t in [0, 1], float32, of a standard normal `draw`: 0 is data, 1 is noise.
+
+    s = sigmoid(draw) (logit-normal), t = k s / (1 + (k - 1) s) with k = `shift`. A draw of -inf, that of a clean image,
+    gives exactly 0.
+    """
+    s = draw.float().sigmoid()
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def timestep_features(t_T: Tensor) -> Tensor:
+    """concat(cos(t w), sin(t w)) [T, 256] float32 with w_i = 10000 ** (-i / 128); t is not scaled."""
+    half = FEATURES // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t_T.device) / half
+    angles = torch.outer(t_T.float(), torch.exp(-math.log(10000.0) * exponents))
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimeEmbedder(nn.Module):
+    """Timesteps [T] to hidden states [T, hidden], added to the latent tokens: features, Linear, SiLU, Linear."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+
+    def forward(self, t_T: Tensor) -> Tensor:
+        """Features are made in float32 whatever the type of the weights: bf16 has too few digits for a timestep."""
+        return self.mlp(timestep_features(t_T).to(next(self.parameters()).dtype))
+
+
+def patchify(latent_CHW: Tensor, patch: int) -> Tensor:
+    """Latent [C, p h, p w] as tokens [h * w, D], row-major; inside a token: row in patch, column in patch, channel."""
+    channels, height, width = latent_CHW.shape
+    cells = latent_CHW.reshape(channels, height // patch, patch, width // patch, patch)
+    return cells.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
+
+
+def unpatchify(tokens_TD: Tensor, rows: int, cols: int, patch: int) -> Tensor:
+    """Tokens [rows * cols, D] back to the latent [C, p rows, p cols]: the inverse of `patchify`."""
+    cells = tokens_TD.reshape(rows, cols, patch, patch, -1)
+    return cells.permute(4, 0, 2, 1, 3).reshape(-1, rows * patch, cols * patch)

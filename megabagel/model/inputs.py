@@ -1,0 +1,98 @@
+"""What one stage of the model needs for one micro-batch, as tensors (built by `parallel.inputs` from a pack).
+
+Legend: U und rows, G gen rows of this context-parallel rank; g this tensor-parallel rank's share of G; C = 64 numbers
+per latent token; P ViT patches encoded here, V of the whole pack; I latent images; K rows with cross-entropy;
+N heads, H head dimension.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(q [T, N, H], k [T, M, H], v [T, M, H]) -> [T, N, H] under the mask of the batch."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary tables for [und | gen] rows: cos and sin [U + G, H], fp32."""
+
+    cos_TH: torch.Tensor
+    sin_TH: torch.Tensor
+
+
+@dataclass(frozen=True)
+class VitInputs:
+    """Images for the ViT tower."""
+
+    patches: torch.Tensor
+    """[P, patch * patch * 3] in [-1, 1]; a patch is ordered row, column, channel."""
+    grid: torch.Tensor
+    """[P] int64 ids of the learned position table."""
+    grid_all: torch.Tensor
+    """[V] int64, the same for the whole pack in token order."""
+    row_U: torch.Tensor
+    """[U] int64: which of the V encoded patches a row takes, -1 for words and padding."""
+    attend: Attend
+    """Full attention inside each image."""
+    collect: Callable[[torch.Tensor], torch.Tensor]
+    """[P, width] of every context-parallel rank -> [V, width] in token order."""
+
+
+@dataclass(frozen=True)
+class LatentInputs:
+    """Latent tokens, already noised."""
+
+    x_t_gC: torch.Tensor
+    """[g, C] fp32; zeros in padding."""
+    target_gC: torch.Tensor
+    """[g, C] fp32: the velocity eps - x_0 (bagel-reference section 9)."""
+    weight_g: torch.Tensor
+    """[g] fp32: 1 for rows with flow loss, else 0."""
+    grid_g: torch.Tensor
+    """[g] int64 ids of the frozen 2-D table; 0 in padding."""
+    time_I: torch.Tensor
+    """[I] fp32 timesteps in [0, 1], at least one."""
+    image_g: torch.Tensor
+    """[g] int64: which image's timestep a row has; 0 in padding."""
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """One micro-batch for one stage. `words`, `vit`, `latents` serve the first stage; `ce_*` the last."""
+
+    attend: Attend
+    rope: Rope
+    word_U: torch.Tensor
+    """[U] int64 word ids; 0 where the row is no word."""
+    is_word_U: torch.Tensor
+    """[U] bool."""
+    vit: VitInputs | None
+    latents: LatentInputs | None
+    ce_row_K: torch.Tensor
+    """[K] int64, rows of U with cross-entropy."""
+    label_K: torch.Tensor
+    """[K] int64, the next word of each."""
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What flows between layers: this rank's rows of both experts, and the flow target on its way to the last stage."""
+
+    und_uI: torch.Tensor
+    gen_gI: torch.Tensor
+    target_gC: torch.Tensor
+    weight_g: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the last stage says of a micro-batch."""
+
+    ce_K: torch.Tensor
+    """[K] fp32 cross-entropy, equal on all tensor-parallel ranks."""
+    mse_g: torch.Tensor
+    """[g] fp32 mean squared velocity error times weight, of this rank's gen rows."""
+    velocity_gC: torch.Tensor
+    """[g, C] predicted velocity."""

@@ -1,0 +1,151 @@
+"""The Mixture-of-Transformers layer and its dense and MoE variants (BAGEL sections 2.1 and 2.4; bagel-reference 1, 8).
+
+Legend: U und rows, G gen rows (of this rank); u, g its share of them under row splitting; I hidden width; N query
+heads, M key/value heads (of this rank), H head dimension.
+
+Hidden states lie as two contiguous blocks, one per expert: every projection is a dense GEMM, and nothing is gathered
+or scattered inside a layer. Attention alone sees both blocks, one after the other.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from megabagel.config.schema import ModelConfig
+from megabagel.model.factory import LayerFactory
+from megabagel.model.inputs import Attend, Rope
+from megabagel.model.positions import apply_rope
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: statistics in fp32, cast to the input's type, then times weight (bagel-reference 8)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., width] -> the same."""
+        return functional.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+
+
+class Experts(nn.Module, Generic[M]):
+    """The two experts' copies of one part of a layer; one copy serves both where the variant does not double it."""
+
+    def __init__(self, make: Callable[[], M], doubled: bool) -> None:
+        super().__init__()
+        self.und: M = make()
+        if doubled:
+            self.gen: M = make()
+        self.doubled = doubled
+
+    def both(self, und: torch.Tensor, gen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each expert's rows through its own copy."""
+        return self.und(und), self.for_gen(gen)
+
+    @property
+    def for_gen(self) -> M:
+        """The copy that serves latent tokens."""
+        return self.gen if self.doubled else self.und
+
+
+class Attention(nn.Module):
+    """One expert's projections around the shared attention: q, k, v with QK-norm, and the output."""
+
+    def __init__(self, config: ModelConfig, factory: LayerFactory) -> None:
+        super().__init__()
+        head = config.kv_channels
+        self.head, self.heads, self.kv_heads = head, config.heads // factory.shards, config.kv_heads // factory.shards
+        blocks = {"q": config.heads * head, "k": config.kv_heads * head, "v": config.kv_heads * head}
+        self.qkv = factory.column(config.hidden, blocks, bias=config.qkv_bias, rows_split=True)
+        self.o = factory.row(config.heads * head, config.hidden, bias=False, rows_split=True)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = factory.partial_over_heads(RMSNorm(head, config.norm_eps))
+            self.k_norm = factory.partial_over_heads(RMSNorm(head, config.norm_eps))
+
+    def project(self, x_uI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This rank's rows -> all rows' q [U, N, H], k and v [U, M, H]."""
+        q, k, v = self.qkv(x_uI).unflatten(-1, (-1, self.head)).split([self.heads, self.kv_heads, self.kv_heads], 1)
+        return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
+
+
+class Mlp(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, factory: LayerFactory, recompute: bool) -> None:
+        super().__init__()
+        blocks = {"gate": config.ffn, "up": config.ffn}
+        self.gate_up = factory.column(config.hidden, blocks, bias=False, rows_split=True)
+        self.down = factory.row(config.ffn, config.hidden, bias=False, rows_split=True)
+        self.recompute = recompute
+
+    def forward(self, x_uI: torch.Tensor) -> torch.Tensor:
+        """[u, I] -> [u, I]."""
+        gate_up = self.gate_up(x_uI)
+        return self.down(_recomputed(swiglu, gate_up) if self.recompute else swiglu(gate_up))
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """[T, 2 F], gate first -> [T, F]."""
+    gate, up = gate_up.chunk(2, -1)
+    return functional.silu(gate) * up
+
+
+class Layer(nn.Module):
+    """One decoder layer over [und | gen]: shared attention, then each expert's MLP, pre-norm with residuals."""
+
+    def __init__(self, config: ModelConfig, factory: LayerFactory, recompute: str = "none") -> None:
+        super().__init__()
+        mot, experts = config.variant == "mot", config.variant != "dense"
+        self.recompute = recompute
+
+        def norm() -> nn.Module:
+            return factory.partial_over_rows(RMSNorm(config.hidden, config.norm_eps))
+
+        self.input_norm = Experts(norm, doubled=mot)
+        self.attention = Experts(lambda: Attention(config, factory), doubled=mot)
+        self.mlp_norm = Experts(norm, doubled=mot)
+        self.mlp = Experts(partial(Mlp, config, factory, recompute == "selective"), doubled=experts)
+
+    def forward(
+        self, und_uI: torch.Tensor, gen_gI: torch.Tensor, rope: Rope, attend: Attend
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both experts' rows -> the same shapes."""
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return _recomputed(self._forward, und_uI, gen_gI, rope, attend)
+        return self._forward(und_uI, gen_gI, rope, attend)
+
+    def _forward(
+        self, und_uI: torch.Tensor, gen_gI: torch.Tensor, rope: Rope, attend: Attend
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        und, gen = self._attention(*self.input_norm.both(und_uI, gen_gI), rope, attend)
+        und_uI, gen_gI = und_uI + und, gen_gI + gen
+        und, gen = self.mlp.both(*self.mlp_norm.both(und_uI, gen_gI))
+        return und_uI + und, gen_gI + gen
+
+    def _attention(
+        self, und_uI: torch.Tensor, gen_gI: torch.Tensor, rope: Rope, attend: Attend
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        of_und, of_gen = self.attention.und, self.attention.for_gen
+        q_und, k_und, v_und = of_und.project(und_uI)
+        q_gen, k_gen, v_gen = of_gen.project(gen_gI)
+        q_TNH = apply_rope(torch.cat([q_und, q_gen]), rope.cos_TH, rope.sin_TH)
+        k_TMH = apply_rope(torch.cat([k_und, k_gen]), rope.cos_TH, rope.sin_TH)
+        v_TMH = torch.cat([v_und, v_gen])
+        run = partial(_recomputed, attend) if self.recompute == "selective" else attend
+        out_TI = run(q_TNH, k_TMH, v_TMH).flatten(1)
+        return of_und.o(out_TI[: len(q_und)]), of_gen.o(out_TI[len(q_und) :])
+
+
+def _recomputed(function: Callable[..., Any], *args: object) -> Any:
+    """Run without keeping activations; nothing in a layer draws random numbers, so no generator state is kept."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,42 @@
+"""Where a token stands: the frozen 2-D sin-cos table of visual tokens and the rotary embedding of all tokens.
+
+Shapes: T tokens, N heads, H channels of a head, G cells per grid side, D hidden size. Ids into the 2-D table come from
+`megabagel.sequence.grid.grid_ids`.
+"""
+
+import torch
+from torch import Tensor
+
+
+def sincos_table(dim: int, grid: int) -> Tensor:
+    """The frozen table [grid * grid, dim] float32 that is added to visual tokens (bagel-reference section 6).
+
+    Row `r * grid + c` is concat(s(c), s(r)): the first half encodes the column. s(p) = concat(sin(p w), cos(p w)) with
+    w_i = 10000 ** (-i / (dim / 4)), computed in float64. `dim` is a multiple of 4.
+    """
+    quarter = dim // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.outer(torch.arange(grid, dtype=torch.float64), frequencies)
+    axis_GD = torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    column_GGD = axis_GD[None, :, :].expand(grid, grid, -1)
+    row_GGD = axis_GD[:, None, :].expand(grid, grid, -1)
+    return torch.cat([column_GGD, row_GGD], dim=2).reshape(grid * grid, dim)
+
+
+def rope_tables(positions_T: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, head_dim] float32 of the rotary angles; both halves of a row hold the same numbers.
+
+    The angles are float32 products, position times base ** (-2 i / head_dim), as in pretraining: at long positions a
+    more exact angle would be another angle (bagel-reference section 6).
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device) / head_dim
+    angles = torch.outer(positions_T.float(), 1.0 / base**exponents)
+    angles_TH = torch.cat([angles, angles], dim=1)
+    return angles_TH.cos(), angles_TH.sin()
+
+
+def apply_rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    """Rotate channel i against channel i + H/2 of every head; float32 inside, the type of `x_TNH` outside."""
+    first, second = x_TNH.float().chunk(2, dim=-1)
+    turned_TNH = torch.cat([-second, first], dim=-1)
+    return (x_TNH.float() * cos_TH[:, None] + turned_TNH * sin_TH[:, None]).to(x_TNH.dtype)

@@ -1,0 +1,197 @@
+"""Codec `flux`: the FLUX autoencoder, under the tensor names of its published file `ae.safetensors`.
+
+A convolutional autoencoder with one attention block in the middle of each half (bagel-reference section 2). Nothing in
+it branches, so both halves are written as sequences of named parts: the nesting of names is the nesting of modules.
+
+Shapes: B images, C latent channels; H, W pixels or cells; W_i = width * width_multipliers[i] channels at level i.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from megabagel.config.schema import VaeConfig
+from megabagel.errors import UserError
+from megabagel.model.noise import normal
+
+
+def _sequence(**parts: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(parts))
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def _conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
+
+
+class ResBlock(nn.Module):
+    """Twice norm, swish, convolution, beside a skip; the skip has a 1x1 convolution where the width changes."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _norm(inputs), _conv(inputs, outputs)
+        self.norm2, self.conv2 = _norm(outputs), _conv(outputs, outputs)
+        self.nin_shortcut = nn.Conv2d(inputs, outputs, kernel_size=1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """[B, inputs, H, W] -> [B, outputs, H, W]."""
+        h = self.conv1(F.silu(self.norm1(x_BCHW)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x_BCHW) + h
+
+
+class Attention(nn.Module):
+    """One head over all cells, beside a skip."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, kernel_size=1) for _ in range(4))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same shape."""
+        h = self.norm(x_BCHW)
+        q_B1TC, k_B1TC, v_B1TC = (part(h).flatten(2).transpose(1, 2)[:, None] for part in (self.q, self.k, self.v))
+        mixed_B1TC = F.scaled_dot_product_attention(q_B1TC, k_B1TC, v_B1TC)
+        return x_BCHW + self.proj_out(mixed_B1TC[:, 0].transpose(1, 2).reshape(x_BCHW.shape))
+
+
+def _blocks(inputs: int, outputs: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(ResBlock(inputs if i == 0 else outputs, outputs) for i in range(count)))
+
+
+def _middle(channels: int) -> nn.Sequential:
+    return _sequence(
+        block_1=ResBlock(channels, channels), attn_1=Attention(channels), block_2=ResBlock(channels, channels)
+    )
+
+
+def _downsample(channels: int) -> nn.Sequential:
+    # The published weights expect padding at the right and bottom edges only.
+    return _sequence(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, kernel_size=3, stride=2))
+
+
+def _upsample(channels: int) -> nn.Sequential:
+    return _sequence(repeat=nn.Upsample(scale_factor=2), conv=_conv(channels, channels))
+
+
+def _encoder(config: VaeConfig) -> nn.Sequential:
+    """Pixels [B, 3, H, W] to posterior moments [B, 2 C, h, w]: means, then log variances."""
+    widths = [config.width * multiplier for multiplier in config.width_multipliers]
+    down = nn.Sequential()
+    for level, (inputs, outputs) in enumerate(zip([config.width, *widths[:-1]], widths, strict=True)):
+        part = _sequence(block=_blocks(inputs, outputs, config.res_blocks))
+        if level < len(widths) - 1:
+            part.add_module("downsample", _downsample(outputs))
+        down.add_module(str(level), part)
+    return _sequence(
+        conv_in=_conv(3, config.width),
+        down=down,
+        mid=_middle(widths[-1]),
+        norm_out=_norm(widths[-1]),
+        swish=nn.SiLU(),
+        conv_out=_conv(widths[-1], 2 * config.channels),
+    )
+
+
+def _decoder(config: VaeConfig) -> nn.Sequential:
+    """Latents [B, C, h, w] to pixels [B, 3, H, W]. Levels run from the coarsest, with the highest number, to 0."""
+    widths = [config.width * multiplier for multiplier in config.width_multipliers]
+    up = nn.Sequential()
+    for level, (inputs, outputs) in reversed(list(enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)))):
+        part = _sequence(block=_blocks(inputs, outputs, config.res_blocks + 1))
+        if level > 0:
+            part.add_module("upsample", _upsample(outputs))
+        up.add_module(str(level), part)
+    return _sequence(
+        conv_in=_conv(config.channels, widths[-1]),
+        mid=_middle(widths[-1]),
+        up=up,
+        norm_out=_norm(widths[0]),
+        swish=nn.SiLU(),
+        conv_out=_conv(widths[0], 3),
+    )
+
+
+class Autoencoder(nn.Module):
+    """Both halves, frozen."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        self.encoder, self.decoder = _encoder(config), _decoder(config)
+        self.requires_grad_(False).eval()
+
+
+def load_autoencoder(config: VaeConfig, device: torch.device | str = "cpu") -> Autoencoder:
+    """The autoencoder with the weights of `config.path`, in float32 on `device`.
+
+    Raises UserError when the file cannot be read or lacks a tensor, has one too many or one of another shape.
+    """
+    with torch.device("meta"):  # neither memory nor random numbers for weights that the file replaces
+        autoencoder = Autoencoder(config)
+    try:
+        tensors = load_file(str(config.path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"model.vae.path={config.path} cannot be read ({error}); expected a complete ae.safetensors: check the "
+            "path and that the file was copied whole."
+        ) from error
+    _check_shapes(Path(str(config.path)), autoencoder, tensors)
+    autoencoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return autoencoder.to(device)
+
+
+def _check_shapes(path: Path, autoencoder: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Refuse a file whose tensors are not exactly those of the autoencoder."""
+    expected = {name: tuple(tensor.shape) for name, tensor in autoencoder.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"model.vae.path={path} does not fit the autoencoder of model.vae: tensor {name} is "
+            f"{found.get(name, 'absent')}, expected {expected.get(name, 'absent')} ({len(wrong)} such tensors in all). "
+            "Check channels, width, width_multipliers and res_blocks of model.vae, or give the file that they describe."
+        )
+
+
+class FluxCodec:
+    """The codec: x_0 = scale * (z - shift) with z drawn from the posterior (bagel-reference section 9)."""
+
+    def __init__(self, config: VaeConfig, autoencoder: Autoencoder) -> None:
+        self.channels, self.downsample = config.channels, config.downsample
+        self._scale, self._shift = config.scale, config.shift
+        self._encoder, self._decoder = autoencoder.encoder, autoencoder.decoder
+
+    @torch.no_grad()
+    def moments(self, pixels_B3HW: Tensor) -> Tensor:
+        """Means and log variances of the posterior [B, 2 C, h, w]."""
+        return self._encoder(pixels_B3HW)
+
+    def sample(self, moments: Tensor, noise_BCHW: Tensor) -> Tensor:
+        """x_0 [B, C, h, w] from the posterior's moments and standard normal noise."""
+        mean_BCHW, log_variance_BCHW = moments.chunk(2, dim=1)
+        z_BCHW = mean_BCHW + torch.exp(0.5 * log_variance_BCHW) * noise_BCHW
+        return self._scale * (z_BCHW - self._shift)
+
+    def encode(self, pixels_B3HW: Tensor, generator_seeds: Sequence[int]) -> Tensor:
+        """Latents [B, C, H / downsample, W / downsample] float32; one seed per image."""
+        moments = self.moments(pixels_B3HW)
+        shape = (self.channels, *moments.shape[2:])
+        noise_BCHW = torch.stack([normal(seed, *shape) for seed in generator_seeds])
+        assert len(noise_BCHW) == len(moments), "one seed per image"
+        return self.sample(moments, noise_BCHW.to(moments.device))
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] float32."""
+        return self._decoder(latents_BCHW / self._scale + self._shift)

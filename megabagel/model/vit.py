@@ -1,0 +1,65 @@
+"""The ViT tower (SigLIP layout, NaViT packing) and its connector (BAGEL section 2.2; bagel-reference sections 1, 8).
+
+Legend: P patches of several images end to end; E tower width; N heads of this rank, H head dimension; I hidden width.
+Row counts are small beside the language model's, so the tower is split by heads and MLP width but not by rows.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from megabagel.config.schema import ModelConfig, VitConfig
+from megabagel.model.factory import LayerFactory
+from megabagel.model.inputs import Attend
+
+
+class VitLayer(nn.Module):
+    """Pre-LN transformer layer with full attention inside each image."""
+
+    def __init__(self, config: VitConfig, factory: LayerFactory) -> None:
+        super().__init__()
+        width = config.hidden
+        self.head = width // config.heads
+        self.norm1 = nn.LayerNorm(width, config.norm_eps)
+        self.qkv = factory.column(width, {"q": width, "k": width, "v": width}, bias=True, rows_split=False)
+        self.o = factory.row(width, width, bias=True, rows_split=False)
+        self.norm2 = nn.LayerNorm(width, config.norm_eps)
+        self.fc1 = factory.column(width, {"fc1": config.ffn}, bias=True, rows_split=False)
+        self.fc2 = factory.row(config.ffn, width, bias=True, rows_split=False)
+
+    def forward(self, x_PE: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """[P, E] -> [P, E]."""
+        q, k, v = self.qkv(self.norm1(x_PE)).unflatten(-1, (3, -1, self.head)).unbind(1)
+        x_PE = x_PE + self.o(attend(q, k, v).flatten(1))
+        return x_PE + self.fc2(functional.gelu(self.fc1(self.norm2(x_PE)), approximate="tanh"))
+
+
+class Vit(nn.Module):
+    """Patches to features: linear patch embedding, learned positions, layers, final norm."""
+
+    def __init__(self, config: VitConfig, factory: LayerFactory) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Linear(3 * config.patch**2, config.hidden)
+        self.position_embedding = nn.Embedding(config.grid**2, config.hidden)
+        self.layers = nn.ModuleList(VitLayer(config, factory) for _ in range(config.layers))
+        self.post_norm = nn.LayerNorm(config.hidden, config.norm_eps)
+
+    def forward(self, patches: torch.Tensor, grid_P: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Patches [P, 3 * patch**2] and their grid ids [P] -> features [P, E]."""
+        x_PE = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)) + self.position_embedding(grid_P)
+        for layer in self.layers:
+            x_PE = layer(x_PE, attend)
+        return self.post_norm(x_PE)
+
+
+class Connector(nn.Module):
+    """Two-layer MLP from tower width to hidden width."""
+
+    def __init__(self, config: ModelConfig, factory: LayerFactory) -> None:
+        super().__init__()
+        self.fc1 = factory.column(config.vit.hidden, {"fc1": config.hidden}, bias=True, rows_split=False)
+        self.fc2 = factory.row(config.hidden, config.hidden, bias=True, rows_split=False)
+
+    def forward(self, x_PE: torch.Tensor) -> torch.Tensor:
+        """[P, E] -> [P, I]."""
+        return self.fc2(functional.gelu(self.fc1(x_PE), approximate="tanh"))

@@ -1,0 +1,192 @@
+"""From a packed batch to the tensors of one stage: dispatch of rows, encoding and noising of images.
+
+Legend: see `model.inputs`; L latent tokens and V ViT patches of the whole pack, in token order.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megabagel_kernels.flow import noise_latents
+from megabagel_kernels.philox import noise_rows
+
+from megabagel.config.schema import Config
+from megabagel.model.factory import LayerFactory
+from megabagel.model.flow import patchify, timestep
+from megabagel.model.inputs import LatentInputs, Rope, StageInputs, VitInputs
+from megabagel.model.positions import rope_tables
+from megabagel.model.vae import Codec
+from megabagel.parallel.attention import attend_across, attend_within, join_over_cp
+from megabagel.parallel.topology import Axis, Topology
+from megabagel.sequence.batch import PackedBatch
+from megabagel.sequence.grid import grid_ids
+from megabagel.sequence.images import index_latents, shares, vae_images, vit_images
+from megabagel.sequence.items import Mode
+from megabagel.sequence.pack import Pack, mask_codes
+from megabagel.sequence.sample import LATENT, TEXT, VIT, Split
+
+
+@dataclass(frozen=True)
+class Drive:
+    """Latents from outside instead of encoded images, for samplers: x_t of every latent token, and one timestep."""
+
+    x_t_LC: torch.Tensor
+    time: float
+
+
+class InputBuilder:
+    """Builds StageInputs for this rank."""
+
+    def __init__(
+        self, config: Config, topology: Topology, factory: LayerFactory, codec: Codec, device: torch.device
+    ) -> None:
+        self.config, self.topology, self.factory = config, topology, factory
+        self.codec, self.device = codec, device
+
+    def build(self, batch: PackedBatch, drive: Drive | None = None) -> StageInputs:
+        """Tensors of one micro-batch. With `drive`, noised images take its latents and clean ones are not allowed."""
+        pack, layout, cp = batch.pack, batch.layout, self.topology.cp
+        token_C, border = layout.rank(cp.rank), layout.borders[cp.rank]
+        first, last = self.topology.pp.first, self.topology.pp.last
+        position_C = np.where(token_C >= 0, pack.position_S[token_C], 0)
+        rope = rope_tables(self._tensor(position_C), self.config.model.kv_channels, self.config.model.rope_base)
+        word_U, is_word_U = self._words(batch, token_C[:border])
+        ce_row_K, label_K = self._targets(batch, token_C[:border]) if last else (word_U[:0], word_U[:0])
+        return StageInputs(
+            attend=attend_across(layout.codes(pack, cp.rank), cp),
+            rope=Rope(*rope),
+            word_U=word_U,
+            is_word_U=is_word_U,
+            vit=self._vit(batch, token_C[:border]) if first and self.config.model.visual_und else None,
+            latents=self._latents(batch, token_C[border:], drive) if first else None,
+            ce_row_K=ce_row_K,
+            label_K=label_K,
+        )
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def _words(self, batch: PackedBatch, token_U: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        pack = batch.pack
+        is_word_U = (token_U >= 0) & (pack.kind_S[token_U] == TEXT)
+        word_U = np.where(is_word_U, batch.words.numpy()[np.where(is_word_U, pack.fill_S[token_U], 0)], 0)
+        return self._tensor(word_U), self._tensor(is_word_U)
+
+    def _targets(self, batch: PackedBatch, token_U: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows with cross-entropy and the word that follows each."""
+        row_K = np.flatnonzero((token_U >= 0) & batch.pack.ce_S[token_U])
+        label_K = batch.words.numpy()[batch.pack.fill_S[token_U[row_K]] + 1]
+        return self._tensor(row_K), self._tensor(label_K)
+
+    def _vit(self, batch: PackedBatch, token_U: np.ndarray) -> VitInputs:
+        """Images of this context-parallel rank, padded to the largest share so that ranks exchange equal shapes."""
+        pack, config, cp = batch.pack, self.config.model, self.topology.cp
+        images = [image for _, image in vit_images(pack)]
+        sizes = [image.rows * image.cols for image in images]
+        grids = [grid_ids(image.rows, image.cols, config.vit.grid, config.interpolate_pos) for image in images]
+        dealt = shares(sizes, cp.size)
+        rows = max(
+            1, *(sum(sizes[i] for i in part) for part in dealt)
+        )  # one padding patch keeps the tower in the graph
+        mine = dealt[cp.rank]
+        codes = mask_codes([[Split(Mode.FULL, sizes[i])] for i in mine])
+        padding = rows - sum(sizes[i] for i in mine)
+        patches = torch.cat([*batch.patches, torch.zeros(padding, 3 * config.vit.patch**2)])
+        grid_P = np.concatenate([*(grids[i] for i in mine), np.zeros(padding, np.int64)])
+        source_V = self._order_after_join(sizes, dealt, rows)
+        row_U = np.where((token_U >= 0) & (pack.kind_S[token_U] == VIT), pack.fill_S[token_U], -1)
+        return VitInputs(
+            patches=patches.to(self.device),
+            grid=self._tensor(grid_P),
+            grid_all=self._tensor(np.concatenate([np.zeros(0, np.int64), *grids])),
+            row_U=self._tensor(row_U),
+            attend=attend_within(codes.padded(padding)),
+            collect=lambda encoded: join_over_cp(encoded, cp)[source_V],
+        )
+
+    def _order_after_join(self, sizes: list[int], dealt: list[list[int]], rows: int) -> torch.Tensor:
+        """Where each image's tokens lie once every rank's `rows` rows stand end to end, in token order."""
+        start = {}
+        for rank, part in enumerate(dealt):
+            at = rank * rows
+            for image in part:
+                start[image] = at
+                at += sizes[image]
+        return self._tensor(
+            np.concatenate([np.zeros(0, np.int64), *(start[i] + np.arange(size) for i, size in enumerate(sizes))])
+        )
+
+    def _latents(self, batch: PackedBatch, token_G: np.ndarray, drive: Drive | None) -> LatentInputs:
+        pack, config = batch.pack, self.config
+        share = self.factory.share
+        index = index_latents(pack)
+        token_G = np.where((token_G >= 0) & (pack.kind_S[token_G] == LATENT), token_G, -1)
+        real_g = share(self._tensor(token_G >= 0))
+        latent_g = share(self._tensor(np.where(token_G >= 0, pack.fill_S[token_G], 0)))
+        if not pack.latents:
+            return self._no_latents(len(real_g))
+        image_g = self._tensor(index.image_L)[latent_g]
+        raw_I = torch.tensor([image.raw_timestep for image in pack.latents], device=self.device)
+        grids = [grid_ids(i.rows, i.cols, config.model.latent_grid, config.model.interpolate_pos) for i in pack.latents]
+        if drive is None:
+            time_I = timestep(raw_I, config.train.timestep_shift)
+            x0_gC = self._encode(batch)[self._tensor(index.x0_L)[latent_g]]
+            real_g &= x0_gC.isfinite().all(1)  # a lost image has NaN latents: its rows stay, without loss
+            x0_gC = x0_gC.nan_to_num()
+            seed_I = torch.tensor([image.noise_seed for image in pack.latents], device=self.device)
+            eps_gC = noise_rows(seed_I[image_g], self._tensor(index.place_L)[latent_g], config.model.latent_dim)
+            x_t_gC, target_gC = noise_latents(x0_gC, eps_gC, time_I[image_g]), eps_gC - x0_gC
+        else:
+            time_I = torch.full((len(pack.latents),), drive.time, device=self.device)
+            x_t_gC = drive.x_t_LC.to(self.device)[latent_g]
+            target_gC = torch.zeros_like(x_t_gC)
+        weight_g = real_g & (raw_I > -torch.inf)[image_g]
+        return LatentInputs(
+            x_t_gC=x_t_gC * real_g[:, None],
+            target_gC=target_gC * real_g[:, None],
+            weight_g=weight_g.float(),
+            grid_g=self._tensor(np.concatenate(grids))[latent_g] * real_g,
+            time_I=time_I,
+            image_g=image_g * real_g,
+        )
+
+    def _no_latents(self, rows: int) -> LatentInputs:
+        """Padding rows alone: the generation expert still runs on them."""
+        none = torch.zeros(rows, self.config.model.latent_dim, device=self.device)
+        zero = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        return LatentInputs(none, none, none[:, 0], zero, torch.zeros(1, device=self.device), zero)
+
+    def _encode(self, batch: PackedBatch) -> torch.Tensor:
+        """x_0 of every distinct image, [tokens, C] end to end; each rank of the stage encodes its share."""
+        pack, stage = batch.pack, self.topology.tp_cp
+        images = vae_images(pack)
+        sizes = [image.tokens for image in images]
+        dealt = shares(sizes, stage.size)
+        mine = [images[i] for i in dealt[stage.rank]]
+        tokens = [
+            patchify(
+                self.codec.encode(pixels[None].to(self.device), [self._posterior_seed(pack, image.sample, image.slot)])[
+                    0
+                ],
+                self.config.model.latent_patch,
+            )
+            for image, pixels in zip(mine, batch.pixels, strict=True)
+        ]
+        rows = max(sum(sizes[i] for i in part) for part in dealt)
+        own = torch.cat([*tokens, torch.zeros(0, self.config.model.latent_dim, device=self.device)])
+        own = torch.nn.functional.pad(own, (0, 0, 0, rows - len(own)))
+        return _join(own, stage)[self._order_after_join(sizes, dealt, rows)]
+
+    @staticmethod
+    def _posterior_seed(pack: Pack, sample: int, slot: int) -> int:
+        return pack.samples[sample].key.seed64("posterior", slot)
+
+
+def _join(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Rows of every rank end to end, without gradient."""
+    if axis.size == 1:
+        return x
+    out = x.new_empty(axis.size * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    return out

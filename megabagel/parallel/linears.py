@@ -1,0 +1,145 @@
+"""The megatron-core layer factory: tensor- and sequence-parallel linears for the model (see `model.factory`)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megabagel.parallel.sharding import Sharded
+from megabagel.parallel.topology import Topology
+
+
+class MegatronLayers:
+    """Builds linears that are split over the tensor-parallel axis of a topology."""
+
+    def __init__(self, config: TransformerConfig, topology: Topology) -> None:
+        self.config, self.tp = config, topology.tp
+        self.rows_are_split = config.sequence_parallel and self.tp.size > 1
+        self.whole_rows = replace(config, sequence_parallel=False)
+
+    @property
+    def shards(self) -> int:
+        """Tensor-parallel size."""
+        return self.tp.size
+
+    def column(self, inputs: int, blocks: Mapping[str, int], *, bias: bool, rows_split: bool) -> nn.Module:
+        """Column-parallel linear; its output holds every block's share of this rank, side by side."""
+        linear = _Column(
+            inputs,
+            sum(blocks.values()),
+            config=self.config if rows_split and self.rows_are_split else self.whole_rows,
+            init_method=_left_to_initialise,
+            bias=bias,
+            tp_group=self.tp.group,
+        )
+        self._shard(linear.weight, 0, blocks)
+        if bias:
+            self._shard(linear.bias, 0, blocks)
+        return linear
+
+    def row(self, inputs: int, outputs: int, *, bias: bool, rows_split: bool) -> nn.Module:
+        """Row-parallel linear; sums over ranks, and scatters the rows under sequence parallelism."""
+        linear = _Row(
+            inputs,
+            outputs,
+            config=self.config if rows_split and self.rows_are_split else self.whole_rows,
+            init_method=_left_to_initialise,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=self.tp.group,
+        )
+        self._shard(linear.weight, 1, {"": inputs})
+        return linear
+
+    def embedding(self, vocabulary: int, width: int) -> nn.Module:
+        """Vocabulary-parallel embedding."""
+        table = VocabParallelEmbedding(
+            vocabulary, width, init_method=_left_to_initialise, config=self.config, tp_group=self.tp.group
+        )
+        self._shard(table.weight, 0, {"": vocabulary})
+        return table
+
+    def head(self, width: int, vocabulary: int) -> nn.Module:
+        """Vocabulary-parallel linear with cross-entropy."""
+        head = _Head(
+            width,
+            vocabulary,
+            config=self.whole_rows,
+            init_method=_left_to_initialise,
+            bias=False,
+            disable_grad_reduce=self.rows_are_split,  # join_rows reduces and scatters in one collective
+            tp_group=self.tp.group,
+        )
+        self._shard(head.weight, 0, {"": vocabulary})
+        return head
+
+    def split_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's rows; backward gathers."""
+        return scatter_to_sequence_parallel_region(x, group=self.tp.group) if self.rows_are_split else x
+
+    def join_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """All rows; backward reduces partial gradients and scatters."""
+        if not self.rows_are_split:
+            return x
+        return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.tp.group)
+
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of a tensor without gradient."""
+        return x.chunk(self.tp.size)[self.tp.rank] if self.rows_are_split else x
+
+    def partial_over_rows(self, module: nn.Module) -> nn.Module:
+        """Gradients are sums over the axis where rows are split."""
+        return _mark_partial(module) if self.rows_are_split else module
+
+    def partial_over_heads(self, module: nn.Module) -> nn.Module:
+        """Gradients are sums over the axis."""
+        return _mark_partial(module) if self.tp.size > 1 else module
+
+    def _shard(self, parameter: nn.Parameter, dim: int, blocks: Mapping[str, int]) -> None:
+        parameter.sharded = Sharded(dim, dict(blocks), self.tp.rank, self.tp.size)  # type: ignore[attr-defined]
+        if not hasattr(parameter, "tensor_model_parallel"):  # without it the gradient norm would count one rank only
+            set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+
+
+class _Column(ColumnParallelLinear):
+    """Returns the output alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x)[0]
+
+
+class _Row(RowParallelLinear):
+    """Returns the output alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x)[0]
+
+
+class _Head(ColumnParallelLinear):
+    """Cross-entropy per row over a vocabulary that is split over ranks."""
+
+    def forward(self, hidden_TI: torch.Tensor, label_T: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        logits = super().forward(hidden_TI)[0]
+        return vocab_parallel_cross_entropy(logits.float(), label_T)
+
+
+def _left_to_initialise(weight: torch.Tensor) -> None:
+    """Weights are filled by `parallel.initialise`, by name, so that they do not depend on the grid."""
+
+
+def _mark_partial(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.partial_over_tp = True  # type: ignore[attr-defined]
+    return module

@@ -1,0 +1,143 @@
+"""The grid of ranks: one value that knows this rank's place on every axis, handed to whoever needs it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megabagel.config.checks import check_world
+from megabagel.config.schema import Config
+from megabagel.errors import UserError
+from megabagel.parallel import host
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the grid: this rank's index on it, its size, and the group of ranks along it."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is first on the axis."""
+        return self.rank == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this rank is last on the axis."""
+        return self.rank == self.size - 1
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place: tensor, pipeline, context and data parallel axes, and the groups that span two of them."""
+
+    world: Axis
+    tp: Axis
+    pp: Axis
+    cp: Axis
+    dp: Axis
+    tp_cp: Axis
+    """All ranks of one stage that share a pack."""
+    dp_cp: Axis
+    """All ranks that hold the same weights."""
+    local_rank: int
+
+    def describe(self) -> str:
+        """The grid in a line."""
+        axes = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "dp": self.dp}
+        return " x ".join(f"{name} {axis.size}" for name, axis in axes.items())
+
+
+@contextmanager
+def distributed(config: Config) -> Iterator[Topology]:
+    """Join the job's process group, build the grid, and take both down at the end.
+
+    Launch facts come from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), from srun's
+    (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID) or, alone, from nowhere.
+    Raises UserError when the world size does not fit the grid, on every rank alike.
+    """
+    rank, size, local_rank = launch_facts()
+    check_world(config, size)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    else:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", size)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    host.install()
+    _rendezvous(rank, size)
+    try:
+        yield build(config, local_rank)
+    finally:
+        teardown()
+        dist.destroy_process_group()
+
+
+def launch_facts() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun or srun tells them; (0, 1, 0) alone."""
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
+        values = [os.environ.get(name) for name in names]
+        if all(values):
+            try:
+                rank, size, local_rank = (int(value or 0) for value in values)
+            except ValueError:
+                pairs = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+                raise UserError(f"{pairs}: expected whole numbers; start with torchrun, srun or --nproc") from None
+            if not 0 <= rank < size:
+                raise UserError(f"{names[0]}={rank} with {names[1]}={size}: expected a rank below the world size")
+            return rank, size, local_rank
+    return 0, 1, 0
+
+
+def _rendezvous(rank: int, size: int) -> None:
+    if size == 1:
+        dist.init_process_group(host.backend(), store=dist.HashStore(), rank=0, world_size=1)
+        return
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(
+                f"{name} is not set for a job of {size} ranks: start with torchrun or --nproc, or export it"
+            )
+    dist.init_process_group(host.backend(), rank=rank, world_size=size, timeout=timedelta(minutes=10))
+
+
+def build(config: Config, local_rank: int = 0) -> Topology:
+    """Make megatron-core's groups for the config's grid inside the running process group."""
+    from megatron.core import parallel_state as state
+
+    grid = config.parallel
+    state.initialize_model_parallel(
+        tensor_model_parallel_size=grid.tp,
+        pipeline_model_parallel_size=grid.pp,
+        virtual_pipeline_model_parallel_size=grid.vpp if grid.vpp > 1 else None,
+        context_parallel_size=grid.cp,
+        create_gloo_process_groups=False,
+    )
+
+    def axis(group: dist.ProcessGroup | None) -> Axis:
+        assert group is not None
+        return Axis(group.rank(), group.size(), group)
+
+    return Topology(
+        world=axis(dist.group.WORLD),
+        tp=axis(state.get_tensor_model_parallel_group()),
+        pp=axis(state.get_pipeline_model_parallel_group()),
+        cp=axis(state.get_context_parallel_group()),
+        dp=axis(state.get_data_parallel_group()),
+        tp_cp=axis(state.get_tensor_and_context_parallel_group()),
+        dp_cp=axis(state.get_data_parallel_group(with_context_parallel=True)),
+        local_rank=local_rank,
+    )
+
+
+def teardown() -> None:
+    """Forget megatron-core's groups and buffers, so that another grid can be built in this process."""
+    from megatron.core import parallel_state as state
+
+    state.destroy_model_parallel()

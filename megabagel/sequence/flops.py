@@ -1,0 +1,58 @@
+"""FLOP count of a pack, from sizes alone, in the two conventions in use.
+
+official: what the released trainer reports (bagel-reference section 19): 6 x parameters of one branch, embedding and
+head per token, attention by the square of each sample's length, no credit for the mask.
+masked-pair: the same, attention by exactly visible (query, key) pairs.
+Both are forward plus backward of the language model. ViT and VAE work is counted beside them; recompute never is.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megabagel.config.schema import ModelConfig
+from megabagel.sequence.pack import Pack
+from megabagel.sequence.sample import VIT
+
+TRAIN = 3
+"""Forward plus backward, in forwards."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating point operations (a multiply-add is two) of one or more packs; adds up with `+`."""
+
+    official: float = 0.0
+    masked: float = 0.0
+    vit: float = 0.0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.official + other.official, self.masked + other.masked, self.vit + other.vit)
+
+
+def branch_parameters(model: ModelConfig) -> int:
+    """Weights that one token meets in all layers: one expert with its norms and biases, and the final norm."""
+    width, head = model.hidden, model.kv_channels
+    query, key = model.heads * head, model.kv_heads * head
+    attention = width * (query + 2 * key) + query * width
+    biases = (query + 2 * key) * model.qkv_bias + 2 * head * model.qk_norm
+    return model.layers * (attention + biases + 3 * width * model.ffn + 2 * width) + width
+
+
+def count_flops(pack: Pack, model: ModelConfig) -> Flops:
+    """FLOPs of one training step on one pack."""
+    dense = 2 * TRAIN * (branch_parameters(model) + 2 * model.vocab * model.hidden) * pack.tokens
+    per_pair = 4 * TRAIN * model.heads * model.kv_channels * model.layers
+    squares = sum(float(sample.tokens) ** 2 for sample in pack.samples)
+    visible = float(pack.visible_S.sum())
+    return Flops(dense + per_pair * squares, dense + per_pair * visible, _vit_flops(pack, model))
+
+
+def _vit_flops(pack: Pack, model: ModelConfig) -> float:
+    """Tower and connector, forward and backward; full attention inside each image."""
+    vit = model.vit
+    patches = np.array([image.rows * image.cols for sample in pack.samples for image in sample.vits], np.float64)
+    assert patches.sum() == (pack.kind_S == VIT).sum()
+    layer = 4 * vit.hidden**2 + 2 * vit.hidden * vit.ffn
+    weights = 3 * vit.patch**2 * vit.hidden + vit.layers * layer + (vit.hidden + model.hidden) * model.hidden
+    return float(TRAIN * (2 * weights * patches.sum() + 4 * vit.hidden * vit.layers * (patches**2).sum()))

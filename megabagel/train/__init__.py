@@ -1,0 +1,1 @@
+"""The training loop: step, losses, optimizer, schedules, telemetry."""

@@ -1,0 +1,119 @@
+"""Gradients and updates: megatron-core's DDP and distributed optimizer, the sum over tensor-parallel ranks, and EMA.
+
+Every data-parallel rank owns a flat shard of the fp32 weights, moments and averaged weights (ZeRO-1).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megabagel.config.schema import TrainConfig
+from megabagel.parallel.stages import PipelineStage
+from megabagel.parallel.topology import Axis, Topology
+
+
+class Optimizer:
+    """AdamW with clipping over this rank's model chunks, and the exponential moving average of the weights."""
+
+    def __init__(
+        self, config: TrainConfig, megatron: TransformerConfig, stages: list[PipelineStage], topology: Topology
+    ) -> None:
+        self.config = config
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+        )
+        self.chunks = [DistributedDataParallel(megatron, ddp, stage) for stage in stages]
+        chained: Any = get_megatron_optimizer(
+            _optimizer_config(config, megatron), self.chunks, use_gloo_process_groups=False
+        )
+        (self.distributed,) = getattr(chained, "chained_optimizers", [chained])
+        self._chained = chained
+        self._allocate_moments()
+        self.ema = {shard: shard.detach().clone() for shard in self.shards()} if config.ema else {}
+        megatron.finalize_model_grads_func = lambda chunks, *_, **__: finish_gradients(chunks, topology.tp)
+
+    def shards(self) -> list[torch.Tensor]:
+        """This rank's fp32 weight shards, flat, in a fixed order."""
+        return [shard for group in self.inner.param_groups for shard in group["params"]]
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The AdamW that holds the moments."""
+        return self.distributed.optimizer
+
+    def _allocate_moments(self) -> None:
+        """Make the moments exist before the first step, so that a checkpoint can always be written or filled."""
+        for shard in self.shards():
+            zeros = {kind: torch.zeros_like(shard) for kind in ("exp_avg", "exp_avg_sq")}
+            self.inner.state[shard] = {"step": torch.zeros(()), **zeros} if self._counts_per_shard else zeros
+
+    @property
+    def _counts_per_shard(self) -> bool:
+        """torch's AdamW counts steps per parameter; the fused optimizers of GPU machines per group."""
+        return isinstance(self.inner, torch.optim.AdamW)
+
+    def after_load(self, step: int) -> None:
+        """Weights, moments and averages were filled in place: count `step` steps and hand the weights to the model."""
+        for group in self.inner.param_groups:
+            if not self._counts_per_shard:
+                group["step"] = step
+            for shard in group["params"] if self._counts_per_shard else ():
+                self.inner.state[shard]["step"].fill_(step)
+        self.distributed._copy_main_params_to_model_params()
+        for chunk in self.chunks:
+            chunk.start_param_sync(force_sync=True)
+
+    def zero_grad(self) -> None:
+        """Start a step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self._chained.zero_grad()
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> float:
+        """Clip and update with the gradients at hand; returns their global L2 norm before clipping."""
+        for group in self._chained.param_groups:
+            group["lr"] = learning_rate
+        _, norm, _ = self._chained.step()
+        if self.ema:
+            torch._foreach_lerp_(list(self.ema.values()), list(self.ema), 1 - self.config.ema)
+        return float(norm)
+
+
+def _optimizer_config(config: TrainConfig, megatron: TransformerConfig) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=0.0,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip,
+        bf16=megatron.bf16,
+        params_dtype=megatron.params_dtype,
+        use_distributed_optimizer=True,
+    )
+
+
+def finish_gradients(chunks: list[DistributedDataParallel], tp: Axis) -> None:
+    """Sum gradients over data- and context-parallel ranks, then partial ones over tensor-parallel ranks."""
+    for chunk in chunks:
+        chunk.finish_grad_sync()
+    if tp.size == 1:
+        return
+    partial = [
+        parameter.main_grad  # type: ignore[attr-defined]
+        for chunk in chunks
+        for parameter in chunk.parameters()
+        if parameter.requires_grad and getattr(parameter, "partial_over_tp", False)
+    ]
+    if partial:
+        flat = torch.cat([gradient.flatten() for gradient in partial])
+        dist.all_reduce(flat, group=tp.group)
+        for gradient, total in zip(partial, flat.split([g.numel() for g in partial]), strict=True):
+            gradient.copy_(total.view_as(gradient))

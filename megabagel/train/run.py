@@ -1,0 +1,187 @@
+"""A training run from config to checkpoint: join the job, build everything, step until done."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megabagel.checkpoint import store
+from megabagel.checkpoint.tensors import sharded_tensors
+from megabagel.config.load import dump
+from megabagel.config.schema import Config
+from megabagel.data.decode import choose_engine
+from megabagel.data.loader import Loader, Step
+from megabagel.data.plan import GlobalPlan, open_sources
+from megabagel.data.shapes import ensure_dataset
+from megabagel.data.tokenizer import TextTokenizer, load_tokenizer
+from megabagel.errors import UserError
+from megabagel.generate.euler import EulerSampler
+from megabagel.model.vae import build_codec
+from megabagel.parallel import host
+from megabagel.parallel.agree import everywhere, once
+from megabagel.parallel.attention import choose_attention
+from megabagel.parallel.inputs import InputBuilder
+from megabagel.parallel.linears import MegatronLayers
+from megabagel.parallel.megatron import megatron_config
+from megabagel.parallel.stages import build_stages
+from megabagel.parallel.topology import Topology, distributed
+from megabagel.sequence.batch import Encoders
+from megabagel.train.optimizer import Optimizer
+from megabagel.train.schedule import learning_rate
+from megabagel.train.step import Counts, Losses, StepRunner
+from megabagel.train.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Trainer:
+    """Everything one rank needs to train, built from a config on a topology."""
+
+    config: Config
+    topology: Topology
+    plan: GlobalPlan
+    loader: Loader
+    optimizer: Optimizer
+    runner: StepRunner
+    builder: InputBuilder
+    sampler: EulerSampler | None
+    step: int = 0
+    """Finished steps."""
+
+    def train_step(self, step: Step) -> tuple[Losses, float]:
+        """One optimizer step; returns (losses, gradient norm)."""
+        inputs = [self.builder.build(batch) for batch in step.batches]
+        counts = Counts(step.plan.ce_tokens, step.plan.mse_tokens)
+        result = self.runner.train(inputs, counts, learning_rate(self.config.train, self.step))
+        self.step += 1
+        return result
+
+    def tensors(self) -> dict[str, Any]:
+        """This rank's shards, as a checkpoint holds them."""
+        stages = [chunk.module for chunk in self.optimizer.chunks]
+        return sharded_tensors(stages, self.optimizer.distributed, self.optimizer.ema, self.topology)
+
+    def save(self, plan_state: dict[str, Any]) -> None:
+        """Write a checkpoint of the finished steps; `plan_state` is the data plan's after the last of them."""
+        store.save(self.config, self.topology, self.step, self.tensors(), {"plan": plan_state})
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint, whatever grid wrote it."""
+        self.step, state = everywhere(self.topology, lambda: store.read(folder, self.config))
+        everywhere(self.topology, lambda: self.plan.load_state(state["plan"]))
+        store.load(folder, self.tensors())
+        self.optimizer.after_load(self.step)
+        logger.info("resumed from %s at step %d", folder, self.step)
+
+
+def build_trainer(config: Config, topology: Topology) -> Trainer:
+    """Open the data and build the model, optimizer and engines of this rank.
+
+    Raises UserError, the same on every rank, for whatever a user can mend.
+    """
+    once(topology, lambda: ensure_dataset(config.data))
+    tokenizer = everywhere(topology, lambda: _tokenizer(config))
+    once(topology, lambda: open_sources(config, tokenizer))  # writes the index cache that the others read
+    sources = everywhere(topology, lambda: open_sources(config, tokenizer))
+    plan = everywhere(topology, lambda: GlobalPlan(sources, config))
+    codec = everywhere(topology, lambda: build_codec(config.model.vae, host.device()))
+    choose_attention(config.parallel)
+    encoders = Encoders(topology.pp.first, topology.cp.rank, topology.cp.size, topology.tp_cp.rank, topology.tp_cp.size)
+    dp = (topology.dp.rank, topology.dp.size)
+    loader = Loader(plan, tokenizer, choose_engine(config.data.decode), config, encoders, dp)
+    megatron = megatron_config(config)
+    optimizer = Optimizer(config.train, megatron, build_stages(config, topology, megatron), topology)
+    runner = StepRunner(config, topology, optimizer)
+    builder = InputBuilder(config, topology, MegatronLayers(megatron, topology), codec, host.device())
+    sampler = None
+    if config.telemetry.sample_every:
+        sampler = everywhere(topology, lambda: EulerSampler(config, topology, builder, tokenizer, runner.evaluate))
+    return Trainer(config, topology, plan, loader, optimizer, runner, builder, sampler)
+
+
+def _tokenizer(config: Config) -> TextTokenizer:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab:
+        raise UserError(
+            f"model.vocab={config.model.vocab}, but data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} "
+            "tokens: set model.vocab to at least that, a multiple of parallel.tp"
+        )
+    return tokenizer
+
+
+def main(config: Config) -> None:
+    """Train `config` on the ranks of this job; called once per rank."""
+    with distributed(config) as topology:
+        _configure_log(topology)
+        logger.info("grid: %s, %s on %s", topology.describe(), config.train.precision, host.backend())
+        folder = Path(config.run.dir)
+        once(topology, lambda: _prepare(config, folder))
+        trainer = build_trainer(config, topology)
+        checkpoint = everywhere(topology, lambda: store.find(config))
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        telemetry = Telemetry(config, first=topology.world.first, step=trainer.step)
+        try:
+            _loop(trainer, telemetry)
+        finally:
+            telemetry.close()
+
+
+def _loop(trainer: Trainer, telemetry: Telemetry) -> None:
+    config = trainer.config
+    left = config.train.steps - trainer.step
+    for step in trainer.loader.steps(left):
+        started = time.perf_counter()
+        losses, norm = trainer.train_step(step)
+        telemetry.log_step(_record(trainer, step, losses, norm, time.perf_counter() - started))
+        done = trainer.step == config.train.steps
+        if trainer.sampler and (done or trainer.step % config.telemetry.sample_every == 0):
+            telemetry.log_images(trainer.step, trainer.sampler.draw())
+        if done or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
+            trainer.save(step.plan.state)
+
+
+def _record(trainer: Trainer, step: Step, losses: Losses, norm: float, seconds: float) -> dict[str, Any]:
+    """The line of metrics.jsonl."""
+    plan, world = step.plan, trainer.topology.world.size
+    tokens, gen = sum(pack.tokens for pack in plan.packs), sum(pack.tokens_gen for pack in plan.packs)
+    flops = sum(plan.flops[1:], plan.flops[0])
+    return {
+        "step": trainer.step,
+        "loss": losses.total,
+        "loss_ce": losses.ce,
+        "loss_mse": losses.mse,
+        "grad_norm": norm,
+        "lr": learning_rate(trainer.config.train, trainer.step - 1),
+        "tokens": tokens,
+        "tokens_und": tokens - gen,
+        "tokens_gen": gen,
+        "samples": sum(len(pack.samples) for pack in plan.packs),
+        "seconds": seconds,
+        "tokens_per_s_per_gpu": tokens / seconds / world,
+        "flops_official": flops.official,
+        "flops_masked": flops.masked,
+        "flops_vit": flops.vit,
+        "skipped": sum(plan.skipped.values()),
+        "lost_images": step.lost_images,
+    }
+
+
+def _prepare(config: Config, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        dump(config, folder / "config.yaml")
+    except OSError as error:
+        raise UserError(
+            f"run.dir={folder}: cannot be written ({error}); choose a folder with space and rights"
+        ) from error
+
+
+def _configure_log(topology: Topology) -> None:
+    level = logging.INFO if topology.world.first else logging.WARNING
+    logging.basicConfig(
+        level=level, format=f"[rank {topology.world.rank}] %(message)s" if level > 20 else "%(message)s"
+    )
+    logging.getLogger("megabagel").setLevel(level)

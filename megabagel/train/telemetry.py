@@ -1,0 +1,76 @@
+"""What a run says about itself while it trains.
+
+RUN/metrics.jsonl               a line per step, every number in full precision
+RUN/tensorboard/                the same, and sample images
+RUN/samples/step_00000100.png   sample images with their prompts
+console                         a line every `telemetry.log_every` steps, or a progress bar on a terminal
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from megabagel.config.schema import Config
+from megabagel.train.console import ProgressBar, StepLines
+from megabagel.train.contact_sheet import contact_sheet, png
+from megabagel.train.records import MetricsFile, SampleFiles, TensorBoardFile
+
+
+class Telemetry:
+    """Takes the records of a run. Rank 0 writes them; on other ranks every call does nothing.
+
+    A run that goes on from step k loses what was recorded after k, so that every step is on record exactly once.
+    Methods raise UserError, naming the path, when the disk refuses.
+    """
+
+    def __init__(self, config: Config, first: bool = True, step: int = 0) -> None:
+        self._folder, self._active = Path(config.run.dir), first
+        if not first:
+            return
+        self._metrics = MetricsFile(self._folder / "metrics.jsonl", step)
+        self._samples = SampleFiles(self._folder / "samples")
+        self._board = TensorBoardFile(self._folder / "tensorboard", step) if config.telemetry.tensorboard else None
+        bar = sys.stdout.isatty()
+        self._console = (ProgressBar if bar else StepLines)(config.train.steps, config.telemetry.log_every, step)
+
+    def log_step(self, record: Mapping[str, float | int]) -> None:
+        """Record one finished step: plain numbers by name, among them `step`."""
+        if self._active:
+            self._metrics.write(record)
+            if self._board:
+                self._board.write(record)
+            self._console.show(record)
+
+    def log_images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Record sample images of a step by prompt, uint8 [height, width, 3] each."""
+        if self._active:
+            sheet = contact_sheet(pictures)
+            encoded = png(sheet)
+            self._samples.write(step, encoded)
+            if self._board:
+                self._board.write_image(step, encoded, sheet.shape[:2])
+
+    def close(self) -> None:
+        """End the console output, close the files and say where everything is."""
+        if self._active:
+            self._console.close()
+            self._metrics.close()
+            if self._board:
+                self._board.close()
+            print("\n".join(_left_behind(self._folder)), flush=True)
+
+
+def _left_behind(folder: Path) -> list[str]:
+    """A line for each thing that is there to look at."""
+    lines = [f"metrics      {folder / 'metrics.jsonl'}"]
+    if (folder / "tensorboard").is_dir():
+        lines.append(f"tensorboard  {folder / 'tensorboard'}  (tensorboard --logdir {folder / 'tensorboard'})")
+    pictures = sorted((folder / "samples").glob("step_*.png"))
+    if pictures:
+        lines.append(f"samples      {pictures[-1]}")
+    checkpoints = folder / "checkpoints"
+    if (checkpoints / "latest").is_file():
+        lines.append(f"checkpoint   {checkpoints / (checkpoints / 'latest').read_text().strip()}")
+    return lines

@@ -1,0 +1,74 @@
+"""How fast a run is: tokens, and model FLOPs against the peak of the device (MFU), in both conventions in use.
+
+`sequence.flops` says what the conventions count. Recomputed activations are never counted.
+"""
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from megabagel.config.schema import Config
+from megabagel.sequence.flops import Flops
+
+DENSE_BF16_TFLOPS = {
+    "GB200": 2500,
+    "B200": 2250,
+    "H200 NVL": 835,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+}
+"""Peak without sparsity by a part of the device's name, from the vendor's data sheets; the first that fits counts."""
+
+
+class Peak(NamedTuple):
+    """Peak of one device in FLOP/s, and how it was known."""
+
+    flops: float
+    source: str
+
+
+def peak_flops(config: Config, device: torch.device) -> Peak:
+    """Peak of `device`: `telemetry.peak_tflops`, else a data sheet's, else what a matmul reaches in this process."""
+    if config.telemetry.peak_tflops is not None:
+        return Peak(config.telemetry.peak_tflops * 1e12, "telemetry.peak_tflops")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, tflops in DENSE_BF16_TFLOPS.items():
+            if part in name:
+                return Peak(tflops * 1e12, f"data sheet of {part}, dense bf16")
+    return _measured(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+
+
+def rates(flops: Flops, tokens: int, seconds: float, devices: int, peak: Peak) -> dict[str, float]:
+    """Speed of one step as metrics.jsonl holds it, from the totals of all devices.
+
+    mfu_official, mfu_masked: model FLOPs per second over the peak of all devices, by convention.
+    vit_flops_per_s_per_gpu: work of the ViT tower, which neither convention counts.
+    """
+    device_seconds = seconds * devices
+    return {
+        "tokens_per_s_per_gpu": tokens / device_seconds,
+        "mfu_official": flops.official / device_seconds / peak.flops,
+        "mfu_masked": flops.masked / device_seconds / peak.flops,
+        "vit_flops_per_s_per_gpu": flops.vit / device_seconds,
+    }
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The fastest of a few square matmuls, after one to warm up."""
+    side = 8192 if device.type == "cuda" else 1024
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    where = f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    name = str(dtype).removeprefix("torch.")
+    return Peak(2 * side**3 / min(times[1:]), f"measured: {side} x {side} {name} matmul on {where}")

@@ -1,0 +1,73 @@
+"""One loss curve for every grid: tensor, pipeline, interleaved, context and data parallel, alone and together."""
+
+from functools import cache
+
+import pytest
+
+from tests.parallel.pool import RankPool
+from tests.parallel.scenario import base_config, curve, on_grid
+
+GRIDS = [  # tp, pp, vpp, cp, dp
+    (2, 1, 1, 1, 1),
+    (1, 2, 1, 1, 1),
+    (1, 2, 2, 1, 1),
+    (1, 1, 1, 2, 1),
+    (1, 1, 1, 1, 2),
+    (2, 2, 1, 1, 1),
+    (2, 1, 1, 2, 1),
+    (1, 2, 1, 2, 2),
+    (2, 2, 1, 2, 1),
+]
+
+LOSS, NORM = 1e-5, 1e-4
+"""Relative tolerances in fp32: sums in another order move the tenth step's loss by about 1e-6."""
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: RankPool) -> list[dict[str, float]]:
+    """The curve of one rank."""
+    return _curve(ranks, (1, 1, 1, 1, 1))
+
+
+def _curve(ranks: RankPool, grid: tuple[int, ...], **options: object) -> list[dict[str, float]]:
+    tp, pp, vpp, cp, dp = grid
+    results = ranks.run(tp * pp * cp * dp, curve, on_grid(base_config(), tp, pp, vpp, cp, **options))
+    assert all(result == results[0] for result in results), "ranks disagree on the global losses"
+    return results[0]
+
+
+def _assert_same(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    for step, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        for key, value in theirs.items():
+            tolerance = NORM if key == "norm" else LOSS
+            assert mine[key] == pytest.approx(value, rel=tolerance, abs=1e-12), (step, key)
+
+
+def test_scenario_learns_and_has_the_hard_batches(alone: list[dict[str, float]]) -> None:
+    assert alone[3]["mse"] == 0 < alone[3]["ce"]
+    assert alone[4]["ce"] == 0 < alone[4]["mse"]
+    assert alone[9]["total"] < alone[0]["total"]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "tp{}-pp{}-vpp{}-cp{}-dp{}".format(*grid))
+def test_curve_does_not_depend_on_the_grid(
+    ranks: RankPool, alone: list[dict[str, float]], grid: tuple[int, ...]
+) -> None:
+    _assert_same(_curve(ranks, grid), alone)
+
+
+@pytest.mark.parametrize(
+    ("grid", "options"),
+    [
+        ((2, 1, 1, 1, 1), {"sp": False}),
+        ((2, 1, 1, 2, 1), {"sp": False}),
+        ((2, 2, 1, 1, 1), {"recompute": "full"}),
+        ((1, 1, 1, 2, 1), {"recompute": "selective"}),
+        ((1, 2, 1, 1, 1), {"layer_split": (1, 4)}),
+        ((1, 2, 2, 1, 1), {"layer_split": (0, 2, 2, 1)}),
+    ],
+)
+def test_curve_does_not_depend_on_options(
+    ranks: RankPool, alone: list[dict[str, float]], grid: tuple[int, ...], options: dict[str, object]
+) -> None:
+    _assert_same(_curve(ranks, grid, **options), alone)

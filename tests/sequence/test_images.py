@@ -1,0 +1,86 @@
+"""Which images a pack needs, who encodes them, and where each latent token finds its x_0."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megabagel.sequence.batch import Encoders
+from megabagel.sequence.images import index_latents, shares, vae_images, vit_images
+from megabagel.sequence.items import Clip, Item, Latent, Text, Vit
+from tests.sequence.draws import lay_end_to_end, packs
+
+
+@settings(max_examples=200, deadline=None)
+@given(packs())
+def test_images_are_distinct_and_in_order_of_first_use(drawn):
+    pack, _, samples = drawn
+    first_uses = list(
+        dict.fromkeys(
+            (number, token.image[0])
+            for number, sample in enumerate(samples)
+            for token in sample
+            if token.kind == "latent"
+        )
+    )
+    assert [(image.sample, image.slot) for image in vae_images(pack)] == first_uses
+    seen = [(number, item) for number, items in enumerate(drawn.items) for item in items if isinstance(item, Vit)]
+    assert vit_images(pack) == seen
+
+
+def test_an_image_that_is_used_again_later_keeps_its_first_place():
+    again: list[Item] = [Latent(slot, 1, slot + 1, noised) for slot, noised in ((0, True), (1, True), (0, False))]
+    pack = lay_end_to_end([[Text(9, 1)], again, again[:1]]).pack
+    found = [(image.sample, image.slot, image.tokens) for image in vae_images(pack)]
+    assert found == [(1, 0, 1), (1, 1, 2), (2, 0, 1)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(packs())
+def test_every_latent_token_finds_its_image_its_place_and_its_x0(drawn):
+    pack, _, samples = drawn
+    # x_0 of every distinct image, end to end, as (sample, slot, place)
+    x0 = [(image.sample, image.slot, place) for image in vae_images(pack) for place in range(image.tokens)]
+    wanted = [(number, *t.image) for number, sample in enumerate(samples) for t in sample if t.kind == "latent"]
+    index = index_latents(pack)
+    assert [x0[row] for row in index.x0_L] == wanted
+    assert index.place_L.tolist() == [place for *_, place in wanted]
+    assert [pack.latents[image].slot for image in index.image_L] == [slot for _, slot, _ in wanted]
+    flow = [t.flow for sample in samples for t in sample if t.kind == "latent"]
+    assert [pack.latents[image].noised for image in index.image_L] == flow
+
+
+def test_frames_of_a_clip_are_images_of_their_own():
+    frames = (Latent(4, 1, 2, noised=True), Latent(2, 1, 1, noised=True))
+    pack = lay_end_to_end([[Clip(frames, (1, 1), chain=0), Latent(2, 1, 1, noised=False)]]).pack
+    index = index_latents(pack)
+    assert [image.slot for image in vae_images(pack)] == [4, 2]
+    assert (index.image_L.tolist(), index.place_L.tolist()) == ([0, 0, 1, 2], [0, 1, 0, 0])
+    assert index.x0_L.tolist() == [0, 1, 2, 2]
+
+
+def test_a_pack_without_latents_has_an_empty_index():
+    pack = lay_end_to_end([[Text(0, 3), Vit(1, 2, 2)]]).pack
+    index = index_latents(pack)
+    assert vae_images(pack) == []
+    assert len(index.image_L) == len(index.place_L) == len(index.x0_L) == 0
+
+
+@given(st.lists(st.integers(1, 4096), max_size=20), st.integers(1, 8))
+def test_shares_are_a_partition(costs, ranks):
+    parts = shares(costs, ranks)
+    assert len(parts) == ranks
+    assert sorted(number for part in parts for number in part) == list(range(len(costs)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(packs(), st.integers(1, 3), st.integers(1, 2))
+def test_every_image_has_one_encoder_in_the_first_stage(drawn, cp, tp):
+    def encoders(stage_rank: int, active: bool = True) -> Encoders:
+        return Encoders(active, stage_rank % cp, cp, stage_rank, cp * tp)
+
+    pack = drawn.pack
+    vae = [number for rank in range(cp * tp) for number in encoders(rank).vae(pack)]
+    assert sorted(vae) == list(range(len(vae_images(pack))))
+    vit = [number for rank in range(cp) for number in encoders(rank).vit(pack)]
+    assert sorted(vit) == list(range(len(vit_images(pack))))
+    assert all(encoders(rank).vit(pack) == encoders(rank + cp).vit(pack) for rank in range(cp * (tp - 1)))
+    assert encoders(0, active=False).vae(pack) == encoders(0, active=False).vit(pack) == []

@@ -1,0 +1,90 @@
+"""Who sees whom: mask integers against the plain definition (BAGEL section 2.3, figure 15)."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megabagel_kernels.attention.mask import PRIVATE, dense_mask, visible_pairs, visible_per_query
+
+from megabagel.sequence.items import Mode
+from megabagel.sequence.pack import mask_codes
+from megabagel.sequence.sample import Split
+from tests.sequence.definition import Place, mask_of, places_of
+from tests.sequence.draws import packs, splits
+
+TEXT, FULL, NOISE = Mode.CAUSAL, Mode.FULL, Mode.NOISE
+
+
+def drawn(codes):
+    """The mask as rows of text: x sees, . does not."""
+    return ["".join(".x"[int(cell)] for cell in row) for row in np.asarray(dense_mask(codes))]
+
+
+def test_an_interleaved_sample_and_a_chain():
+    """Figure 15: (a) a generated image and its clean copy, (b) two groups of a chain; words before and after."""
+    interleaved = [Split(TEXT, 2), Split(NOISE, 2), Split(FULL, 2), Split(TEXT, 1)]
+    chain = [Split(TEXT, 1), Split(NOISE, 1, chain=0), Split(NOISE, 2, chain=0), Split(TEXT, 1)]
+    assert drawn(mask_codes([interleaved, chain])) == [
+        "x...........",
+        "xx..........",
+        "xxxx........",
+        "xxxx........",
+        "xx..xx......",
+        "xx..xx......",
+        "xx..xxx.....",
+        ".......x....",
+        ".......xx...",
+        ".......xxxx.",
+        ".......xxxx.",
+        ".......x...x",
+    ]
+
+
+def test_chains_do_not_meet_even_when_they_alternate_and_share_a_number_with_another_sample():
+    alternating = [Split(NOISE, 1, chain=c) for c in (0, 1, 0, None, 1)]
+    assert drawn(mask_codes([alternating, [Split(NOISE, 1, chain=0)]])) == [
+        "x.....",
+        ".x....",
+        "x.x...",
+        "...x..",
+        ".x..x.",
+        ".....x",
+    ]
+
+
+@settings(max_examples=700, deadline=None)
+@given(st.lists(st.lists(splits(), min_size=1, max_size=7), min_size=1, max_size=4))
+def test_any_splits(samples):
+    places = [
+        Place(number, index, split.mode, split.chain)
+        for number, sample in enumerate(samples)
+        for index, split in enumerate(sample)
+        for _ in range(split.length)
+    ]
+    expected, codes = mask_of(places), mask_codes(samples)
+    assert np.array_equal(dense_mask(codes), expected)
+    assert np.array_equal(visible_per_query(codes), expected.sum(1))
+    assert visible_pairs(codes) == expected.sum()
+
+
+@settings(max_examples=400, deadline=None)
+@given(packs())
+def test_any_pack_of_items(pack_drawn):
+    pack, _, tokens = pack_drawn
+    expected = mask_of(places_of(tokens))
+    assert np.array_equal(dense_mask(pack.codes), expected)
+    assert np.array_equal(pack.visible_S, expected.sum(1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(packs())
+def test_codes_are_positions_of_public_keys_and_private_numbers_of_noised_ones(pack_drawn):
+    """Kernels count on it: public codes grow with the sequence, private ones start at PRIVATE (kernels-design 1)."""
+    pack, _, tokens = pack_drawn
+    hidden = np.array([token.mode is Mode.NOISE for sample in tokens for token in sample])
+    code = np.asarray(pack.codes.key_code)
+    assert np.array_equal(code[~hidden], np.flatnonzero(~hidden))
+    numbers = code[hidden] - PRIVATE
+    groups = {(place.sample, place.split) for place in places_of(tokens) if place.mode is Mode.NOISE}
+    assert set(numbers.tolist()) == set(range(len(groups)))
+    for array in (pack.codes.key_code, pack.codes.a0, pack.codes.a1, pack.codes.b0, pack.codes.b1):
+        assert array.dtype == np.int32

@@ -93,6 +93,9 @@ def _train(args: argparse.Namespace) -> int:
 
         check_world(config, args.nproc)
         return spawn([sys.executable, "-m", "megabagel", "train", str(args.config), *args.overrides], args.nproc)
+    from megabagel.parallel import host
+
+    host.install()  # before anything imports megatron
     from megabagel.train.run import main as run
 
     run(config)

@@ -1,7 +1,7 @@
 """Turn the stamps of Debian's package tuxpaint-stamps-default into shards: real photographs and drawings with captions.
 
     apt-get install tuxpaint-stamps-default      # about 950 captioned images
-    pip install resvg-py                         # optional: without it the stamps that exist as SVG only are skipped
+    pip install -e ".[svg]"                      # optional: without it the stamps that exist as SVG only are skipped
     python tools/build_stamps.py --out runs/stamps
 
 The caption is the English one. PNG files stay as they are; an SVG is drawn at 512 pixels on its longest side, unless a

@@ -67,17 +67,21 @@ def index_source(data: DataConfig, source: SourceConfig, tokenizer: TextTokenize
 
 
 def find_shards(root: Path, pattern: str) -> list[Path]:
-    """The shards that a glob under `root` names, sorted.
+    """The shards that a glob names, under `root` unless it is absolute, sorted.
 
     Raises:
-        UserError: no file matches.
+        UserError: no file matches, or the glob is malformed.
     """
-    shards = sorted(path for path in root.glob(pattern) if path.is_file())
+    anchor = Path(pattern).anchor
+    try:
+        shards = sorted(path for path in (root / anchor).glob(pattern.removeprefix(anchor)) if path.is_file())
+        problem = f"no file matches under data.root, which {'exists' if root.is_dir() else 'does not exist'}"
+    except (ValueError, IndexError) as error:  # pathlib on "", ".", "a**b"
+        shards, problem = [], str(error)
     if not shards:
         raise UserError(
-            f"data.sources: no shard matches {pattern!r} under data.root = {str(root)!r} (which"
-            f" {'exists' if root.is_dir() else 'does not exist'}). Expected WebDataset tars, for example"
-            " 'train-*.tar'; `megabagel data prepare` builds them from a folder of images and captions."
+            f"data.sources: path {pattern!r} with data.root = {str(root)!r}: {problem}. Expected WebDataset tars, for"
+            " example 'train-*.tar'; `megabagel data prepare` builds them from a folder of images and captions."
         )
     return shards
 

@@ -57,6 +57,15 @@ class StepPlan:
     skipped: dict[str, int]
     """Samples left out since the start, by reason."""
 
+    def tokens_by_source(self) -> dict[str, tuple[int, int]]:
+        """Tokens with (cross-entropy, flow loss) in the global batch, by source."""
+        counts: dict[str, tuple[int, int]] = {}
+        for sample in (sample for pack in self.packs for sample in pack.samples):
+            ce, mse = counts.get(sample.key.source, (0, 0))
+            noised = sum(image.rows * image.cols for image in sample.latents if image.noised)
+            counts[sample.key.source] = (ce + int(sample.ce_S.sum()), mse + noised)
+        return counts
+
     @property
     def ce_tokens(self) -> int:
         """Tokens with cross-entropy in the global batch."""

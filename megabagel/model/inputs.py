@@ -60,7 +60,7 @@ class LatentInputs:
 
 @dataclass(frozen=True)
 class StageInputs:
-    """One micro-batch for one stage. `words`, `vit`, `latents` serve the first stage; `ce_*` the last."""
+    """One micro-batch for one stage. `word_U`, `vit`, `latents` serve the first stage, the rest below them the last."""
 
     attend: Attend
     rope: Rope
@@ -74,6 +74,10 @@ class StageInputs:
     """[K] int64, rows of U with cross-entropy."""
     label_K: torch.Tensor
     """[K] int64, the next word of each."""
+    source_K: torch.Tensor
+    """[K] int64, number of the data source behind each of these rows; only for the log."""
+    source_g: torch.Tensor
+    """[g] int64, the same for gen rows; only for the log."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ with the CPU; schedules, optimizer, collectives and checkpoints are the same cod
 """
 
 import logging
+import resource
 import warnings
 from typing import Any
 
@@ -23,6 +24,13 @@ def device() -> torch.device:
 def backend() -> str:
     """Name of torch.distributed's backend for that device."""
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held so far: on its CUDA device, or resident in the host's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def install() -> None:

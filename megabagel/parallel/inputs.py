@@ -52,7 +52,7 @@ class InputBuilder:
         position_C = np.where(token_C >= 0, pack.position_S[token_C], 0)
         rope = rope_tables(self._tensor(position_C), self.config.model.kv_channels, self.config.model.rope_base)
         word_U, is_word_U = self._words(batch, token_C[:border])
-        ce_row_K, label_K = self._targets(batch, token_C[:border]) if last else (word_U[:0], word_U[:0])
+        targets = np.flatnonzero((token_C[:border] >= 0) & pack.ce_S[token_C[:border]]) if last else np.arange(0)
         return StageInputs(
             attend=attend_across(layout.codes(pack, cp.rank), cp),
             rope=Rope(*rope),
@@ -60,8 +60,10 @@ class InputBuilder:
             is_word_U=is_word_U,
             vit=self._vit(batch, token_C[:border]) if first and self.config.model.visual_und else None,
             latents=self._latents(batch, token_C[border:], drive) if first else None,
-            ce_row_K=ce_row_K,
-            label_K=label_K,
+            ce_row_K=self._tensor(targets),
+            label_K=self._tensor(batch.words.numpy()[pack.fill_S[token_C[targets]] + 1]),
+            source_K=self._tensor(self._sources(pack, token_C[targets])),
+            source_g=self.factory.share(self._tensor(self._sources(pack, token_C[border:]))),
         )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
@@ -73,11 +75,11 @@ class InputBuilder:
         word_U = np.where(is_word_U, batch.words.numpy()[np.where(is_word_U, pack.fill_S[token_U], 0)], 0)
         return self._tensor(word_U), self._tensor(is_word_U)
 
-    def _targets(self, batch: PackedBatch, token_U: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows with cross-entropy and the word that follows each."""
-        row_K = np.flatnonzero((token_U >= 0) & batch.pack.ce_S[token_U])
-        label_K = batch.words.numpy()[batch.pack.fill_S[token_U[row_K]] + 1]
-        return self._tensor(row_K), self._tensor(label_K)
+    def _sources(self, pack: Pack, token_T: np.ndarray) -> np.ndarray:
+        """Number of each row's source in `data.sources`; rows of none (padding, prompts) get the number after them."""
+        names = [source.name for source in self.config.data.sources]
+        of_sample = [names.index(s.key.source) if s.key.source in names else len(names) for s in pack.samples]
+        return np.where(token_T >= 0, np.array(of_sample)[pack.sample_S[token_T]], len(names))
 
     def _vit(self, batch: PackedBatch, token_U: np.ndarray) -> VitInputs:
         """Images of this context-parallel rank, padded to the largest share so that ranks exchange equal shapes."""

@@ -12,7 +12,7 @@ from megabagel.config.load import dump
 from megabagel.config.schema import Config
 from megabagel.data.decode import choose_engine
 from megabagel.data.loader import Loader, Step
-from megabagel.data.plan import GlobalPlan, open_sources
+from megabagel.data.plan import GlobalPlan, Source, open_sources
 from megabagel.data.shapes import ensure_dataset
 from megabagel.data.tokenizer import TextTokenizer, load_tokenizer
 from megabagel.errors import UserError
@@ -31,6 +31,7 @@ from megabagel.train.optimizer import Optimizer
 from megabagel.train.schedule import learning_rate
 from megabagel.train.step import Counts, Losses, StepRunner
 from megabagel.train.telemetry import Telemetry
+from megabagel.train.throughput import peak_flops, rates
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,9 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     """
     once(topology, lambda: ensure_dataset(config.data))
     tokenizer = everywhere(topology, lambda: _tokenizer(config))
-    once(topology, lambda: open_sources(config, tokenizer))  # writes the index cache that the others read
-    sources = everywhere(topology, lambda: open_sources(config, tokenizer))
+    opened: list[list[Source]] = []
+    once(topology, lambda: opened.append(open_sources(config, tokenizer)))  # writes the cache that the others read
+    sources = everywhere(topology, lambda: opened[0] if opened else open_sources(config, tokenizer))
     plan = everywhere(topology, lambda: GlobalPlan(sources, config))
     codec = everywhere(topology, lambda: build_codec(config.model.vae, host.device()))
     choose_attention(config.parallel)
@@ -131,11 +133,17 @@ def main(config: Config) -> None:
 
 def _loop(trainer: Trainer, telemetry: Telemetry) -> None:
     config = trainer.config
+    peak = peak_flops(config, host.device())
+    logger.info("peak for MFU: %.3g FLOP/s per rank (%s)", *peak)
     left = config.train.steps - trainer.step
     for step in trainer.loader.steps(left):
         started = time.perf_counter()
         losses, norm = trainer.train_step(step)
-        telemetry.log_step(_record(trainer, step, losses, norm, time.perf_counter() - started))
+        record = _record(trainer, step, losses, norm)
+        seconds = time.perf_counter() - started
+        flops = sum(step.plan.flops[1:], step.plan.flops[0])
+        speed = rates(flops, record["tokens"], seconds, trainer.topology.world.size, peak)
+        telemetry.log_step({**record, "seconds": seconds, **speed, "mem": host.peak_memory()})
         done = trainer.step == config.train.steps
         if trainer.sampler and (done or trainer.step % config.telemetry.sample_every == 0):
             telemetry.log_images(trainer.step, trainer.sampler.draw())
@@ -143,27 +151,28 @@ def _loop(trainer: Trainer, telemetry: Telemetry) -> None:
             trainer.save(step.plan.state)
 
 
-def _record(trainer: Trainer, step: Step, losses: Losses, norm: float, seconds: float) -> dict[str, Any]:
-    """The line of metrics.jsonl."""
-    plan, world = step.plan, trainer.topology.world.size
+def _record(trainer: Trainer, step: Step, losses: Losses, norm: float) -> dict[str, Any]:
+    """What a step did, equal on every grid up to rounding: the first part of its line in metrics.jsonl."""
+    plan = step.plan
+    by_source: dict[str, float] = {}
+    counts = plan.tokens_by_source()
+    for number, source in enumerate(trainer.config.data.sources):
+        ce, mse = counts.get(source.name, (0, 0))
+        by_source |= {f"loss_ce/{source.name}": losses.ce_sums[number] / ce} if ce else {}
+        by_source |= {f"loss_mse/{source.name}": losses.mse_sums[number] / mse} if mse else {}
     tokens, gen = sum(pack.tokens for pack in plan.packs), sum(pack.tokens_gen for pack in plan.packs)
-    flops = sum(plan.flops[1:], plan.flops[0])
     return {
         "step": trainer.step,
         "loss": losses.total,
         "loss_ce": losses.ce,
         "loss_mse": losses.mse,
+        **by_source,
         "grad_norm": norm,
         "lr": learning_rate(trainer.config.train, trainer.step - 1),
         "tokens": tokens,
         "tokens_und": tokens - gen,
         "tokens_gen": gen,
         "samples": sum(len(pack.samples) for pack in plan.packs),
-        "seconds": seconds,
-        "tokens_per_s_per_gpu": tokens / seconds / world,
-        "flops_official": flops.official,
-        "flops_masked": flops.masked,
-        "flops_vit": flops.vit,
         "skipped": sum(plan.skipped.values()),
         "lost_images": step.lost_images,
     }

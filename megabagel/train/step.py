@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from megabagel.config.schema import Config, TrainConfig
+from megabagel.config.schema import Config
 from megabagel.model.inputs import Outputs, StageInputs
+from megabagel.parallel import host
 from megabagel.parallel.topology import Topology
 from megabagel.sequence.layout import layout_rows
 from megabagel.train.optimizer import Optimizer
@@ -31,17 +32,32 @@ class Losses:
     ce: float
     mse: float
     total: float
+    ce_sums: tuple[float, ...] = ()
+    mse_sums: tuple[float, ...] = ()
+    """Sums of both losses by data source, for the log."""
 
 
-def weigh(outputs: Outputs, counts: Counts, config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+Weighed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def weigh(outputs: Outputs, inputs: StageInputs, counts: Counts, config: Config) -> Weighed:
     """This micro-batch's share of the global loss: weighted sums over global counts (bagel-reference section 10).
 
-    Returns (loss, rows counted by megatron-core, which we leave at 0, sums for the log).
+    Returns (loss, rows counted by megatron-core, which we leave at 0, fp64 sums [2, sources + 1] for the log).
     """
+    train, sources = config.train, len(config.data.sources) + 1
     ce, mse = outputs.ce_K.sum(), outputs.mse_g.sum()
-    loss = config.ce_weight * ce / max(counts.ce, 1) + config.mse_weight * mse / max(counts.mse, 1)
-    sums = {"ce": ce.detach(), "mse": mse.detach()}
+    loss = train.ce_weight * ce / max(counts.ce, 1) + train.mse_weight * mse / max(counts.mse, 1)
+    sums = torch.stack([
+        _by_source(outputs.ce_K.detach(), inputs.source_K, sources),
+        _by_source(outputs.mse_g.detach(), inputs.source_g, sources),
+    ])  # fmt: skip
     return loss, torch.zeros((), dtype=torch.int, device=ce.device), sums
+
+
+def _by_source(loss_T: torch.Tensor, source_T: torch.Tensor, sources: int) -> torch.Tensor:
+    """Sums [sources] in fp64, in an order that does not vary."""
+    return loss_T.double() @ torch.nn.functional.one_hot(source_T, sources).double()
 
 
 class StepRunner:
@@ -56,27 +72,22 @@ class StepRunner:
     def train(self, micro_batches: Sequence[StageInputs], counts: Counts, learning_rate: float) -> tuple[Losses, float]:
         """Forward, backward and update; returns (losses of the global batch, gradient norm), equal on all ranks."""
         self.optimizer.zero_grad()
-        sums = self._schedule(
-            micro_batches, partial(weigh, counts=counts, config=self.config.train), forward_only=False
-        )
+        sums = self._schedule(micro_batches, partial(weigh, counts=counts, config=self.config), forward_only=False)
         norm = self.optimizer.step(learning_rate)
         return self._reduce(sums, counts), norm
 
     def evaluate(self, inputs: StageInputs) -> Outputs | None:
         """One micro-batch forward without gradients; the outputs on the last stage, None elsewhere."""
         interleaved = self.config.parallel.vpp > 1  # whose schedule wants a multiple of the pipeline's length
+        copies = self.topology.pp.size if interleaved else 1
         with torch.no_grad():
-            found = self._schedule(
-                [inputs] * (self.topology.pp.size if interleaved else 1),
-                lambda outputs, **_: outputs,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
+            found = self._schedule([inputs] * copies, _as_it_is, forward_only=True, collect_non_loss_data=True)
         return found[0] if found else None
 
     def _schedule(self, micro_batches: Sequence[StageInputs], loss_func: Any, **options: Any) -> list[Any]:
         def forward_step(feed: Iterator[StageInputs], model: Any) -> tuple[Any, Any]:
-            return model(next(feed)), loss_func
+            inputs = next(feed)
+            return model(inputs), partial(loss_func, inputs=inputs)
 
         chunks = self.optimizer.chunks
         feeds = [iter(micro_batches) for _ in chunks]
@@ -90,14 +101,20 @@ class StepRunner:
             **options,
         )
 
-    def _reduce(self, sums: list[dict[str, torch.Tensor]], counts: Counts) -> Losses:
+    def _reduce(self, sums: list[torch.Tensor], counts: Counts) -> Losses:
         """Add up what the last stages found. Rows are split over tensor-parallel ranks, or else counted once."""
         grid, config = self.topology, self.config.train
-        mine = torch.zeros(2, dtype=torch.float64)
+        found = torch.zeros(2, len(self.config.data.sources) + 1, dtype=torch.float64, device=host.device())
         for entry in sums if grid.pp.last else []:
-            mine[0] += float(entry["ce"]) if grid.tp.first else 0.0
-            mine[1] += float(entry["mse"]) if grid.tp.first or self.rows_split else 0.0
-        mine = mine.to(next(self.optimizer.chunks[0].parameters()).device)
-        dist.all_reduce(mine)
-        ce, mse = (float(total) / max(count, 1) for total, count in zip(mine, (counts.ce, counts.mse), strict=True))
-        return Losses(ce, mse, config.ce_weight * ce + config.mse_weight * mse)
+            found += entry
+        if not grid.tp.first:
+            found[0] = 0
+            found[1] *= self.rows_split
+        dist.all_reduce(found)
+        ce, mse = (float(row.sum()) / max(n, 1) for row, n in zip(found, (counts.ce, counts.mse), strict=True))
+        total = config.ce_weight * ce + config.mse_weight * mse
+        return Losses(ce, mse, total, *(tuple(row.tolist()) for row in found))
+
+
+def _as_it_is(outputs: Outputs, **_: object) -> Outputs:
+    return outputs

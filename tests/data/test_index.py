@@ -258,11 +258,21 @@ def test_headers_alone_when_images_are_trusted(tmp_path: Path) -> None:
     assert sizes(build_index(shards, BYTES, "t2i")) == [("s000", 7, 9, 8)]
 
 
+def test_globs_may_be_deep_or_absolute(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    shards = [*shard(tmp_path / "a", captioned(1)), *shard(tmp_path / "a" / "b", captioned(1))]
+    assert find_shards(tmp_path, "**/a-*.tar") == sorted(shards)
+    assert find_shards(Path("elsewhere"), f"{tmp_path}/a/*.tar") == shards[:1]
+
+
 def test_users_mistakes_with_shards(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no shard matches 'x-\*\.tar' under data\.root = .*exists"):
+    with pytest.raises(UserError, match=r"path 'x-\*\.tar' with data\.root = .*no file matches.*which exists"):
         find_shards(tmp_path, "x-*.tar")
     with pytest.raises(UserError, match="does not exist"):
         find_shards(tmp_path / "nowhere", "*.tar")
+    for pattern in ("", "a**b/*.tar", "/", "."):
+        with pytest.raises(UserError, match="Expected WebDataset tars"):
+            find_shards(tmp_path, pattern)
     with pytest.raises(UserError, match=r"gone\.tar: shard not found"):
         build_index([tmp_path / "gone.tar"], BYTES, "t2i")
     (tmp_path / "zero.tar").touch()

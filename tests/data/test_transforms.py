@@ -12,23 +12,25 @@ from tests.data.pictures import file_of, noise, turned
 VAE = (ResizeConfig(1024, 512, 1806336), 16)
 EDIT = (ResizeConfig(518, 224, 1806336), 14)
 VLM = (ResizeConfig(980, 378, 2007040), 14)
+DEMO = (ResizeConfig(980, 224, 1806336), 14)
 
 # Results of the official code: width, height, images -> width, height.
 SIZES = [
     (VAE, 857, 433, 5, 704, 352),  # max_pixels acts by the ratio of areas
     (VAE, 1957, 2578, 2, 784, 1024),
-    (VAE, 1188, 835, 12, 208, 144),
+    (VAE, 3907, 3814, 12, 160, 144),  # pixels are rounded before strides are, half to even
     (VAE, 78, 2766, 5, 16, 704),  # never below one stride
     (VAE, 1284, 45, 1, 1024, 32),  # min_size asks for more than max_size allows
     (VAE, 415, 162, 1, 1024, 400),
     (VAE, 598, 925, 1, 592, 928),
     (EDIT, 2951, 36, 2, 518, 14),
-    (EDIT, 554, 575, 1, 504, 518),
+    (EDIT, 415, 748, 1, 280, 518),
     (EDIT, 343, 682, 5, 266, 518),
     (EDIT, 3462, 3507, 12, 294, 294),
     (VLM, 491, 768, 1, 490, 770),
-    (VLM, 2861, 2856, 12, 168, 168),
+    (VLM, 2940, 225, 2, 980, 70),
     (VLM, 867, 856, 1, 868, 854),
+    (DEMO, 667, 1126, 12, 154, 252),
 ]
 
 

@@ -5,7 +5,7 @@ functions of the sample, so each rank makes exactly the content that it is asked
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import count
 
 import torch
@@ -146,7 +146,7 @@ class Harness:
         inputs = [self.builder.build(batch(self.config, whole[index], self.encoders)) for index in mine]
         counts = Counts(sum(pack.ce_tokens for pack in whole), sum(pack.mse_tokens for pack in whole))
         losses, norm = self.runner.train(inputs, counts, learning_rate(self.config.train, number))
-        return {**asdict(losses), "norm": norm}
+        return {"ce": losses.ce, "mse": losses.mse, "total": losses.total, "norm": norm}
 
 
 def curve(config: Config, steps: int = 10) -> list[dict[str, float]]:

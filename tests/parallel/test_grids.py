@@ -1,7 +1,5 @@
 """One loss curve for every grid: tensor, pipeline, interleaved, context and data parallel, alone and together."""
 
-from functools import cache
-
 import pytest
 
 from tests.parallel.pool import RankPool

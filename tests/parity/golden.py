@@ -159,6 +159,8 @@ def stage_inputs(case: Case) -> StageInputs:
         latents=_latents(case, latent_g),
         ce_row_K=(target_U >= 0).nonzero()[:, 0],
         label_K=batch.get("packed_label_ids", token_T[:0])[target_U[target_U >= 0]],
+        source_K=target_U[target_U >= 0] * 0,
+        source_g=latent_g * 0,
     )
 
 

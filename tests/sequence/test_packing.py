@@ -59,7 +59,7 @@ def test_every_sample_is_packed_once_and_waits_a_bounded_time(lengths, lookahead
 
 
 def test_long_samples_are_packed_as_often_as_they_come():
-    """The released packer loses samples that do not fit at once; with its fine-tune settings these are the long ones."""
+    """The released packer loses samples that do not fit at once; under its fine-tune settings, the long ones."""
     lengths = np.random.default_rng(0).permutation([9000] * 40 + [200] * 400).tolist()
     packs, _ = stream(lengths, lookahead=50, min_tokens=10240, max_tokens=11520)
     assert sorted(number for pack in packs for number in pack) == list(range(440))
@@ -78,7 +78,7 @@ def test_packs_are_full_when_the_window_offers_enough():
     [
         ([9, 7, 6, 5, 4, 3], 2, [[0, 3, 5], [1, 2, 4]]),  # 9+5+3 and 7+6+4
         ([1, 1, 1, 1], 2, [[0, 2], [1, 3]]),
-        ([1, 5, 1, 1], 2, [[0, 1], [2, 3]]),  # the second bin is full before the first is level
+        ([1, 5, 1, 1], 2, [[1, 3], [0, 2]]),  # the last one goes to the heavier bin: the other is full
         ([0, 0], 2, [[0], [1]]),
         ([], 3, [[], [], []]),
         ([2.5], 1, [[0]]),

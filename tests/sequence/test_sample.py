@@ -86,8 +86,13 @@ def test_a_dropped_image_leaves_a_gap_unless_told_otherwise(dropped, moves):
 def test_cross_entropy_rows_are_those_before_each_id_and_before_eos():
     told, asked = Text(0, 3, loss=True), Text(1, 2)
     sample = plan(asked, told, Latent(2, 1, 2, noised=True), Text(3, 0, loss=True), Vit(4, 1, 1))
-    #                                 bos ids eos      bos ids eos      soi 2 eoi       bos eos  soi 1 eoi
-    assert sample.ce_S.tolist() == [0, 0, 0, 0] + [1, 1, 1, 1, 0] + [0, 0, 0, 0] + [1, 0] + [0, 0, 0]
+    assert sample.ce_S.tolist() == [
+        *(0, 0, 0, 0),  # bos ids eos
+        *(1, 1, 1, 1, 0),  # bos ids eos, with loss
+        *(0, 0, 0, 0),  # soi latents eoi
+        *(1, 0),  # bos eos, with loss
+        *(0, 0, 0),  # soi patch eoi
+    ]
 
 
 @settings(max_examples=300, deadline=None)

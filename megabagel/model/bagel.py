@@ -82,7 +82,8 @@ class Heads(nn.Module):
         """Losses per row."""
         und_uI, gen_gI = self.norm.both(hidden.und_uI, hidden.gen_gI)
         ce_K = self.lm_head(self.factory.join_rows(und_uI)[inputs.ce_row_K], inputs.label_K)
-        velocity_gC = self.llm2vae(gen_gI) if self.visual_gen else torch.zeros_like(hidden.target_gC)
+        idle_gC = torch.zeros_like(hidden.target_gC) + gen_gI[:, :1] * 0  # keeps the expert in the graph
+        velocity_gC = self.llm2vae(gen_gI) if self.visual_gen else idle_gC
         mse_g = flow_loss_to_target(velocity_gC, hidden.target_gC, hidden.weight_g)
         return Outputs(ce_K, mse_g, velocity_gC)
 

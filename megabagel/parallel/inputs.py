@@ -82,15 +82,16 @@ class InputBuilder:
         return np.where(token_T >= 0, np.array(of_sample)[pack.sample_S[token_T]], len(names))
 
     def _vit(self, batch: PackedBatch, token_U: np.ndarray) -> VitInputs:
-        """Images of this context-parallel rank, padded to the largest share so that ranks exchange equal shapes."""
+        """Images of this context-parallel rank, padded to the largest share so that ranks exchange equal shapes.
+
+        One padding patch at least keeps the tower in the graph of a pack without images.
+        """
         pack, config, cp = batch.pack, self.config.model, self.topology.cp
         images = [image for _, image in vit_images(pack)]
         sizes = [image.rows * image.cols for image in images]
         grids = [grid_ids(image.rows, image.cols, config.vit.grid, config.interpolate_pos) for image in images]
         dealt = shares(sizes, cp.size)
-        rows = max(
-            1, *(sum(sizes[i] for i in part) for part in dealt)
-        )  # one padding patch keeps the tower in the graph
+        rows = max(1, *(sum(sizes[i] for i in part) for part in dealt))
         mine = dealt[cp.rank]
         codes = mask_codes([[Split(Mode.FULL, sizes[i])] for i in mine])
         padding = rows - sum(sizes[i] for i in mine)

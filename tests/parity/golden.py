@@ -41,8 +41,8 @@ from megabagel.sequence.sample import Dropout, Split, plan_sample
 FOLDER = Path(os.environ.get("MEGABAGEL_PARITY_DIR", Path(__file__).parents[3] / "shared" / "parity"))
 """Where the cases lie; they are not part of this repository."""
 
-CHUNK = 8
-"""Rows of the layout's unit: no length in the cases is a multiple, so that both experts have padding."""
+CHUNK = 16
+"""Rows of the layout's unit. With 16 both experts have padding rows in every case."""
 
 VARIANTS = {"Qwen2DecoderLayer": "dense", "Qwen2MoEDecoderLayer": "moe", "Qwen2MoTDecoderLayer": "mot"}
 
@@ -117,7 +117,7 @@ def model_config(official: dict[str, Any]) -> ModelConfig:
 
 
 def items(sample: dict[str, Any], config: ModelConfig) -> list[Item]:
-    """Our items for an official sequence plan. Every use of an image has its own x_0, hence its own slot."""
+    """Our items for an official sequence plan. Each use of an image has an x_0 of its own, hence its own slot."""
     lengths, shapes = map(len, sample["text_ids_list"]), iter(sample["image_shapes"])
     result: list[Item] = []
     frames: list[Latent] = []
@@ -159,7 +159,7 @@ def stage_inputs(case: Case) -> StageInputs:
         latents=_latents(case, latent_g),
         ce_row_K=(target_U >= 0).nonzero()[:, 0],
         label_K=batch.get("packed_label_ids", token_T[:0])[target_U[target_U >= 0]],
-        source_K=target_U[target_U >= 0] * 0,
+        source_K=target_U[target_U >= 0] * 0,  # one source: these serve the log alone
         source_g=latent_g * 0,
     )
 
@@ -215,18 +215,18 @@ def _latents(case: Case, latent_g: Tensor) -> LatentInputs:
     )
 
 
-VIT, LLM = "vit_model.vision_model.", "language_model.model."
+TOWER, LLM = "vit_model.vision_model.", "language_model.model."
 TWIN = {"und": "", "gen": "_moe_gen"}
 """How the official names tell the experts apart."""
 
 NAMES = (
     (r"embed\.words", LLM + "embed_tokens"),
-    (r"embed\.vit\.(patch|position)_embedding", VIT + "embeddings.{0}_embedding"),
-    (r"embed\.vit\.layers\.(\d+)\.norm([12])", VIT + "encoder.layers.{0}.layer_norm{1}"),
-    (r"embed\.vit\.layers\.(\d+)\.qkv", VIT + "encoder.layers.{0}.self_attn.[q|k|v]_proj"),
-    (r"embed\.vit\.layers\.(\d+)\.o", VIT + "encoder.layers.{0}.self_attn.out_proj"),
-    (r"embed\.vit\.layers\.(\d+)\.fc([12])", VIT + "encoder.layers.{0}.mlp.fc{1}"),
-    (r"embed\.vit\.post_norm", VIT + "post_layernorm"),
+    (r"embed\.vit\.(patch|position)_embedding", TOWER + "embeddings.{0}_embedding"),
+    (r"embed\.vit\.layers\.(\d+)\.norm([12])", TOWER + "encoder.layers.{0}.layer_norm{1}"),
+    (r"embed\.vit\.layers\.(\d+)\.qkv", TOWER + "encoder.layers.{0}.self_attn.[q|k|v]_proj"),
+    (r"embed\.vit\.layers\.(\d+)\.o", TOWER + "encoder.layers.{0}.self_attn.out_proj"),
+    (r"embed\.vit\.layers\.(\d+)\.fc([12])", TOWER + "encoder.layers.{0}.mlp.fc{1}"),
+    (r"embed\.vit\.post_norm", TOWER + "post_layernorm"),
     (r"embed\.(connector\.fc[12]|vae2llm|time_embedder\.mlp\.[02])", "{0}"),
     (r"layers\.(\d+)\.input_norm\.(und|gen)", LLM + "layers.{0}.input_layernorm{1}"),
     (r"layers\.(\d+)\.attention\.(und|gen)\.qkv", LLM + "layers.{0}.self_attn.[q|k|v]_proj{1}"),

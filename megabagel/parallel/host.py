@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megabagel.parallel.packages import check_apex
+
 _CPU = torch.device("cpu")
 _installed: list[TorchFunctionMode] = []
 
@@ -34,8 +36,10 @@ def peak_memory() -> int:
 
 
 def install() -> None:
-    """Prepare this process for megatron-core; call once before importing it. Without effect where CUDA is present."""
+    """Prepare this process for megatron-core; call once before importing it. Where CUDA is
+    present it only looks at the packages. Raises UserError for a package that would mislead megatron-core."""
     quieten()
+    check_apex()
     if _installed or torch.cuda.is_available():
         return
     _answer_for_cuda()

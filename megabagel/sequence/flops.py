@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megabagel.config.schema import ModelConfig
+from megabagel.config.schema import ModelConfig, VaeConfig
+from megabagel.sequence.images import vae_images
 from megabagel.sequence.pack import Pack
 from megabagel.sequence.sample import VIT
 
@@ -25,9 +26,13 @@ class Flops:
     official: float = 0.0
     masked: float = 0.0
     vit: float = 0.0
+    vae: float = 0.0
+    """Encoding, forward only: the codec is frozen."""
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(self.official + other.official, self.masked + other.masked, self.vit + other.vit)
+        return Flops(
+            self.official + other.official, self.masked + other.masked, self.vit + other.vit, self.vae + other.vae
+        )
 
 
 def branch_parameters(model: ModelConfig) -> int:
@@ -45,7 +50,8 @@ def count_flops(pack: Pack, model: ModelConfig) -> Flops:
     per_pair = 4 * TRAIN * model.heads * model.kv_channels * model.layers
     squares = sum(float(sample.tokens) ** 2 for sample in pack.samples)
     visible = float(pack.visible_S.sum())
-    return Flops(dense + per_pair * squares, dense + per_pair * visible, _vit_flops(pack, model))
+    vae = sum(vae_flops(model.vae, image.tokens * model.latent_stride**2) for image in vae_images(pack))
+    return Flops(dense + per_pair * squares, dense + per_pair * visible, _vit_flops(pack, model), vae)
 
 
 def _vit_flops(pack: Pack, model: ModelConfig) -> float:
@@ -56,3 +62,21 @@ def _vit_flops(pack: Pack, model: ModelConfig) -> float:
     layer = 4 * vit.hidden**2 + 2 * vit.hidden * vit.ffn
     weights = 3 * vit.patch**2 * vit.hidden + vit.layers * layer + (vit.hidden + model.hidden) * model.hidden
     return float(TRAIN * (2 * weights * patches.sum() + 4 * vit.hidden * vit.layers * (patches**2).sum()))
+
+
+def vae_flops(vae: VaeConfig, pixels: int) -> float:
+    """Encoding one image of `pixels` pixels: convolutions and the middle attention of the FLUX encoder, or the DCT."""
+    if vae.codec == "blocks":
+        return 3 * 2 * 2 * vae.downsample * float(pixels)  # two passes of 8 multiply-adds over three channels
+    widths = [vae.width * multiplier for multiplier in vae.width_multipliers]
+    total, before = 9 * 3 * vae.width * pixels, vae.width  # multiply-adds
+    for level, width in enumerate(widths):
+        shortcut = before * width if before != width else 0
+        blocks = 9 * (before + width) * width + shortcut + (vae.res_blocks - 1) * 18 * width**2
+        total += blocks * pixels
+        if level + 1 < len(widths):
+            pixels //= 4
+            total += 9 * width**2 * pixels
+        before = width
+    middle = 2 * 18 * before**2 + 4 * before**2 + 2 * before * pixels
+    return 2.0 * (total + (middle + 9 * before * 2 * vae.channels) * pixels)

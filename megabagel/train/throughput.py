@@ -47,7 +47,7 @@ def rates(flops: Flops, tokens: int, seconds: float, devices: int, peak: Peak) -
     """Speed of one step as metrics.jsonl holds it, from the totals of all devices.
 
     mfu_official, mfu_masked: model FLOPs per second over the peak of all devices, by convention.
-    vit_flops_per_s_per_gpu: work of the ViT tower, which neither convention counts.
+    vit_flops_per_s_per_gpu, vae_flops_per_s_per_gpu: work of the ViT tower and of the codec, which neither counts.
     """
     device_seconds = seconds * devices
     return {
@@ -55,6 +55,7 @@ def rates(flops: Flops, tokens: int, seconds: float, devices: int, peak: Peak) -
         "mfu_official": flops.official / device_seconds / peak.flops,
         "mfu_masked": flops.masked / device_seconds / peak.flops,
         "vit_flops_per_s_per_gpu": flops.vit / device_seconds,
+        "vae_flops_per_s_per_gpu": flops.vae / device_seconds,
     }
 
 

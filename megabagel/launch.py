@@ -1,7 +1,7 @@
 """Starts the ranks of a run on this machine and ends them together: what torchrun does, for one node, with less noise.
 
-Rank 0 writes straight to the terminal. Of the other ranks only stderr is shown, each line marked with its rank, and a
-user's mistake that every rank reports is shown once.
+Rank 0 writes straight to the terminal. Of the other ranks only stderr is shown, each line marked with its rank. A
+user's mistake is shown once, without what it did to the other ranks.
 """
 
 import ctypes
@@ -24,7 +24,9 @@ USER_ERROR = 2
 
 _POLL_S = 0.05
 _SETTLE_S = 2.0
-"""Time for the other ranks to report the same user's mistake by themselves."""
+"""Time for the other ranks to end by themselves: with the same user's mistake, or because a rank has left them."""
+_LAST_WORDS = (ERROR_PREFIX, "Traceback (most recent call last)")
+"""Openings of what an ending process says."""
 _TERM_S = 10.0
 """Time between SIGTERM and SIGKILL."""
 _DRAIN_S = 1.0
@@ -39,7 +41,7 @@ class _Rank:
     index: int
     process: subprocess.Popen[str]
     held: list[str] = field(default_factory=list)
-    """Lines of stderr from the error message on, not shown yet."""
+    """Its last words on stderr, not shown yet."""
     reader: threading.Thread | None = None
 
 
@@ -61,7 +63,8 @@ def spawn(command: Sequence[str], nproc: int) -> int:
                 _read_stderr(rank)
             failed = _first_failure(ranks)
             if failed:
-                _report(failed, ranks)
+                failed = _cause(failed, ranks)
+            _report(failed, ranks)
         finally:
             _stop(ranks)
     return _exit_code(failed.process) if failed else 0
@@ -111,13 +114,13 @@ def _die_with_parent() -> Callable[[], None] | None:
 
 
 def _read_stderr(rank: _Rank) -> None:
-    """Show the stderr of `rank` as it comes, up to an error message, which is held back."""
+    """Show the stderr of `rank` as it comes, up to its last words, which are held back."""
     stream = rank.process.stderr
     assert stream is not None
 
     def pump() -> None:
         for line in stream:
-            if rank.held or line.startswith(ERROR_PREFIX):
+            if rank.held or line.startswith(_LAST_WORDS):
                 rank.held.append(line)
             else:
                 _show(rank, line)
@@ -153,24 +156,23 @@ def _wait(ranks: list[_Rank], seconds: float) -> None:
         time.sleep(_POLL_S)
 
 
-def _report(failed: _Rank, ranks: list[_Rank]) -> None:
-    """Say why the run ends. A user's mistake is shown once: rank 0 has written its own, else the first one counts."""
-    if failed.process.returncode == USER_ERROR:
-        _wait(ranks, _SETTLE_S)
-    else:
-        code = failed.process.returncode
+def _cause(failed: _Rank, ranks: list[_Rank]) -> _Rank:
+    """The rank to blame: the first one with a user's mistake, which may break others sooner than it ends itself."""
+    _wait(ranks, _SETTLE_S)
+    return next((rank for rank in ranks if rank.process.poll() == USER_ERROR), failed)
+
+
+def _report(failed: _Rank | None, ranks: list[_Rank]) -> None:
+    """Say why the run ends: a user's mistake alone (rank 0 has written its own), of anything else all that is held."""
+    code = failed.process.returncode if failed else 0
+    if failed and code != USER_ERROR:
         how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
         print(f"megabagel: rank {failed.index} ended with {how}; stopping the others", file=sys.stderr)
-    told = ranks[0].process.poll() == USER_ERROR
-    for rank in ranks[1:]:
-        code = rank.process.poll()
-        if code is None:
-            continue
-        _drain(rank)
-        if code != USER_ERROR or not told:
-            for line in rank.held:
-                _show(rank, line)
-        told = told or code == USER_ERROR
+    for rank in [failed] if failed and code == USER_ERROR else ranks:
+        if rank.process.poll() is not None:
+            _drain(rank)
+        for line in rank.held:
+            _show(rank, line)
 
 
 def _stop(ranks: list[_Rank]) -> None:

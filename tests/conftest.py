@@ -1,6 +1,7 @@
 """Fixtures for all rooms."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,3 +14,13 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the small shape data set (tests/small_run.py), which nobody may change."""
+    from tests.small_run import write_data
+
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    write_data(folder)
+    return folder

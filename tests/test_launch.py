@@ -148,6 +148,24 @@ def test_a_mistake_that_rank_0_does_not_make_is_shown_once() -> None:
     ]
 
 
+def test_a_mistake_is_shown_without_what_it_did_to_others() -> None:
+    """Rank 1 breaks and ends before rank 0, which left it, is through with its own end."""
+    body = (
+        f"if rank: raise RuntimeError('connection closed')\nprint('start')\ntext = 'full'\ntime.sleep(0.5)\n{MISTAKE}"
+    )
+    code, _, err = launched(body, 3)
+    assert code == 2
+    assert err == "megabagel: error: full\n  second line\n"
+
+
+def test_a_traceback_that_a_rank_survives_is_shown() -> None:
+    body = "import traceback\nif rank:\n    try: 1 / 0\n    except Exception: traceback.print_exc()"
+    code, _, err = launched(body, 2)
+    assert code == 0
+    assert err.startswith("[rank 1] Traceback")
+    assert err.endswith("[rank 1] ZeroDivisionError: division by zero\n")
+
+
 def test_a_line_like_a_mistake_is_not_lost_when_the_rank_fails_otherwise() -> None:
     code, _, err = launched("if rank: print('megabagel: error: x', file=sys.stderr); sys.exit(1)\ntime.sleep(60)", 2)
     assert code == 1

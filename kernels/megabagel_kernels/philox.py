@@ -1,53 +1,60 @@
-"""Counter-based normal noise: element (row, column) is a function of the row's seed and number alone.
+"""Counter-based normal noise: a draw depends on its seed and number alone, never on packing, rank or order.
 
-Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller with the conventions of Triton's `tl.randn(seed, offset)`, so that
-a kernel can make the same numbers where it needs them. All arithmetic is on unsigned 32-bit words held in int64.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the Box-Muller transform, with
+the conventions of Triton's `tl.randn(seed, offset)`, so that a kernel can remake the numbers where it needs them.
+32-bit words are held in int64 tensors, whose products wrap to the right 64 bits.
 """
 
 import math
 
 import torch
+from torch import Tensor
 
-_MASK = 0xFFFFFFFF
-_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
-_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
-ROUNDS = 10
+_LOW = 0xFFFFFFFF
+_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEP = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
 
-Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _multiply(word: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(high, low) 32 bits of a 32 x 32-bit product; the 64-bit product itself would not fit a signed integer."""
-    upper, lower = factor >> 16, factor & 0xFFFF
-    cross = word * lower
-    high = word * upper + (cross >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (cross & 0xFFFF)
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def philox(counter: Words, key: tuple[torch.Tensor, torch.Tensor]) -> Words:
-    """Ten rounds of Philox4x32 on int64 tensors of 32-bit words; shapes broadcast."""
+def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
+    """Philox4x32-10: four 32-bit words from a counter of four and a key of two; shapes broadcast.
+
+    Words are int64 in [0, 2^32). Of the key only the low 32 bits count, so both halves of a seed may be signed.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(ROUNDS):
-        high_a, low_a = _multiply(c0, _ROUND_A)
-        high_b, low_b = _multiply(c2, _ROUND_B)
-        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-        k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
-    return c0, c1, c2, c3
+    for _ in range(_ROUNDS):
+        product0, product2 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
+        c0 = (product2 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_LOW)
+        c2 = (product0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_LOW)
+        c1, c3 = product2, product0  # their low words; what is above them is masked away in the next round
+        k0, k1 = k0 + _KEY_STEP[0], k1 + _KEY_STEP[1]
+    return c0, c1 & _LOW, c2, c3 & _LOW
 
 
-def _uniform(word: torch.Tensor) -> torch.Tensor:
-    """32 bits -> fp32 in [0, 1), as Triton folds them: sign dropped by complement, scale just below 2^-31."""
-    signed = torch.where(word >= 2**31, word - 2**32, word)
-    folded = torch.where(signed < 0, -signed - 1, signed)
-    return folded.float() * 4.6566127342e-10
+def philox_normal(seed: Tensor, offset: Tensor) -> Tensor:
+    """Standard normal fp32 draws number `offset` (int64, not negative) of `seed` (int64, any); shapes broadcast."""
+    counter = torch.broadcast_to(offset, torch.broadcast_shapes(seed.shape, offset.shape))
+    zero = torch.zeros_like(counter)
+    first, second, _, _ = philox((counter & _LOW, counter >> 32, zero, zero), (seed, seed >> 32))
+    # Uniforms and angle are rounded to fp32 as in Triton. The functions of them are evaluated in fp64, because those of
+    # fp32 may differ in the last bit from machine to machine.
+    log = _uniform(first).clamp_min_(1e-7).double().log_()
+    angle = _uniform(second).mul_(2 * math.pi).double()
+    return log.mul_(-2).sqrt_().mul_(angle.cos_()).float()
 
 
-def noise_rows(seed_R: torch.Tensor, row_R: torch.Tensor, width: int) -> torch.Tensor:
-    """Standard normal fp32 [R, width]; element (r, c) is draw number row_R[r] * width + c of seed_R[r] (int64)."""
-    offset = row_R[:, None] * width + torch.arange(width, device=row_R.device)
-    zero = torch.zeros_like(offset)
-    key = ((seed_R & _MASK)[:, None], ((seed_R >> 32) & _MASK)[:, None])
-    first, second, _, _ = philox((offset & _MASK, zero, zero, zero), key)
-    radius = (-2.0 * _uniform(first).clamp_min(1e-7).log()).sqrt()
-    return radius * (2 * math.pi * _uniform(second)).cos()
+def _uniform(word: Tensor) -> Tensor:
+    """A 32-bit word as fp32 in [0, 1), as Triton folds it: signed, negatives complemented, scaled by almost 2^-31."""
+    return torch.minimum(word, _LOW - word).float().mul_(4.6566127342e-10)
+
+
+def noise_rows(seed_R: Tensor, row_R: Tensor, width: int, device: torch.device | str | None = None) -> Tensor:
+    """Standard normal fp32 [R, width]: element (r, c) is draw number row_R[r] * width + c of seed_R[r] (both int64).
+
+    Made on `device`, by default where the seeds are.
+    """
+    seed_R, row_R = seed_R.to(device or seed_R.device), row_R.to(device or seed_R.device)
+    return philox_normal(seed_R[:, None], row_R[:, None] * width + torch.arange(width, device=row_R.device))

@@ -1,27 +1,36 @@
 """Checkpoint folders: written aside, completed by a manifest, renamed, then named by `latest`.
 
+    RUN/checkpoints/step_00000100/state.json      data plan and other JSON state; written first
     RUN/checkpoints/step_00000100/manifest.json   step, grid, model, versions, size of every file; written last
-    RUN/checkpoints/step_00000100/state.json      data plan and other JSON state
     RUN/checkpoints/latest                        name of the newest complete checkpoint
 
-A crash at any moment leaves a folder without manifest under a temporary name, and `latest` as it was.
+A crash at any moment leaves a folder without manifest under a temporary name, and `latest` as it was. A disk that
+refuses leaves not even that folder.
 """
 
 import json
 import logging
 import os
+import pickle
+import queue
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
+from megabagel.parallel import host
 from megabagel.parallel.agree import once
 from megabagel.parallel.topology import Topology
 
@@ -29,6 +38,11 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+_ELSE = "Name another checkpoint with run.resume, or remove this one: run.resume=auto then takes the one before it."
+_BOX_OVERHEAD = 4096
+"""Bytes that a box takes on disk beside its numbers, at most: headers, and its entry in the list of all boxes."""
+
+logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)  # its errors are raised as well
 
 
 def save(
@@ -41,15 +55,19 @@ def save(
     root = Path(config.run.dir) / "checkpoints"
     final = root / f"step_{step:08d}"
     partial = root / f".{final.name}.partial"
+    size = _disk_size(tensors)
 
     def prepare() -> None:
-        with _disk(partial):
+        with _writing(partial):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+            (partial / STATE).write_text(json.dumps(state))
+            free = shutil.disk_usage(partial).free
+            if free < size:
+                raise OSError(f"it takes up to {size >> 10:,} KiB, {free >> 10:,} KiB are free")
 
     def complete() -> None:
-        with _disk(partial):
-            (partial / STATE).write_text(json.dumps(state))
+        with _writing(partial):
             _write_manifest(partial, config, topology, step)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -57,7 +75,9 @@ def save(
             _forget_old(root, config.checkpoint.keep)
 
     once(topology, prepare)
-    with _disk(partial):
+    # Saving is synchronous here, so results need no manager process, which would outlive a killed rank.
+    filesystem_async._results_queue = queue.SimpleQueue()
+    with _writing(partial):
         dist_checkpointing.save(dict(tensors), str(partial))
     dist.barrier()
     once(topology, complete)
@@ -87,53 +107,94 @@ def find(config: Config) -> Path | None:
 
 def read(folder: Path, config: Config) -> tuple[int, dict[str, Any]]:
     """(finished steps, JSON state) of a checkpoint, after checking that it is whole and of the same model."""
+    manifest, state = _read_json(folder / MANIFEST), _read_json(folder / STATE)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        state = json.loads((folder / STATE).read_text())
-        step, model, files = int(manifest["step"]), manifest["model"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: manifest or state cannot be read ({error}); choose another checkpoint") from error
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{folder}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
+        written, step = manifest["format"], int(manifest["step"])
+        model, ema, files = _leaves(manifest["model"]), manifest["ema"], dict(manifest["files"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / MANIFEST}: no manifest of a checkpoint ({error!r}). {_ELSE}") from error
+    if written != FORMAT:
+        raise UserError(f"{folder}: checkpoint format {written}, this version reads {FORMAT}. {_ELSE}")
     for name, size in files.items():
         path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            raise UserError(f"{path}: {found} bytes, the manifest says {size}; choose an older checkpoint")
-    mine = json.loads(json.dumps(asdict(config.model)))
-    for key in sorted(mine.keys() | model.keys()):
+        found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+        if found != f"{size} bytes":
+            raise UserError(f"{path}: {found}, expected {size} bytes by {MANIFEST}. {_ELSE}")
+    mine = _leaves(json.loads(json.dumps(asdict(config.model))))
+    for key in sorted((mine.keys() | model.keys()) - {"vae.path"}):  # where the codec's weights lie may change
         if mine.get(key) != model.get(key):
             raise UserError(
                 f"model.{key}={mine.get(key)!r}, but {folder} was trained with {model.get(key)!r}: use the model "
                 "it was trained with, or another run.dir, or run.resume=none"
             )
+    if config.train.ema and not ema:
+        raise UserError(
+            f"train.ema={config.train.ema}, but {folder} was written with train.ema=0 and holds no averaged weights: "
+            "set train.ema=0, or start anew with another run.dir or run.resume=none"
+        )
     return step, state
 
 
+def _leaves(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """The values of a nested mapping by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _leaves(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return found
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). {_ELSE}") from error
+
+
 def load(folder: Path, tensors: dict[str, ShardedTensor]) -> None:
-    """Fill this rank's tensors in place. The checkpoint may come from any grid."""
+    """Fill this rank's tensors in place. The checkpoint may come from any grid.
+
+    Raises UserError when its content is damaged.
+    """
     targets = {label: tensor.data for label, tensor in tensors.items()}
-    loaded = dist_checkpointing.load(dict(tensors), str(folder), strict="raise_unexpected")
+    try:
+        loaded = dist_checkpointing.load(dict(tensors), str(folder), strict="raise_unexpected")
+    except (OSError, ValueError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
+        raise UserError(f"{folder}: cannot be loaded ({_reason(error)}). {_ELSE}") from error
     for label, target in targets.items():
         if loaded[label].data_ptr() != target.data_ptr():
             target.copy_(loaded[label].view_as(target))
 
 
-class _disk:
-    """Turns an operating-system error while writing into a user error that names the folder."""
+def _disk_size(tensors: dict[str, ShardedTensor]) -> int:
+    """Bytes that a checkpoint with these tensors of every rank takes on disk, and a little more."""
+    mine = [tensor.data.nbytes + _BOX_OVERHEAD for tensor in tensors.values() if tensor.replica_id == 0]
+    total = torch.tensor(sum(mine), device=host.device())
+    dist.all_reduce(total)
+    return int(total)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
-    def __enter__(self) -> None:
-        return None
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns what a disk refuses into a user's error that names the folder, and gives back the room taken so far.
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{self.folder}: checkpoint cannot be written ({error}). The previous checkpoint is untouched; free "
-                "space or permissions, or set run.dir elsewhere, and start again."
-            ) from error
+    megatron-core's writers tell every rank of theirs as CheckpointException, which is no Exception.
+    """
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(
+            f"{folder}: checkpoint cannot be written ({_reason(error)}). The previous checkpoint is untouched; make "
+            "room or mend permissions, or set run.dir elsewhere, and start again."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong; of the failures of several ranks, which rank 0 knows, rather one that the system explains."""
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    failures = sorted(error.failures.items(), key=lambda failure: "Errno" not in str(failure[1][0]))
+    return next((f"rank {rank}: {cause}" for rank, (cause, _) in failures), "see the message of rank 0")
 
 
 def _write_manifest(folder: Path, config: Config, topology: Topology, step: int) -> None:
@@ -147,6 +208,7 @@ def _write_manifest(folder: Path, config: Config, topology: Topology, step: int)
         "step": step,
         "grid": topology.describe(),
         "model": asdict(config.model),
+        "ema": config.train.ema,
         "versions": {name: version(name) for name in ("torch", "megatron-core", "numpy")},
         "files": files,
     }

@@ -165,7 +165,7 @@ def _measure(declared: Declared, tokenizer: TextTokenizer, reader: ShardReader, 
     try:
         height, width = measure(reader.read(declared.member), verify=verify)
     except SampleError as error:
-        raise SampleError(error.reason, f"{declared.name}: {error.detail}") from error
+        raise SampleError(error.reason, ": ".join(filter(None, (declared.name, error.detail)))) from error
     return ImageItem(height, width, declared.member, declared.role)
 
 

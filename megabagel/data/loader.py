@@ -123,11 +123,12 @@ class Loader:
     def _image(self, sample: SamplePlan, slot: int, height: int, width: int) -> torch.Tensor:
         """[3, height, width] in [-1, 1]; NaN if it cannot be had."""
         index = self.plan.sources[sample.key.source].index
-        item = self.plan.document(sample.key).items[slot]
+        document = self.plan.document(sample.key)
+        item = document.items[slot]
         assert isinstance(item, ImageItem)
         try:
             return self.decode(index.read(item.member), [(height, width)])[0]
         except (SampleError, OSError) as error:
             self.lost_images += 1
-            logger.warning("source %s, sample %d: image lost: %s", sample.key.source, sample.key.sample, error)
+            logger.warning("source %s, sample %s: image lost: %s", sample.key.source, document.key, error)
             return torch.full((3, height, width), torch.nan)

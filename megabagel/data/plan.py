@@ -164,8 +164,8 @@ class GlobalPlan:
             reason = "longer than the window" if plan.tokens else "nothing left after dropout"
             if not self.skipped[f"{name}: {reason}"]:
                 logger.warning(
-                    "source %s: sample %d has %d tokens, limit %d: left out (%s); further ones are only counted",
-                    *(name, plan.key.sample, plan.tokens, self.limit, reason),
+                    "source %s: sample %s has %d tokens, limit %d: left out (%s); further ones are only counted",
+                    *(name, self.document(plan.key).key, plan.tokens, self.limit, reason),
                 )
             self.skipped[f"{name}: {reason}"] += 1
 

@@ -113,7 +113,7 @@ class JsonTokenizer:
         self._model.no_truncation()  # the file may ask for a length; ours is decided by the planner
         self._model.no_padding()
         self._fingerprint = f"tokenizers-{hashlib.sha256(data).hexdigest()}"
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; never a special token."""

@@ -83,6 +83,12 @@ def launch_facts() -> tuple[int, int, int]:
     """(rank, world size, local rank) as torchrun or srun tells them; (0, 1, 0) alone."""
     for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
         values = [os.environ.get(name) for name in names]
+        if names[0] == "RANK" and values[0] and not all(values):  # a batch script has some of Slurm's, and is alone
+            missing = " and ".join(name for name, value in zip(names, values, strict=True) if not value)
+            raise UserError(
+                f"RANK={values[0]}, but {missing} is not set: start with torchrun or --nproc, set all of "
+                f"{', '.join(names)}, or unset RANK to train alone"
+            )
         if all(values):
             try:
                 rank, size, local_rank = (int(value or 0) for value in values)
@@ -104,7 +110,14 @@ def _rendezvous(rank: int, size: int) -> None:
             raise UserError(
                 f"{name} is not set for a job of {size} ranks: start with torchrun or --nproc, or export it"
             )
-    dist.init_process_group(host.backend(), rank=rank, world_size=size, timeout=timedelta(minutes=10))
+    try:
+        dist.init_process_group(host.backend(), rank=rank, world_size=size, timeout=timedelta(minutes=10))
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        address = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"{address}: rank {rank} of {size} cannot meet the others there ({str(error).splitlines()[0]}): name a "
+            "host that every rank reaches and a port free on it, and start all ranks"
+        ) from error
 
 
 def build(config: Config, local_rank: int = 0) -> Topology:

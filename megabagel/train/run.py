@@ -2,7 +2,9 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,9 @@ from megabagel.train.telemetry import Telemetry
 from megabagel.train.throughput import peak_flops, rates
 
 logger = logging.getLogger(__name__)
+
+SAID_ONCE = ("megabagel.data.index", "megabagel.data.index_cache", "megabagel.data.plan")
+"""Loggers of what every rank finds alike: rank 0 speaks for all."""
 
 
 @dataclass
@@ -124,7 +129,8 @@ def main(config: Config) -> None:
         checkpoint = everywhere(topology, lambda: store.find(config))
         if checkpoint is not None:
             trainer.resume(checkpoint)
-        telemetry = Telemetry(config, first=topology.world.first, step=trainer.step)
+        first = topology.world.first
+        telemetry = everywhere(topology, lambda: Telemetry(config, first=first, step=trainer.step))
         try:
             _loop(trainer, telemetry)
         finally:
@@ -136,19 +142,26 @@ def _loop(trainer: Trainer, telemetry: Telemetry) -> None:
     peak = peak_flops(config, host.device())
     logger.info("peak for MFU: %.3g FLOP/s per rank (%s)", *peak)
     left = config.train.steps - trainer.step
-    for step in trainer.loader.steps(left):
+    for step in in_step(trainer.topology, trainer.loader.steps(left)):
         started = time.perf_counter()
         losses, norm = trainer.train_step(step)
         record = _record(trainer, step, losses, norm)
         seconds = time.perf_counter() - started
         flops = sum(step.plan.flops[1:], step.plan.flops[0])
         speed = rates(flops, record["tokens"], seconds, trainer.topology.world.size, peak)
-        telemetry.log_step({**record, "seconds": seconds, **speed, "mem": host.peak_memory()})
+        record |= {"seconds": seconds, **speed, "mem": host.peak_memory()}
+        once(trainer.topology, partial(telemetry.log_step, record))
         done = trainer.step == config.train.steps
         if trainer.sampler and (done or trainer.step % config.telemetry.sample_every == 0):
-            telemetry.log_images(trainer.step, trainer.sampler.draw())
+            once(trainer.topology, partial(telemetry.log_images, trainer.step, trainer.sampler.draw()))
         if done or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
             trainer.save(step.plan.state)
+
+
+def in_step(topology: Topology, steps: Iterator[Step]) -> Iterator[Step]:
+    """The steps while every rank has its share of the next one. A rank without (a shard is gone) ends all of them."""
+    while (step := everywhere(topology, lambda: next(steps, None))) is not None:
+        yield step
 
 
 def _record(trainer: Trainer, step: Step, losses: Losses, norm: float) -> dict[str, Any]:
@@ -180,7 +193,7 @@ def _record(trainer: Trainer, step: Step, losses: Losses, norm: float) -> dict[s
 
 def _prepare(config: Config, folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # rather now than at the first checkpoint
         dump(config, folder / "config.yaml")
     except OSError as error:
         raise UserError(
@@ -194,3 +207,5 @@ def _configure_log(topology: Topology) -> None:
         level=level, format=f"[rank {topology.world.rank}] %(message)s" if level > 20 else "%(message)s"
     )
     logging.getLogger("megabagel").setLevel(level)
+    for name in SAID_ONCE:
+        logging.getLogger(name).setLevel(level if topology.world.first else logging.ERROR)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from megabagel.sequence.items import Clip, Item, Latent, Mode, Text, Vit
@@ -9,6 +10,12 @@ from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.pack import Pack, build_pack
 from megabagel.sequence.sample import Dropout, Split, plan_sample
 from tests.sequence.definition import Token, tokens_of
+
+
+def examples(count: int) -> settings:
+    """Settings of a property: so many examples, however slow the machine is at the moment."""
+    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 
 SIDE = st.integers(1, 3)
 STEP = st.none() | st.integers(1, 4)
@@ -90,9 +97,10 @@ def lay_end_to_end(samples: list[list[Item]]) -> Drawn:
     return Drawn(build_pack(plans), samples, [tokens_of(items) for items in samples])
 
 
-def packs(max_samples: int = 3, max_parts: int = 4) -> st.SearchStrategy[Drawn]:
-    """Packs of several samples."""
-    return st.lists(sample_items(max_parts), min_size=1, max_size=max_samples).map(lay_end_to_end)
+@st.composite
+def packs(draw: st.DrawFn) -> Drawn:
+    """Packs of one to three samples."""
+    return lay_end_to_end([draw(sample_items(max_parts=4)) for _ in range(draw(st.integers(1, 3)))])
 
 
 @st.composite

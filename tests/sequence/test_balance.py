@@ -80,10 +80,10 @@ def full_window(kinds: list[Kind], seed: int) -> Pack:
     [[t2i], [edit], [interleaved], [captions], [words], [video], [t2i, edit, interleaved, captions, words, video]],
 )
 def test_usual_packs(kinds, cp):
-    """Seen: 1.03 at most, for 18 or more chunks per rank."""
+    """Seen: 1.015 at most, with 19 chunks per rank or more."""
     for seed in range(4):
         area, chunks = ratio(full_window(kinds, seed), CHUNK, cp)
-        assert area < 1.05
+        assert area < 1.03
         assert chunks <= 2
 
 
@@ -94,4 +94,4 @@ def test_one_long_document_with_an_image_among_many_small_images(cp):
     pack = lay_end_to_end([[Text(0, 4000, loss=True), Latent(1, 8, 8, noised=True)], *[small] * 60]).pack
     area, chunks = ratio(pack, 32, cp)
     assert area < 1.02
-    assert chunks <= 2
+    assert chunks <= 3

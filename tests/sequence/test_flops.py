@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from megabagel.config.schema import ModelConfig, VitConfig
 from megabagel.sequence.flops import Flops, branch_parameters, count_flops
 from megabagel.sequence.items import Item, Latent, Text, Vit
 from tests.sequence.definition import mask_of, places_of
-from tests.sequence.draws import lay_end_to_end, packs
+from tests.sequence.draws import examples, lay_end_to_end, packs
 
 BAGEL_7B = ModelConfig(
     layers=28, hidden=3584, heads=28, kv_heads=4, ffn=18944, vocab=152064, vit=VitConfig(26, 1152, 16, 4304)
@@ -68,7 +68,7 @@ def test_the_official_convention_at_7b():
     assert count_flops(pack, BAGEL_7B).official == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(packs())
 def test_any_pack_from_its_shapes(drawn):
     model = SMALL
@@ -80,6 +80,8 @@ def test_any_pack_from_its_shapes(drawn):
     assert flops.official == pytest.approx(dense + per_pair * squares, rel=1e-12)
     assert flops.masked == pytest.approx(dense + per_pair * mask_of(places_of(drawn.tokens)).sum(), rel=1e-12)
     assert flops.vit == pytest.approx(sum(_tower(v, model) for items in drawn.items for v in items), rel=1e-12)
+    cells = len({(i, t.image) for i, sample in enumerate(drawn.tokens) for t in sample if t.kind == "latent"})
+    assert flops.vae == pytest.approx(cells * 16**2 * 3 * 2 * 2 * 8)  # an image once, two passes of 8 per pixel value
 
 
 def _tower(item: Item, model: ModelConfig) -> float:
@@ -101,4 +103,4 @@ def test_masked_pairs_never_exceed_squares():
 
 
 def test_flops_add_up():
-    assert Flops(1, 2, 3) + Flops(10, 20, 30) == Flops(11, 22, 33)
+    assert Flops(1, 2, 3, 4) + Flops(10, 20, 30, 40) == Flops(11, 22, 33, 44)

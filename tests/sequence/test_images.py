@@ -1,15 +1,15 @@
 """Which images a pack needs, who encodes them, and where each latent token finds its x_0."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megabagel.sequence.batch import Encoders
 from megabagel.sequence.images import index_latents, shares, vae_images, vit_images
 from megabagel.sequence.items import Clip, Item, Latent, Text, Vit
-from tests.sequence.draws import lay_end_to_end, packs
+from tests.sequence.draws import examples, lay_end_to_end, packs
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(packs())
 def test_images_are_distinct_and_in_order_of_first_use(drawn):
     pack, _, samples = drawn
@@ -33,7 +33,7 @@ def test_an_image_that_is_used_again_later_keeps_its_first_place():
     assert found == [(1, 0, 1), (1, 1, 2), (2, 0, 1)]
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(packs())
 def test_every_latent_token_finds_its_image_its_place_and_its_x0(drawn):
     pack, _, samples = drawn
@@ -64,6 +64,7 @@ def test_a_pack_without_latents_has_an_empty_index():
     assert len(index.image_L) == len(index.place_L) == len(index.x0_L) == 0
 
 
+@examples(100)
 @given(st.lists(st.integers(1, 4096), max_size=20), st.integers(1, 8))
 def test_shares_are_a_partition(costs, ranks):
     parts = shares(costs, ranks)
@@ -71,7 +72,7 @@ def test_shares_are_a_partition(costs, ranks):
     assert sorted(number for part in parts for number in part) == list(range(len(costs)))
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(packs(), st.integers(1, 3), st.integers(1, 2))
 def test_every_image_has_one_encoder_in_the_first_stage(drawn, cp, tp):
     def encoders(stage_rank: int, active: bool = True) -> Encoders:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megabagel_kernels.attention.mask import dense_mask, visible_pairs, visible_per_query
 
@@ -12,7 +12,7 @@ from megabagel.sequence.layout import Layout, build_layout, layout_rows
 from megabagel.sequence.pack import Pack
 from megabagel.sequence.sample import LATENT
 from tests.sequence.definition import mask_of, places_of
-from tests.sequence.draws import lay_end_to_end, packs
+from tests.sequence.draws import examples, lay_end_to_end, packs
 
 CHUNK = st.sampled_from([1, 2, 3, 4, 8, 16])
 CP = st.integers(1, 4)
@@ -42,13 +42,13 @@ def check_rules(layout: Layout, pack: Pack, chunk: int, cp: int) -> None:
         assert order == sorted(order)  # clean before noised inside a sample
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(packs(), CHUNK, CP, st.integers(0, 40))
 def test_any_pack_on_any_grid(drawn, chunk, cp, room):
     check_rules(laid_out(drawn.pack, drawn.pack.tokens + room, chunk, cp), drawn.pack, chunk, cp)
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(packs(), CHUNK, CP, st.integers(0, 40))
 def test_the_mask_in_row_order_is_the_permuted_mask(drawn, chunk, cp, room):
     pack = drawn.pack
@@ -97,6 +97,7 @@ def test_one_sided_packs(items, cp):
         check_rules(laid_out(pack, WINDOW, chunk, cp), pack, chunk, cp)
 
 
+@examples(100)
 @given(st.integers(1, 50_000), st.sampled_from([1, 16, 128, 512]), st.integers(1, 8))
 def test_rows_are_a_constant_of_the_run_and_little_more_than_its_window(max_tokens, chunk, cp):
     rows = layout_rows(max_tokens, chunk, cp)

@@ -1,7 +1,7 @@
 """Who sees whom: mask integers against the plain definition (BAGEL section 2.3, figure 15)."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megabagel_kernels.attention.mask import PRIVATE, dense_mask, visible_pairs, visible_per_query
 
@@ -9,7 +9,7 @@ from megabagel.sequence.items import Mode
 from megabagel.sequence.pack import mask_codes
 from megabagel.sequence.sample import Split
 from tests.sequence.definition import Place, mask_of, places_of
-from tests.sequence.draws import packs, splits
+from tests.sequence.draws import examples, packs, splits
 
 TEXT, FULL, NOISE = Mode.CAUSAL, Mode.FULL, Mode.NOISE
 
@@ -51,7 +51,7 @@ def test_chains_do_not_meet_even_when_they_alternate_and_share_a_number_with_ano
     ]
 
 
-@settings(max_examples=700, deadline=None)
+@examples(700)
 @given(st.lists(st.lists(splits(), min_size=1, max_size=7), min_size=1, max_size=4))
 def test_any_splits(samples):
     places = [
@@ -66,7 +66,7 @@ def test_any_splits(samples):
     assert visible_pairs(codes) == expected.sum()
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(packs())
 def test_any_pack_of_items(pack_drawn):
     pack, _, tokens = pack_drawn
@@ -75,7 +75,7 @@ def test_any_pack_of_items(pack_drawn):
     assert np.array_equal(pack.visible_S, expected.sum(1))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(packs())
 def test_codes_are_positions_of_public_keys_and_private_numbers_of_noised_ones(pack_drawn):
     """Kernels count on it: public codes grow with the sequence, private ones start at PRIVATE (kernels-design 1)."""

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megabagel.data.words import Writer
 from megabagel.sequence.items import Item, Latent, Text, Vit
 from megabagel.sequence.sample import LATENT, TEXT, VIT
 from tests.sequence.definition import Token
-from tests.sequence.draws import lay_end_to_end, packs
+from tests.sequence.draws import examples, lay_end_to_end, packs
 
 KIND = {"word": TEXT, "patch": VIT, "latent": LATENT}
 
@@ -45,7 +45,7 @@ def flat(tokens: list[list[Token]]) -> list[Token]:
     return [token for sample in tokens for token in sample]
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(packs())
 def test_rows_and_counts(drawn):
     pack, _, samples = drawn
@@ -61,7 +61,7 @@ def test_rows_and_counts(drawn):
     assert pack.tokens_gen == sum(token.kind == "latent" for token in tokens)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(packs())
 def test_content_streams(drawn):
     """Words, patches and latents each lie in token order, and the word after a row with loss is its label."""
@@ -92,6 +92,7 @@ def test_packs_of_one_kind_only(items):
     assert pack.fill_S.dtype == np.int64
 
 
+@examples(100)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4))
 def test_latents_are_those_of_the_samples_in_order(counts):
     samples: list[list[Item]] = [

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megabagel.sequence.packing import choose_pack, deal
+from tests.sequence.draws import examples
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=30)
 
@@ -19,6 +20,7 @@ def test_the_oldest_is_taken_and_what_fits_after_it():
     assert choose_pack([30, 80], min_tokens=60, max_tokens=100) == [0]  # nothing fits: shorter than wished
 
 
+@examples(100)
 @given(LENGTHS, st.integers(1, 150), st.integers(100, 150))
 def test_a_pack_lies_in_the_window_and_is_short_only_if_nothing_fits(lengths, min_tokens, max_tokens):
     chosen = choose_pack(lengths, min_tokens, max_tokens)
@@ -49,7 +51,7 @@ def stream(lengths: Sequence[int], lookahead: int, min_tokens: int, max_tokens: 
         window = [entry for index, entry in enumerate(window) if index not in chosen]
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.lists(st.integers(1, 100), max_size=120), st.integers(1, 12), st.integers(1, 100), st.integers(100, 130))
 def test_every_sample_is_packed_once_and_waits_a_bounded_time(lengths, lookahead, min_tokens, max_tokens):
     packs, longest = stream(lengths, lookahead, min_tokens, max_tokens)
@@ -88,6 +90,7 @@ def test_deal_by_hand(loads, bins, expected):
     assert deal(loads, bins) == expected
 
 
+@examples(100)
 @given(st.integers(1, 6), st.integers(0, 8), st.data())
 def test_deal_is_a_partition_with_equal_counts(bins, count, data):
     size = bins * count
@@ -99,6 +102,7 @@ def test_deal_is_a_partition_with_equal_counts(bins, count, data):
     assert deal(list(loads), bins) == parts
 
 
+@examples(100)
 @given(st.lists(st.floats(0, 1e6), max_size=40), st.integers(1, 6), st.integers(0, 9))
 def test_deal_within_a_capacity(loads, bins, spare):
     capacity = -(-len(loads) // bins) + spare
@@ -107,6 +111,7 @@ def test_deal_within_a_capacity(loads, bins, spare):
     assert max(len(part) for part in parts) <= capacity
 
 
+@examples(100)
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.integers(1, 8))
 def test_without_a_limit_on_counts_no_bin_exceeds_the_mean_by_more_than_one_item(loads, bins):
     parts = deal(loads, bins, capacity=len(loads))

@@ -4,14 +4,14 @@ from itertools import groupby
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megabagel.sequence.items import Clip, Item, Latent, Text, Vit, item_tokens
 from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.sample import LATENT, TEXT, VIT, Dropout, LatentImage, SamplePlan, plan_sample
 from tests.sequence.definition import clip_mode, tokens_of
-from tests.sequence.draws import sample_items
+from tests.sequence.draws import examples, sample_items
 
 KEY = SampleKey(seed=11, source="pairs", sample=5, epoch=2)
 KIND = {"word": TEXT, "patch": VIT, "latent": LATENT}
@@ -95,7 +95,7 @@ def test_cross_entropy_rows_are_those_before_each_id_and_before_eos():
     ]
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(sample_items(), PROBABILITY, PROBABILITY, PROBABILITY, st.booleans())
 def test_every_token_is_as_the_definition_says(items, text, vit, latent, advance_dropped):
     sample = plan_sample(items, KEY, Dropout(text, vit, latent), advance_dropped)
@@ -110,7 +110,7 @@ def test_every_token_is_as_the_definition_says(items, text, vit, latent, advance
     assert dtypes == (np.uint8, np.int32, bool)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(sample_items())
 def test_images_are_listed_in_token_order(items):
     sample = plan(*items)
@@ -121,6 +121,7 @@ def test_images_are_listed_in_token_order(items):
     assert [i.noised for i in sample.latents for _ in range(i.rows * i.cols)] == flow
 
 
+@examples(100)
 @given(sample_items())
 def test_items_know_their_size_and_clips_their_mode(items):
     for item in items:
@@ -181,7 +182,7 @@ def test_each_kind_is_dropped_at_its_own_rate_and_independently():
     assert np.abs(np.corrcoef(gone_NK[:, :3].T) - np.eye(3)).max() < 4 / np.sqrt(2000)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(sample_items(), PROBABILITY, PROBABILITY, PROBABILITY)
 def test_nothing_that_is_dropped_changes_another_draw(items, text, vit, latent):
     def gone(dropout: Dropout) -> set[int]:
@@ -194,6 +195,7 @@ def test_nothing_that_is_dropped_changes_another_draw(items, text, vit, latent):
     assert gone(Dropout(text / 2, vit / 2, latent / 2)) <= alone  # a higher rate only adds to what is dropped
 
 
+@examples(100)
 @given(sample_items(), st.integers(0, 2**32), st.integers(0, 10**6), st.integers(0, 9))
 def test_draws_belong_to_the_visit(items, seed, number, epoch):
     key = SampleKey(seed, "pairs", number, epoch)

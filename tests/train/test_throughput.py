@@ -38,7 +38,8 @@ def test_peak_of_a_cpu_is_measured_in_the_precision_of_training(precision: str, 
 
 
 def test_rates_are_per_device() -> None:
-    found = rates(Flops(official=6e12, masked=3e12, vit=8e11, vae=2e11), 1000, 0.5, 4, Peak(10e12, "telemetry.peak_tflops"))
+    flops = Flops(official=6e12, masked=3e12, vit=8e11, vae=2e11)
+    found = rates(flops, 1000, 0.5, 4, Peak(10e12, "telemetry.peak_tflops"))
     assert found == {
         "tokens_per_s_per_gpu": 500.0,
         "mfu_official": pytest.approx(0.3),

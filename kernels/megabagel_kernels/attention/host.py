@@ -1,168 +1,193 @@
-"""The CPU engine: exact attention per split, without a dense T x S mask.
+"""The CPU engine: exact attention as a few dozen flash-attention calls per pack, one per tile of the mask.
 
-Keys are sorted by code once per call, so that every interval of the mask is a contiguous slice of them. Queries with
-equal intervals form one call on their keys; causal runs form one call whose last keys are masked. Forward and backward
-loop over the same calls and accumulate into slices: autograd through slices would fill a whole-size tensor for each.
+The plan is made once per batch. Each layer then gathers queries, keys and values into the plan's order once, calls
+torch's CPU flash kernel on slices of them (grouped queries share K and V inside it), and gathers the outputs back.
+Backward loops over the same tiles and adds the gradients of keys and values into their slices: autograd through slices
+would fill a whole-size tensor for each.
 
-Legend: T queries, S keys, N query heads, M key/value heads, G = N / M, H head dimension, R rows and K keys of a call.
+Letters: T queries, S keys, N query heads, M key/value heads, H head dim, R rows and K keys of a tile.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megabagel_kernels.attention.mask import AttentionCodes
+from megabagel_kernels.attention.mask import AttentionCodes, check
+from megabagel_kernels.attention.tiling import cut_into_tiles
+
+# What scaled_dot_product_attention calls on a CPU; called directly because only here is the logsumexp to be had.
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-@dataclass(frozen=True)
-class Call:
-    """Queries [start, stop) of the planned order on one or two slices of the sorted keys.
+@dataclass(frozen=True, eq=False)
+class Order:
+    """Some tokens of a pack in the plan's order, and the way back."""
 
-    hidden_RK: bool, true where a causal query does not see the key; None if all see all.
+    there: Tensor  # int64: token of each place
+    back: Tensor  # int64: place of each token; one past the last place for tokens left out
+
+    @staticmethod
+    def of(there: Tensor, total: int) -> "Order":
+        """The order that puts token there[p] of `total` tokens at place p."""
+        back = torch.full((total,), len(there))
+        back[there] = torch.arange(len(there))
+        return Order(there, back)
+
+
+@dataclass(frozen=True, eq=False)
+class HostTile:
+    """One call: the next `rows` queries on slices of the ordered keys, with a bias of 0 or -inf.
+
+    `bias_RK` leaves out the first `common` keys, which every row sees; None if every row sees all keys of the tile.
     """
 
-    start: int
-    stop: int
+    rows: int
     keys: tuple[slice, ...]
-    hidden_RK: torch.Tensor | None
+    common: int
+    bias_RK: Tensor | None
+
+    def pick(self, x_SMH: Tensor) -> Tensor:
+        """[K, M, H]: the tile's rows of ordered keys or values; a view if they are one slice."""
+        parts = [x_SMH[part] for part in self.keys]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def add(self, x_KMH: Tensor, into_SMH: Tensor) -> None:
+        """Add gradients of the tile's keys to those of all ordered keys."""
+        sizes = [part.stop - part.start for part in self.keys]
+        for part, piece in zip(self.keys, x_KMH.split(sizes), strict=True):
+            into_SMH[part].add_(piece)
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """The additive mask [R, K] that the flash call takes."""
+        if self.bias_RK is None:
+            return None
+        if self.common == 0:
+            return self.bias_RK.to(dtype)
+        mask_RK = torch.zeros(self.rows, self.common + self.bias_RK.shape[1], dtype=dtype)
+        mask_RK[:, self.common :] = self.bias_RK
+        return mask_RK
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HostPlan:
-    """Made once per batch by `plan_host`, used by every layer, forward and backward.
+    """Made once per batch by `plan_host`; serves every layer and any number of heads, forward and backward."""
 
-    query_T: planned order of the queries, those that see nothing last. key_S: keys by code, padding first.
+    queries: Order
+    keys: Order
+    tiles: tuple[HostTile, ...]
+    rows: tuple[int, ...]  # queries of each tile
+
+
+def plan_host(codes: AttentionCodes) -> HostPlan:
+    """Plan the calls for a mask. Raises ValueError on codes that `mask.check` refuses."""
+    check(codes)
+    tiling = cut_into_tiles(codes)
+    tiles = []
+    for tile in tiling.tiles:
+        bias_RK = None
+        if tile.hidden_RK is not None:
+            bias_RK = torch.zeros(tile.hidden_RK.shape).masked_fill_(torch.from_numpy(tile.hidden_RK), -math.inf)
+        tiles.append(HostTile(tile.stop - tile.start, tile.keys, tile.common, bias_RK))
+    return HostPlan(
+        Order.of(torch.from_numpy(tiling.rows), codes.queries),
+        Order.of(torch.from_numpy(tiling.keys), codes.keys),
+        tuple(tiles),
+        tuple(tile.rows for tile in tiles),
+    )
+
+
+def host_attention(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: HostPlan, scale: float | None = None) -> Tensor:
+    """Attention under the plan's mask, [T, N, H] in the dtype of the inputs; 0 for queries that see nothing.
+
+    Computes in fp32 (fp64 for fp64 inputs). `scale` defaults to 1 / sqrt(H). The same inputs give the same bits.
+    Raises ValueError if shapes or dtypes do not fit each other or the plan.
     """
-
-    query_T: torch.Tensor
-    key_S: torch.Tensor
-    calls: tuple[Call, ...]
+    return host_attention_lse(q_TNH, k_SMH, v_SMH, plan, scale)[0]
 
 
-def plan_host(codes: AttentionCodes, max_rows: int = 1024) -> HostPlan:
-    """Plan the calls of a mask. Long causal runs are cut into `max_rows` rows, which bounds their masks."""
-    key_S = np.argsort(codes.key_code, kind="stable")
-    ordered = codes.key_code[key_S]
-    a0, a1, b0, b1 = (np.searchsorted(ordered, bound) for bound in (codes.a0, codes.a1, codes.b0, codes.b1))
-    a1, b1 = np.maximum(a0, a1), np.maximum(b0, b1)
-    blind = (a0 == a1) & (b0 == b1)
-    query_T = np.lexsort((a1, b1, b0, a0, blind))
-    bounds = np.stack([a0, a1, b0, b1], 1)[query_T]
-    seeing = len(query_T) - int(blind.sum())
-    calls = tuple(_call(bounds, start, stop) for start, stop in _runs(bounds[:seeing], max_rows))
-    return HostPlan(torch.from_numpy(query_T), torch.from_numpy(key_S), calls)
+def host_attention_lse(
+    q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: HostPlan, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `host_attention`, and the natural-log sum of exponentials [N, T]: -inf if nothing is seen, no gradient."""
+    _check(q_TNH, k_SMH, v_SMH, plan)
+    return _HostAttention.apply(q_TNH, k_SMH, v_SMH, plan, q_TNH.shape[2] ** -0.5 if scale is None else scale)
 
 
-def _runs(bounds: np.ndarray, max_rows: int) -> Iterator[tuple[int, int]]:
-    """Cut queries where (a0, b0, b1) change, and where constant a1 (full) meets rising a1 (causal)."""
-    if not len(bounds):
-        return
-    steps = np.diff(bounds, axis=0)
-    rising = steps[:, 1] != 0
-    new_split = (steps[:, [0, 2, 3]] != 0).any(1)
-    turns = np.zeros_like(new_split)
-    turns[1:] = rising[1:] != rising[:-1]
-    borders = [0, *(np.flatnonzero(new_split | turns) + 1), len(bounds)]
-    for start, stop in pairwise(borders):
-        for first in range(start, stop, max_rows):
-            yield first, min(first + max_rows, stop)
-
-
-def _call(bounds: np.ndarray, start: int, stop: int) -> Call:
-    a0, a1, b0, b1 = bounds[start:stop].T
-    keys = tuple(slice(low, high) for low, high in ((int(a0[0]), int(a1[-1])), (int(b0[0]), int(b1[0]))) if low < high)
-    hidden_RK = None
-    if a1[0] != a1[-1]:
-        index_K = np.concatenate([np.arange(part.start, part.stop) for part in keys])
-        hidden_RK = torch.from_numpy((index_K >= a1[:, None]) & (index_K < a1[-1]))
-    return Call(start, stop, keys, hidden_RK)
-
-
-def host_attention(
-    q_TNH: torch.Tensor, k_SMH: torch.Tensor, v_SMH: torch.Tensor, plan: HostPlan, scale: float | None = None
-) -> torch.Tensor:
-    """out [T, N, H] in the type of q; products in fp32. Queries that see nothing give 0."""
-    return _HostAttention.apply(q_TNH, k_SMH, v_SMH, plan, scale or q_TNH.shape[-1] ** -0.5)
-
-
-def _grouped(x_TNH: torch.Tensor, order: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """[T, N, H] -> fp32 [M, T, G, H] in the given order of rows, heads of a group side by side."""
-    rows = x_TNH.float()[order]
-    return rows.unflatten(1, (kv_heads, -1)).transpose(0, 1).contiguous()
-
-
-def _ungrouped(x_MTGH: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_grouped`."""
-    rows = x_MTGH.transpose(0, 1).flatten(1, 2)
-    return torch.empty_like(rows).index_copy_(0, order, rows)
-
-
-def _gather(x_MSH: torch.Tensor, keys: tuple[slice, ...]) -> torch.Tensor:
-    """[M, K, H]: the keys of a call."""
-    return x_MSH[:, keys[0]] if len(keys) == 1 else torch.cat([x_MSH[:, part] for part in keys], 1)
-
-
-def _scatter(into_MSH: torch.Tensor, keys: tuple[slice, ...], x_MKH: torch.Tensor) -> None:
-    """Add the gradients of a call's keys in place."""
-    sizes = [part.stop - part.start for part in keys]
-    for part, piece in zip(keys, x_MKH.split(sizes, 1), strict=True):
-        into_MSH[:, part] += piece
-
-
-def _scores(q_MRGH: torch.Tensor, k_MKH: torch.Tensor, call: Call, scale: float) -> torch.Tensor:
-    """Scaled, masked scores [M, R * G, K]."""
-    scores = torch.baddbmm(q_MRGH.new_empty(()), q_MRGH.flatten(1, 2), k_MKH.mT, beta=0, alpha=scale)
-    if call.hidden_RK is not None:
-        rows = call.stop - call.start
-        scores.unflatten(1, (rows, -1)).masked_fill_(call.hidden_RK[:, None], -torch.inf)
-    return scores
+def _check(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: HostPlan) -> None:
+    for name, x, order in (("q", q_TNH, plan.queries), ("k", k_SMH, plan.keys), ("v", v_SMH, plan.keys)):
+        if x.dim() != 3 or len(x) != len(order.back):
+            raise ValueError(f"{name}: the plan is for [{len(order.back)}, heads, head dim], found {[*x.shape]}")
+        if x.shape[2] != q_TNH.shape[2] or x.dtype != q_TNH.dtype:
+            found = f"{q_TNH.dtype} {[*q_TNH.shape]} and {x.dtype} {[*x.shape]}"
+            raise ValueError(f"q and {name}: expected one dtype and head dim, found {found}")
+    heads, kv_heads = q_TNH.shape[1], k_SMH.shape[1]
+    if heads % kv_heads or v_SMH.shape[1] != kv_heads:
+        found = f"{heads} query heads, {kv_heads} key heads, {v_SMH.shape[1]} value heads"
+        raise ValueError(f"{found}: expected as many value as key heads, and a divisor of the query heads")
 
 
 class _HostAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_TNH: torch.Tensor, k_SMH: torch.Tensor, v_SMH: torch.Tensor, plan: HostPlan, scale: float
-    ) -> torch.Tensor:
-        kv_heads = k_SMH.shape[1]
-        q = _grouped(q_TNH, plan.query_T, kv_heads)
-        k, v = (_grouped(x, plan.key_S, kv_heads)[:, :, 0] for x in (k_SMH, v_SMH))
-        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf)
-        for call in plan.calls:
-            rows = slice(call.start, call.stop)
-            scores = _scores(q[:, rows], _gather(k, call.keys), call, scale)
-            norm = scores.logsumexp(-1)
-            weights = scores.sub_(norm[..., None]).exp_()
-            out[:, rows] = torch.bmm(weights, _gather(v, call.keys)).view_as(q[:, rows])
-            lse[:, rows] = norm.view_as(lse[:, rows])
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale, ctx.dtypes = plan, scale, (q_TNH.dtype, k_SMH.dtype, v_SMH.dtype)
-        return _ungrouped(out, plan.query_T).to(q_TNH.dtype)
+        ctx: Any, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: HostPlan, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = _gather(q_TNH, plan.queries), _gather(k_SMH, plan.keys), _gather(v_SMH, plan.keys)
+        outs, lses = [], []
+        for tile, q_RNH in zip(plan.tiles, q.split(plan.rows), strict=True):
+            qkv = (_heads_first(x) for x in (q_RNH, tile.pick(k), tile.pick(v)))
+            out, lse = _flash(*qkv, attn_mask=tile.mask(q.dtype), scale=scale)
+            outs.append(out)
+            lses.append(lse)
+        ctx.save_for_backward(q, k, v, *outs, *lses)
+        ctx.plan, ctx.scale, ctx.dtype = plan, scale, q_TNH.dtype
+        blind_1N1 = q.new_full((1, q.shape[1], 1), -math.inf)
+        lse_NT = torch.cat([*lses, blind_1N1], 2)[0].index_select(1, plan.queries.back)
+        ctx.mark_non_differentiable(lse_NT)
+        return _spread(map(_tokens_first, outs), q, plan.queries).to(q_TNH.dtype), lse_NT
 
     @staticmethod
-    def backward(ctx: Any, grad_TNH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
-        plan, scale = ctx.plan, ctx.scale
-        grad = _grouped(grad_TNH, plan.query_T, k.shape[0])
-        delta = (grad * out).sum(-1)
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for call in plan.calls:
-            rows = slice(call.start, call.stop)
-            q_part, grad_part = q[:, rows].flatten(1, 2), grad[:, rows].flatten(1, 2)
-            k_part, v_part = _gather(k, call.keys), _gather(v, call.keys)
-            weights = _scores(q[:, rows], k_part, call, scale).sub_(lse[:, rows].flatten(1)[..., None]).exp_()
-            _scatter(dv, call.keys, torch.bmm(weights.mT, grad_part))
-            slope = torch.bmm(grad_part, v_part.mT).sub_(delta[:, rows].flatten(1)[..., None]).mul_(weights).mul_(scale)
-            dq[:, rows] = torch.bmm(slope, k_part).view_as(q[:, rows])
-            _scatter(dk, call.keys, torch.bmm(slope.mT, q_part))
-        types = ctx.dtypes
-        return (
-            _ungrouped(dq, plan.query_T).to(types[0]),
-            _ungrouped(dk[:, :, None], plan.key_S).to(types[1]),
-            _ungrouped(dv[:, :, None], plan.key_S).to(types[2]),
-            None,
-            None,
-        )
+    @once_differentiable
+    def backward(ctx: Any, grad_TNH: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        plan, (q, k, v, *saved) = ctx.plan, ctx.saved_tensors
+        outs, lses = saved[: len(plan.tiles)], saved[len(plan.tiles) :]
+        grad = _gather(grad_TNH, plan.queries)
+        dqs, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
+        calls = zip(plan.tiles, grad.split(plan.rows), q.split(plan.rows), outs, lses, strict=True)
+        for tile, grad_RNH, q_RNH, out, lse in calls:
+            inputs = (_heads_first(x) for x in (grad_RNH, q_RNH, tile.pick(k), tile.pick(v)))
+            mask = tile.mask(q.dtype)
+            dq_tile, dk_tile, dv_tile = map(
+                _tokens_first, _flash_backward(*inputs, out, lse, 0.0, False, attn_mask=mask, scale=ctx.scale)
+            )
+            dqs.append(dq_tile)
+            tile.add(dk_tile, dk)
+            tile.add(dv_tile, dv)
+        dq_TNH = _spread(dqs, q, plan.queries).to(ctx.dtype)
+        dk_SMH, dv_SMH = (_spread([x], x, plan.keys).to(ctx.dtype) for x in (dk, dv))
+        return dq_TNH, dk_SMH, dv_SMH, None, None
+
+
+def _gather(x_TNH: Tensor, order: Order) -> Tensor:
+    """The tokens of `order`, in the dtype of the arithmetic."""
+    return x_TNH.index_select(0, order.there).to(torch.promote_types(x_TNH.dtype, torch.float32))
+
+
+def _spread(parts: Iterable[Tensor], like: Tensor, order: Order) -> Tensor:
+    """The way back from consecutive parts of an ordered tensor such as `like`; zeros for tokens left out."""
+    return torch.cat([*parts, like.new_zeros(1, *like.shape[1:])]).index_select(0, order.back)
+
+
+def _heads_first(x_TNH: Tensor) -> Tensor:
+    """[T, N, H] -> [1, N, T, H], the layout of torch's attention calls; a view."""
+    return x_TNH.transpose(0, 1)[None]
+
+
+def _tokens_first(x_1NTH: Tensor) -> Tensor:
+    """The inverse of `_heads_first`."""
+    return x_1NTH[0].transpose(0, 1)

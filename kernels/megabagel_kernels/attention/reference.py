@@ -26,10 +26,9 @@ def attention_reference(
     k_NSH = k_SMH.to(dtype).repeat_interleave(group, dim=1).transpose(0, 1)
     v_NSH = v_SMH.to(dtype).repeat_interleave(group, dim=1).transpose(0, 1)
     visible_TS = torch.from_numpy(dense_mask(codes)).to(q_TNH.device)
-    blind_T1 = ~visible_TS.any(dim=1, keepdim=True)
 
     score_NTS = q_NTH @ k_NSH.transpose(1, 2) * (q_TNH.shape[2] ** -0.5 if scale is None else scale)
-    # A blind row sees every key here, so that no NaN arises, and is overwritten at the end.
-    lse_NT = score_NTS.masked_fill(~(visible_TS | blind_T1), -math.inf).logsumexp(dim=2)
+    lse_NT = score_NTS.masked_fill(~visible_TS, -math.inf).logsumexp(dim=2)
+    # Masked after the subtraction: where lse is -inf, the difference of two infinities would be NaN.
     weight_NTS = (score_NTS - lse_NT[..., None]).masked_fill(~visible_TS, -math.inf).exp()
-    return (weight_NTS @ v_NSH).transpose(0, 1), lse_NT.masked_fill(blind_T1[:, 0], -math.inf)
+    return (weight_NTS @ v_NSH).transpose(0, 1), lse_NT

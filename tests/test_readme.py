@@ -1,0 +1,110 @@
+"""What the README and the example configs say runs: every command, with a few steps of the smallest run."""
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megabagel.config.load import load
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "architecture.md")
+COMMANDS = sorted({
+    line.split("  #")[0].strip()
+    for document in DOCUMENTS
+    for line in document.read_text().splitlines()
+    if re.match(r"    (megabagel|torchrun|srun|make|python) ", line)
+})  # fmt: skip
+TRAIN = [command for command in COMMANDS if "megabagel train" in command]
+SHORT = "train.steps=2 train.warmup=1 telemetry.sample_every=0 checkpoint.every=0"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_example_configs_are_valid(config: Path) -> None:
+    assert load(config).data.sources
+
+
+def test_what_is_named_exists() -> None:
+    named = {path for document in DOCUMENTS for path in re.findall(r"\]\(([\w./-]+)\)", document.read_text())}
+    assert {"examples/configs/demo.yaml", "docs/images/demo.png"} <= named
+    for document in DOCUMENTS:
+        for path in re.findall(r"\]\(([\w./-]+)\)", document.read_text()):
+            assert (document.parent / path).exists(), f"{document.name} names {path}"
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = {command.split()[1] for command in COMMANDS if command.startswith("make ")}
+    assert {"demo", "test"} <= used <= targets
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shapes")
+
+
+def _runnable(command: str, data: Path, run: Path) -> tuple[list[str], dict[str, str]]:
+    """The command as it stands, on the smallest run, by this interpreter; srun is played by its variables."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(_free_port())]
+    elif words[0] == "srun":
+        ranks = words[words.index("--ntasks") + 1]
+        words = ["bash", "-c", _as_srun(words[words.index("megabagel") :], int(ranks))]
+    else:
+        words[:1] = [sys.executable, "-m", "megabagel"]
+    options = [f"data.root={data}", f"run.dir={run}", *SHORT.split()]
+    text = "\0".join(words).replace("CONFIG", str(ROOT / "examples" / "configs" / "tiny.yaml"))
+    words = text.split("\0")
+    if words[0] == "bash":
+        words[-1] = words[-1].replace("OPTIONS", shlex.join(options))
+        return words, env
+    return [*words, *options], env
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _as_srun(words: list[str], ranks: int) -> str:
+    """A shell line that starts every rank with what srun would tell it."""
+    train = shlex.join([sys.executable, "-m", "megabagel", *words[1:]])
+    one = f"SLURM_PROCID=$r SLURM_NTASKS={ranks} SLURM_LOCALID=$r SLURM_NTASKS_PER_NODE={ranks} {train} OPTIONS"
+    return (
+        f"export MASTER_ADDR=127.0.0.1 MASTER_PORT={_free_port()}; pids=''; "
+        f'for r in $(seq 0 {ranks - 1}); do {one} & pids="$pids $!"; done; for p in $pids; do wait $p || exit 1; done'
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", TRAIN)
+def test_training_commands_run(command: str, data_root: Path, tmp_path: Path) -> None:
+    words, env = _runnable(command, data_root, tmp_path / "run")
+    done = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_00000002"
+
+
+def test_data_prepare(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(3):
+        Image.new("RGB", (20, 30), (40 * number, 0, 0)).save(images / f"{number}.jpg")
+        (images / f"{number}.txt").write_text(f"picture {number}")
+    command = [sys.executable, "-m", "megabagel", "data", "prepare", str(images), str(tmp_path / "out")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["shards-000000.tar"]

@@ -34,12 +34,12 @@ def vit_images(pack: Pack) -> list[tuple[int, Vit]]:
 
 def vae_images(pack: Pack) -> list[VaeImage]:
     """Distinct images behind the pack's latents, in order of first use."""
-    found = {
-        (number, image.slot): VaeImage(number, image.slot, image.rows, image.cols)
-        for number, sample in reversed(list(enumerate(pack.samples)))
-        for image in reversed(sample.latents)
-    }
-    return list(reversed(found.values()))
+    uses = (
+        VaeImage(number, image.slot, image.rows, image.cols)
+        for number, sample in enumerate(pack.samples)
+        for image in sample.latents
+    )
+    return list(dict.fromkeys(uses))
 
 
 def shares(costs: list[int], ranks: int) -> list[list[int]]:

@@ -93,9 +93,12 @@ def _padded(tokens: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _deal_both_kinds(und_area: np.ndarray, gen_area: np.ndarray, cp: int) -> list[tuple[list[int], list[int]]]:
-    """Chunk numbers (und, gen) per rank; every rank gets at least one of each and the same number in all."""
+    """Chunk numbers (und, gen) per rank; every rank gets at least one of each and the same number in all.
+
+    Shares of gen chunks are about equal, else light ones would fill a rank and keep heavy und chunks off it.
+    """
     per_rank = (len(und_area) + len(gen_area)) // cp
-    gen_parts = deal(gen_area.tolist(), cp, capacity=per_rank - 1)
+    gen_parts = deal(gen_area.tolist(), cp, capacity=min(per_rank - 1, -(-len(gen_area) // cp) + 1))
     gen_parts = _lend_to_empty(gen_parts)
     room = [per_rank - len(part) for part in gen_parts]
     load = [float(gen_area[part].sum()) for part in gen_parts]

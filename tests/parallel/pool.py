@@ -33,6 +33,9 @@ GRACE = 1.0
 """Seconds that the other ranks get to answer once one has failed, and to write their stacks once time is up."""
 
 
+DEATH = "the process ended with exit code"
+
+
 class RankError(Exception):
     """A rank raised, died or did not answer; the message names it and holds its traceback or stack."""
 
@@ -113,7 +116,9 @@ class RankPool:
                 answers[rank] = self._receive(rank)
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + GRACE)
-        reports = {rank: answer for rank, (succeeded, answer) in answers.items() if not succeeded}
+        failures = [(rank, answer) for rank, (succeeded, answer) in answers.items() if not succeeded]
+        # In order of arrival, but the dead first: another rank may tell of the lost connection sooner.
+        reports = dict(sorted(failures, key=lambda failure: not failure[1].startswith(DEATH)))
         if reports:
             first = next(iter(reports))
             raise RankError(_describe(reports, world_size) + self._printed(first, logged[first]))
@@ -127,7 +132,7 @@ class RankPool:
             succeeded, answer = pickle.loads(worker.connection.recv_bytes())
         except (EOFError, ConnectionResetError):
             worker.process.join()
-            return False, f"the process ended with exit code {worker.process.exitcode}"
+            return False, f"{DEATH} {worker.process.exitcode}"
         return succeeded, answer
 
     def _stacks(self, world_size: int, missing: list[int], logged: list[int]) -> str:

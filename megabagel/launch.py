@@ -120,6 +120,7 @@ def _read_stderr(rank: _Rank) -> None:
 
     def pump() -> None:
         for line in stream:
+            line = line.removeprefix(f"[rank{rank.index}]: ")  # torch.distributed's mark on tracebacks
             if rank.held or line.startswith(_LAST_WORDS):
                 rank.held.append(line)
             else:

@@ -150,9 +150,8 @@ def test_a_mistake_that_rank_0_does_not_make_is_shown_once() -> None:
 
 def test_a_mistake_is_shown_without_what_it_did_to_others() -> None:
     """Rank 1 breaks and ends before rank 0, which left it, is through with its own end."""
-    body = (
-        f"if rank: raise RuntimeError('connection closed')\nprint('start')\ntext = 'full'\ntime.sleep(0.5)\n{MISTAKE}"
-    )
+    hook = "sys.excepthook = lambda *_: print(f'[rank{rank}]: Traceback (most recent call last)\\nx', file=sys.stderr)"
+    body = f"{hook}\nif rank: raise RuntimeError\ntext = 'full'\ntime.sleep(0.5)\n{MISTAKE}"  # as torch's hook
     code, _, err = launched(body, 3)
     assert code == 2
     assert err == "megabagel: error: full\n  second line\n"

@@ -15,7 +15,7 @@ import pickle
 import queue
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -72,7 +72,7 @@ def save(
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             _replace(root / LATEST, final.name)
-            _forget_old(root, config.checkpoint.keep)
+            _forget_old(final, config.checkpoint.keep)
 
     once(topology, prepare)
     # Saving is synchronous here, so results need no manager process, which would outlive a killed rank.
@@ -102,6 +102,9 @@ def find(config: Config) -> Path | None:
         return folder
     root = Path(config.run.dir) / "checkpoints"
     complete = sorted(path.parent for path in root.glob(f"step_*/{MANIFEST}"))
+    with suppress(OSError):  # `latest` may name a lower step than another run left behind
+        named = root / (root / LATEST).read_text().strip()
+        return named if named in complete else complete[-1] if complete else None
     return complete[-1] if complete else None
 
 
@@ -225,8 +228,9 @@ def _replace(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _forget_old(root: Path, keep: int) -> None:
-    if keep:
-        for manifest in sorted(root.glob(f"step_*/{MANIFEST}"))[:-keep]:
-            manifest.unlink()  # incomplete from here on, whatever happens next
-            shutil.rmtree(manifest.parent, ignore_errors=True)
+def _forget_old(newest: Path, keep: int) -> None:
+    """Remove all but `keep` checkpoints up to the newest. Those of later steps are another run's, and are left."""
+    complete = sorted(newest.parent.glob(f"step_*/{MANIFEST}"))
+    for manifest in [path for path in complete if path.parent <= newest][:-keep] if keep else []:
+        manifest.unlink()  # incomplete from here on, whatever happens next
+        shutil.rmtree(manifest.parent, ignore_errors=True)

@@ -1,7 +1,7 @@
 """From the plan to packed batches: reads, decodes and tokenizes this rank's share in a background thread.
 
-Nothing here decides an order: the plan does. An image that fails although the index found it sound (its file changed, a
-disk error) is replaced: latents by NaN, which the model side turns into rows without loss, ViT patches by grey.
+Nothing here decides an order: the plan does. An image that fails although the index found it sound is replaced:
+latents by NaN, which the model side turns into rows without loss, ViT patches by grey.
 """
 
 import logging
@@ -21,11 +21,16 @@ from megabagel.data.transforms import patchify
 from megabagel.data.words import Writer
 from megabagel.sequence.batch import Encoders, PackedBatch
 from megabagel.sequence.images import vae_images, vit_images
+from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.layout import build_layout, layout_rows
 from megabagel.sequence.pack import Pack
 from megabagel.sequence.sample import SamplePlan
 
 logger = logging.getLogger(__name__)
+
+
+LostImage = tuple[SampleKey, int]
+"""Visit and slot of an image."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,8 @@ class Step:
 
     plan: StepPlan
     batches: list[PackedBatch]
-    lost_images: int
-    """Images of this rank that could not be decoded, since the start."""
+    lost: frozenset[LostImage]
+    """Images of this rank's batches that could not be decoded."""
 
 
 class Loader:
@@ -55,7 +60,8 @@ class Loader:
         grid = config.parallel
         self.rows = layout_rows(config.data.max_tokens, grid.chunk, grid.cp)
         self.writer = Writer(tokenizer)
-        self.lost_images = 0
+        self.lost: set[LostImage] = set()
+        """Images that could not be decoded, since the last step."""
 
     def steps(self, count: int) -> Iterator[Step]:
         """The next `count` steps, prepared `data.prefetch` ahead in a thread whose errors surface here."""
@@ -90,23 +96,25 @@ class Loader:
 
     def _fill(self, plan: StepPlan) -> Step:
         batches = [self.batch(plan.packs[number]) for number in plan.share(*self.dp)]
-        return Step(plan, batches, self.lost_images)
+        lost, self.lost = frozenset(self.lost), set()
+        return Step(plan, batches, lost)
 
     def batch(self, pack: Pack) -> PackedBatch:
         """One pack with the words and the images that this rank encodes."""
         grid = self.config.parallel
         layout = build_layout(pack, self.rows, grid.chunk, grid.cp)
         words = [word for sample in pack.samples for word in self._words(sample)]
-        patches, pixels = [], []
-        seen = vit_images(pack)
-        for sample, vit in (seen[number] for number in self.encoders.vit(pack)):
-            patch = self.config.model.vit.patch
-            view = self._image(pack.samples[sample], vit.slot, vit.rows * patch, vit.cols * patch)
-            patches.append(patchify(torch.nan_to_num(view), patch))
-        images = vae_images(pack)
-        for image in (images[number] for number in self.encoders.vae(pack)):
-            stride = self.config.model.latent_stride
-            pixels.append(self._image(pack.samples[image.sample], image.slot, image.rows * stride, image.cols * stride))
+        patch, stride = self.config.model.vit.patch, self.config.model.latent_stride
+        seen, made = vit_images(pack), vae_images(pack)
+        vits, vaes = [seen[i] for i in self.encoders.vit(pack)], [made[i] for i in self.encoders.vae(pack)]
+        sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}  # by (sample, slot): an image is decoded once
+        for sample, vit in vits:
+            sizes.setdefault((sample, vit.slot), []).append((vit.rows * patch, vit.cols * patch))
+        for image in vaes:
+            sizes.setdefault((image.sample, image.slot), []).append((image.rows * stride, image.cols * stride))
+        views = {at: iter(self._views(pack.samples[at[0]], at[1], wanted)) for at, wanted in sizes.items()}
+        patches = [patchify(torch.nan_to_num(next(views[sample, vit.slot])), patch) for sample, vit in vits]
+        pixels = [next(views[image.sample, image.slot]) for image in vaes]
         return PackedBatch(pack, layout, torch.tensor(words, dtype=torch.int64), patches, pixels)
 
     def _words(self, sample: SamplePlan) -> list[int]:
@@ -120,15 +128,15 @@ class Loader:
 
         return self.writer.words(sample.items, ids)
 
-    def _image(self, sample: SamplePlan, slot: int, height: int, width: int) -> torch.Tensor:
-        """[3, height, width] in [-1, 1]; NaN if it cannot be had."""
+    def _views(self, sample: SamplePlan, slot: int, sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """[3, height, width] in [-1, 1] per size; NaN if the image cannot be had."""
         index = self.plan.sources[sample.key.source].index
         document = self.plan.document(sample.key)
         item = document.items[slot]
         assert isinstance(item, ImageItem)
         try:
-            return self.decode(index.read(item.member), [(height, width)])[0]
-        except (SampleError, OSError) as error:
-            self.lost_images += 1
+            return self.decode(index.read(item.member), sizes)
+        except SampleError as error:
+            self.lost.add((sample.key, slot))
             logger.warning("source %s, sample %s: image lost: %s", sample.key.source, document.key, error)
-            return torch.full((3, height, width), torch.nan)
+            return [torch.full((3, *size), torch.nan) for size in sizes]

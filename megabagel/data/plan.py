@@ -115,6 +115,7 @@ class GlobalPlan:
         """Everything the plan needs to go on from here, as JSON values."""
         return {
             "fingerprint": self.fingerprint(),
+            "seed": self.config.train.seed,
             "step": self.step,
             "draws": self.draws,
             "cursors": {name: list(cursor) for name, cursor in self.cursors.items()},
@@ -136,11 +137,17 @@ class GlobalPlan:
                 "data means nothing there. Restore the shards, the tokenizer and the list of sources, or start anew "
                 "with run.resume=none."
             )
+        seed = self.config.train.seed
+        if state["seed"] != seed:
+            raise UserError(
+                f"train.seed={seed}, but the checkpoint's place in the data was reached with {state['seed']}: set "
+                f"train.seed={state['seed']}, or start anew with run.resume=none"
+            )
         self.step, self.draws = state["step"], state["draws"]
         self.cursors = {name: list(cursor) for name, cursor in state["cursors"].items()}
-        seed = self.config.train.seed
-        self.window = [self._lay_out(SampleKey(seed, *entry)) for entry in state["window"]]
         self.skipped = Counter(state["skipped"])
+        window = (self._lay_out(SampleKey(seed, *entry)) for entry in state["window"])
+        self.window = [plan for plan in window if self._fits(plan)]  # limits may have changed since
 
     def _next_pack(self) -> Pack:
         data = self.config.data
@@ -159,15 +166,22 @@ class GlobalPlan:
             name = names[int(draw.choice(len(names), p=self.weights))]
             self.draws += 1
             plan = self._lay_out(self._advance(name))
-            if 0 < plan.tokens <= self.limit:
+            if self._fits(plan):
                 return plan
-            reason = "longer than the window" if plan.tokens else "nothing left after dropout"
-            if not self.skipped[f"{name}: {reason}"]:
-                logger.warning(
-                    "source %s: sample %s has %d tokens, limit %d: left out (%s); further ones are only counted",
-                    *(name, self.document(plan.key).key, plan.tokens, self.limit, reason),
-                )
-            self.skipped[f"{name}: {reason}"] += 1
+
+    def _fits(self, plan: SamplePlan) -> bool:
+        """Whether a sample may enter a pack; one that may not is counted."""
+        if 0 < plan.tokens <= self.limit:
+            return True
+        name = plan.key.source
+        reason = "longer than the window" if plan.tokens else "nothing left after dropout"
+        if not self.skipped[f"{name}: {reason}"]:
+            logger.warning(
+                "source %s: sample %s has %d tokens, limit %d: left out (%s); further ones are only counted",
+                *(name, self.document(plan.key).key, plan.tokens, self.limit, reason),
+            )
+        self.skipped[f"{name}: {reason}"] += 1
+        return False
 
     def _advance(self, name: str) -> SampleKey:
         epoch, place = self.cursors[name]

@@ -43,7 +43,7 @@ class _Canvas:
 
 
 class EulerSampler:
-    """Draws `telemetry.prompts`; every rank calls it together and gets the same pictures."""
+    """Draws `telemetry.prompts` with the weights in training; every rank calls it together and gets the same."""
 
     def __init__(
         self, config: Config, topology: Topology, builder: InputBuilder, tokenizer: TextTokenizer, evaluate: Evaluate

@@ -32,6 +32,17 @@ def once(topology: Topology, action: Callable[[], object]) -> None:
         raise UserError(mistakes[0])
 
 
+def union(topology: Topology, mine: frozenset[T]) -> frozenset[T]:
+    """What any rank holds, on every rank. One small all-reduce where all hold nothing."""
+    some = torch.tensor(int(bool(mine)), device=host.device())
+    dist.all_reduce(some, dist.ReduceOp.MAX)
+    if not some:
+        return frozenset()
+    parts: list[frozenset[T]] = [frozenset()] * topology.world.size
+    dist.all_gather_object(parts, mine)
+    return frozenset().union(*parts)
+
+
 def _attempt(topology: Topology, action: Callable[[], T]) -> tuple[T | None, dict[int, str]]:
     """(result here, messages of UserErrors by rank). Costs one small all-reduce while nothing goes wrong."""
     message, result = None, None

@@ -21,7 +21,7 @@ from megabagel.errors import UserError
 from megabagel.generate.euler import EulerSampler
 from megabagel.model.vae import build_codec
 from megabagel.parallel import host
-from megabagel.parallel.agree import everywhere, once
+from megabagel.parallel.agree import everywhere, once, union
 from megabagel.parallel.attention import choose_attention
 from megabagel.parallel.inputs import InputBuilder
 from megabagel.parallel.linears import MegatronLayers
@@ -55,6 +55,8 @@ class Trainer:
     sampler: EulerSampler | None
     step: int = 0
     """Finished steps."""
+    lost_images: int = 0
+    """Images of the whole job that could not be decoded in them."""
 
     def train_step(self, step: Step) -> tuple[Losses, float]:
         """One optimizer step; returns (losses, gradient norm)."""
@@ -71,7 +73,9 @@ class Trainer:
 
     def save(self, plan_state: dict[str, Any]) -> None:
         """Write a checkpoint of the finished steps; `plan_state` is the data plan's after the last of them."""
-        store.save(self.config, self.topology, self.step, self.tensors(), {"plan": plan_state})
+        store.save(
+            self.config, self.topology, self.step, self.tensors(), {"plan": plan_state, "lost_images": self.lost_images}
+        )
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint, whatever grid wrote it."""
@@ -79,6 +83,7 @@ class Trainer:
         everywhere(self.topology, lambda: self.plan.load_state(state["plan"]))
         store.load(folder, self.tensors())
         self.optimizer.after_load(self.step)
+        self.lost_images = state["lost_images"]
         logger.info("resumed from %s at step %d", folder, self.step)
 
 
@@ -145,6 +150,7 @@ def _loop(trainer: Trainer, telemetry: Telemetry) -> None:
     for step in in_step(trainer.topology, trainer.loader.steps(left)):
         started = time.perf_counter()
         losses, norm = trainer.train_step(step)
+        trainer.lost_images += len(union(trainer.topology, step.lost))
         record = _record(trainer, step, losses, norm)
         seconds = time.perf_counter() - started
         flops = sum(step.plan.flops[1:], step.plan.flops[0])
@@ -187,7 +193,7 @@ def _record(trainer: Trainer, step: Step, losses: Losses, norm: float) -> dict[s
         "tokens_gen": gen,
         "samples": sum(len(pack.samples) for pack in plan.packs),
         "skipped": sum(plan.skipped.values()),
-        "lost_images": step.lost_images,
+        "lost_images": trainer.lost_images,
     }
 
 

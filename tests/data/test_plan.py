@@ -318,3 +318,13 @@ def test_a_state_refuses_changed_sources(config: Config, sources: list[Source], 
     fewer = [source for source in sources if source.name not in ("edit", "notes")]
     with pytest.raises(UserError, match=r"data\.sources: edit, notes changed"):
         GlobalPlan(fewer, config).load_state(state)
+
+
+def test_samples_that_no_longer_fit_leave_the_window(config: Config, sources: list[Source]) -> None:
+    """A run may go on with lower limits: what waits in the window is judged by them, like any other sample."""
+    state = run(GlobalPlan(sources, config), 3)[-1].state
+    plan = GlobalPlan(sources, change(config, {"data.max_sample_tokens": 70}))
+    plan.load_state(json.loads(json.dumps(state)))
+    left = {(source, sample, epoch) for source, sample, epoch in state["window"]} - {visit(p.key) for p in plan.window}
+    assert 0 < len(left) == plan.skipped.total()
+    assert max(sample.tokens for sample in plan.window) <= 70

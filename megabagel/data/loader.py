@@ -17,13 +17,13 @@ from megabagel.data.decode import DecodeEngine
 from megabagel.data.documents import ImageItem, SampleError, TextItem
 from megabagel.data.plan import GlobalPlan, StepPlan
 from megabagel.data.tokenizer import TextTokenizer
-from megabagel.data.transforms import patchify
 from megabagel.data.words import Writer
 from megabagel.sequence.batch import Encoders, PackedBatch
 from megabagel.sequence.images import vae_images, vit_images
 from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.layout import build_layout, layout_rows
 from megabagel.sequence.pack import Pack
+from megabagel.sequence.patches import patchify
 from megabagel.sequence.sample import SamplePlan
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,6 @@
-"""Pixels before the model: what an image file means in RGB, which size it is brought to, how it is cut into patches."""
+"""Pixels before the model: what an image file means in RGB, and which size it is brought to."""
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from megabagel.config.schema import ResizeConfig
@@ -53,14 +52,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
         page.paste(layer, mask=layer.getchannel("A"))
         return page
     return image.convert("RGB")
-
-
-def patchify(pixels: torch.Tensor, patch: int) -> torch.Tensor:
-    """Cut [3, h, w] pixels into [h * w / patch**2, patch * patch * 3] rows, one per patch.
-
-    Patches go row by row; inside a patch the order is (row, column, channel), channel fastest (bagel-reference
-    section 2). `h` and `w` are multiples of `patch`.
-    """
-    channels, height, width = pixels.shape
-    grid = pixels.reshape(channels, height // patch, patch, width // patch, patch)
-    return grid.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)

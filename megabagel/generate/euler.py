@@ -18,7 +18,6 @@ from megabagel.config.schema import Config
 from megabagel.data.tokenizer import TextTokenizer
 from megabagel.data.words import Writer
 from megabagel.errors import UserError
-from megabagel.model.flow import unpatchify
 from megabagel.model.inputs import Outputs, StageInputs
 from megabagel.model.noise import normal
 from megabagel.parallel.inputs import Drive, InputBuilder
@@ -28,6 +27,7 @@ from megabagel.sequence.items import Item, Latent, Text, item_tokens
 from megabagel.sequence.keys import SampleKey, seed64
 from megabagel.sequence.layout import build_layout, layout_rows
 from megabagel.sequence.pack import build_pack
+from megabagel.sequence.patches import unpatchify
 from megabagel.sequence.sample import LATENT, Dropout, plan_sample
 
 Evaluate = Callable[[StageInputs], Outputs | None]

@@ -1,8 +1,4 @@
-"""The latent side of rectified flow: timesteps, their embedding, and latents as tokens (bagel-reference sections 8, 9).
-
-Shapes: T tokens, C latent channels, h x w latent tokens, p latent cells per token side, D = p * p * C numbers of a
-token.
-"""
+"""Timesteps of rectified flow and their embedding (bagel-reference sections 8 and 9). Shapes: T timesteps."""
 
 import math
 
@@ -41,16 +37,3 @@ class TimeEmbedder(nn.Module):
     def forward(self, t_T: Tensor) -> Tensor:
         """Features are made in float32 whatever the type of the weights: bf16 has too few digits for a timestep."""
         return self.mlp(timestep_features(t_T).to(next(self.parameters()).dtype))
-
-
-def patchify(latent_CHW: Tensor, patch: int) -> Tensor:
-    """Latent [C, p h, p w] as tokens [h * w, D], row-major; inside a token: row in patch, column in patch, channel."""
-    channels, height, width = latent_CHW.shape
-    cells = latent_CHW.reshape(channels, height // patch, patch, width // patch, patch)
-    return cells.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
-
-
-def unpatchify(tokens_TD: Tensor, rows: int, cols: int, patch: int) -> Tensor:
-    """Tokens [rows * cols, D] back to the latent [C, p rows, p cols]: the inverse of `patchify`."""
-    cells = tokens_TD.reshape(rows, cols, patch, patch, -1)
-    return cells.permute(4, 0, 2, 1, 3).reshape(-1, rows * patch, cols * patch)

@@ -16,38 +16,28 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megabagel.config.schema import ParallelConfig
 from megabagel.model.inputs import Attend
+from megabagel.parallel import host
 from megabagel.parallel.topology import Axis
 
 logger = logging.getLogger(__name__)
 
 
-def choose_attention(config: ParallelConfig) -> str:
-    """Name of the attention engine for this run, logged."""
+def choose_attention(config: ParallelConfig) -> None:
+    """Say in the log which engine attention runs on, and why."""
     why = "asked for" if config.attention != "auto" else "the only engine of this version"
     logger.info("attention engine: host (%s)", why)
-    return "host"
+    if host.device().type != "cpu":
+        logger.warning("attention engine host computes on the CPU: every layer copies there and back, for checks only")
 
 
-def attend_within(codes: AttentionCodes) -> Attend:
-    """Attention among the rows of this rank alone (ViT images, a pack without context parallelism)."""
+def attend_across(codes: AttentionCodes, cp: Axis | None = None) -> Attend:
+    """Attention of this rank's queries to the keys of every context-parallel rank; without `cp`, of this rank alone."""
     plan = plan_host(codes)
 
     def attend(q_CNH: torch.Tensor, k_CMH: torch.Tensor, v_CMH: torch.Tensor) -> torch.Tensor:
-        return host_attention(q_CNH, k_CMH, v_CMH, plan)
-
-    return attend
-
-
-def attend_across(codes: AttentionCodes, cp: Axis) -> Attend:
-    """Attention of this rank's queries to the keys of every context-parallel rank."""
-    if cp.size == 1:
-        return attend_within(codes)
-    plan = plan_host(codes)
-
-    def attend(q_CNH: torch.Tensor, k_CMH: torch.Tensor, v_CMH: torch.Tensor) -> torch.Tensor:
-        kv_CMH = torch.cat([k_CMH, v_CMH], 1)
-        k_RMH, v_RMH = join_over_cp(kv_CMH, cp).chunk(2, 1)
-        return host_attention(q_CNH, k_RMH, v_RMH, plan)
+        if cp is not None and cp.size > 1:
+            k_CMH, v_CMH = join_over_cp(torch.cat([k_CMH, v_CMH], 1), cp).chunk(2, 1)
+        return host_attention(q_CNH.cpu(), k_CMH.cpu(), v_CMH.cpu(), plan).to(q_CNH.device)
 
     return attend
 

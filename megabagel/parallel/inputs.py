@@ -13,17 +13,18 @@ from megabagel_kernels.philox import noise_rows
 
 from megabagel.config.schema import Config
 from megabagel.model.factory import LayerFactory
-from megabagel.model.flow import patchify, timestep
+from megabagel.model.flow import timestep
 from megabagel.model.inputs import LatentInputs, Rope, StageInputs, VitInputs
 from megabagel.model.positions import rope_tables
 from megabagel.model.vae import Codec
-from megabagel.parallel.attention import attend_across, attend_within, join_over_cp
+from megabagel.parallel.attention import attend_across, join_over_cp
 from megabagel.parallel.topology import Axis, Topology
 from megabagel.sequence.batch import PackedBatch
 from megabagel.sequence.grid import grid_ids
 from megabagel.sequence.images import index_latents, shares, vae_images, vit_images
 from megabagel.sequence.items import Mode
 from megabagel.sequence.pack import Pack, mask_codes
+from megabagel.sequence.patches import patchify
 from megabagel.sequence.sample import LATENT, TEXT, VIT, Split
 
 
@@ -104,7 +105,7 @@ class InputBuilder:
             grid=self._tensor(grid_P),
             grid_all=self._tensor(np.concatenate([np.zeros(0, np.int64), *grids])),
             row_U=self._tensor(row_U),
-            attend=attend_within(codes.padded(padding)),
+            attend=attend_across(codes.padded(padding)),
             collect=lambda encoded: join_over_cp(encoded, cp)[source_V],
         )
 

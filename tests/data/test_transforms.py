@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from megabagel.config.schema import ResizeConfig
-from megabagel.data.transforms import patchify, resize_target, to_rgb
+from megabagel.data.transforms import resize_target, to_rgb
+from megabagel.sequence.patches import patchify
 from tests.data.pictures import file_of, noise, turned
 
 VAE = (ResizeConfig(1024, 512, 1806336), 16)

@@ -145,8 +145,8 @@ def follow(config: Config, guidance: float, steps: int, skew: float) -> tuple[Pi
     """
     import torch
 
-    from megabagel.model.flow import patchify, unpatchify
     from megabagel.model.inputs import Outputs, StageInputs
+    from megabagel.sequence.patches import patchify, unpatchify
 
     trainer, sampler = build(config)
     telemetry = replace(config.telemetry, sample_guidance=guidance, sample_steps=steps)

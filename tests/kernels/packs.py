@@ -100,9 +100,12 @@ def samples(draw: st.DrawFn, longest: int) -> list[Split]:
     return [split._replace(chained=chained and split.mode == "noise" and split.group < 2) for split in splits]
 
 
-def packs(longest: int = 12, most: int = 5) -> st.SearchStrategy[Pack]:
-    """Packs of 1 to `most` samples with splits of 1 to `longest` tokens."""
-    return st.lists(samples(longest), min_size=1, max_size=most)
+@st.composite
+def packs(draw: st.DrawFn, longest: int = 12, most: int = 5) -> Pack:
+    """Packs of 1 to `most` samples with splits of 1 to `longest` tokens, sometimes after some equal images."""
+    pack = draw(st.lists(samples(longest), min_size=1, max_size=most))
+    image = Split(draw(st.integers(1, longest)), "full")
+    return [[image]] * draw(st.sampled_from([0, 0, 1, 2, 5])) + pack
 
 
 @st.composite

@@ -17,7 +17,7 @@ def keys_of(tile: Tile) -> npt.NDArray[np.int64]:
 
 def area(tiling: Tiling) -> int:
     """Pairs that the tiles compute."""
-    return sum((tile.stop - tile.start) * len(keys_of(tile)) for tile in tiling.tiles)
+    return sum((tile.stop - tile.start) * len(keys_of(tile)) // tile.batch for tile in tiling.tiles)
 
 
 def covered(tiling: Tiling, shape: tuple[int, int]) -> npt.NDArray[np.int64]:
@@ -25,7 +25,8 @@ def covered(tiling: Tiling, shape: tuple[int, int]) -> npt.NDArray[np.int64]:
     times = np.zeros(shape, np.int64)
     for tile in tiling.tiles:
         keys = keys_of(tile)
-        shown = np.ones((tile.stop - tile.start, len(keys)), np.int64)
+        part = np.ones(((tile.stop - tile.start) // tile.batch, len(keys) // tile.batch), np.int64)
+        shown = np.kron(np.eye(tile.batch, dtype=np.int64), part)
         if tile.hidden_RK is not None:
             shown[:, tile.common :] -= tile.hidden_RK
         np.add.at(times, np.ix_(tiling.rows[tile.start : tile.stop], tiling.keys[keys]), shown)
@@ -53,6 +54,27 @@ def test_an_image_is_one_tile_without_mask_in_any_order():
     plain = sorted((tile.stop - tile.start, len(keys_of(tile))) for tile in found if tile.hidden_RK is None)
     assert plain == [(256, 256), (300, 350), (400, 750)]
     assert sum(tile.stop - tile.start for tile in found if tile.hidden_RK is not None) == 50
+
+
+def test_equal_images_are_one_batch():
+    images = [Split(16, "full")] * 20 + [Split(9, "full")] * 2 + [Split(100, "full"), Split(16, "full")]
+    tiles = cut_into_tiles(codes_of([[image] for image in images]).padded(3)).tiles
+    assert (tiles[0].stop, tiles[0].batch, tiles[0].keys, tiles[0].hidden_RK) == (320, 20, (slice(0, 320),), None)
+    assert area(Tiling(np.arange(0), np.arange(0), tiles)) <= 20 * 16**2 + (2 * 9) ** 2 + (100 + 16) ** 2
+
+
+def test_what_only_resembles_equal_images_is_no_batch():
+    """Equally many rows on equally many keys, but with keys between them, with private keys, or with causal rows."""
+    apart = codes_of([[Split(300, "full"), Split(200, "causal")]] * 2)
+    noised = codes_of([[Split(300, "full"), Split(300, "noise")]] * 2)
+    halved = codes_of([[Split(2, "full")], [Split(2, "causal")]])
+    for codes in (
+        apart.take([*range(300), *range(500, 800)]),
+        noised.take([*range(300, 600), *range(900, 1200)]),
+        halved.take(None, [0, 2, 3]),
+    ):
+        tiling = cut_into_tiles(codes)
+        assert np.array_equal(covered(tiling, (codes.queries, codes.keys)), dense_mask(codes))
 
 
 def test_tiny_samples_share_tiles():

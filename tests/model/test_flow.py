@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from megabagel.model.flow import TimeEmbedder, patchify, timestep, timestep_features, unpatchify
+from megabagel.model.flow import TimeEmbedder, timestep, timestep_features
 from megabagel.model.noise import normal
+from megabagel.sequence.patches import patchify, unpatchify
 
 
 def test_timestep_is_shifted_logit_normal():

@@ -28,7 +28,7 @@ from torch.nn import functional
 from megabagel.config.schema import ModelConfig, VaeConfig, VitConfig
 from megabagel.model.bagel import Bagel
 from megabagel.model.factory import SingleDevice
-from megabagel.model.flow import patchify, timestep
+from megabagel.model.flow import timestep
 from megabagel.model.inputs import Attend, LatentInputs, Rope, StageInputs, VitInputs
 from megabagel.model.positions import rope_tables
 from megabagel.sequence.grid import grid_ids
@@ -36,6 +36,7 @@ from megabagel.sequence.items import Clip, Item, Latent, Mode, Text, Vit
 from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.layout import Layout, build_layout, layout_rows
 from megabagel.sequence.pack import Pack, build_pack, mask_codes
+from megabagel.sequence.patches import patchify
 from megabagel.sequence.sample import Dropout, Split, plan_sample
 
 FOLDER = Path(os.environ.get("MEGABAGEL_PARITY_DIR", Path(__file__).parents[3] / "shared" / "parity"))

@@ -1,11 +1,11 @@
 """The CPU engine: exact attention as a few dozen flash-attention calls per pack, one per tile of the mask.
 
-The plan is made once per batch. Each layer then gathers queries, keys and values into the plan's order once, calls
-torch's CPU flash kernel on slices of them (grouped queries share K and V inside it), and gathers the outputs back.
-Backward loops over the same tiles and adds the gradients of keys and values into their slices: autograd through slices
-would fill a whole-size tensor for each.
+The plan is made once per batch. Each layer then gathers queries, keys and values into the plan's order once
+(unless they lie in it), calls torch's CPU flash kernel on slices of them (grouped queries share K and V inside it), and
+gathers the outputs back. Backward loops over the same tiles and adds the gradients of keys and values into their
+slices: autograd through slices would fill a whole-size tensor for each.
 
-Letters: T queries, S keys, N query heads, M key/value heads, H head dim, R rows and K keys of a tile.
+Letters: T queries, S keys, N query heads, M key/value heads, H head dim, R rows and K keys of a tile, B its batch.
 """
 
 import math
@@ -31,36 +31,51 @@ class Order:
 
     there: Tensor  # int64: token of each place
     back: Tensor  # int64: place of each token; one past the last place for tokens left out
+    in_place: bool  # token p is at place p, and those left out are the last ones
 
     @staticmethod
     def of(there: Tensor, total: int) -> "Order":
         """The order that puts token there[p] of `total` tokens at place p."""
+        places = torch.arange(len(there))
         back = torch.full((total,), len(there))
-        back[there] = torch.arange(len(there))
-        return Order(there, back)
+        back[there] = places
+        return Order(there, back, torch.equal(there, places))
+
+    def gather(self, x_TNH: Tensor) -> Tensor:
+        """The tokens in this order, in the dtype of the arithmetic."""
+        x_TNH = x_TNH[: len(self.there)].contiguous() if self.in_place else x_TNH.index_select(0, self.there)
+        return x_TNH.to(torch.promote_types(x_TNH.dtype, torch.float32))
+
+    def spread(self, parts: Iterable[Tensor], like: Tensor) -> Tensor:
+        """The way back from consecutive parts of an ordered tensor such as `like`; zeros for tokens left out."""
+        left_out = len(self.back) - len(self.there) if self.in_place else 1
+        whole = torch.cat([*parts, like.new_zeros(left_out, *like.shape[1:])])
+        return whole if self.in_place else whole.index_select(0, self.back)
 
 
 @dataclass(frozen=True, eq=False)
 class HostTile:
-    """One call: the next `rows` queries on slices of the ordered keys, with a bias of 0 or -inf.
-
-    `bias_RK` leaves out the first `common` keys, which every row sees; None if every row sees all keys of the tile.
-    """
+    """One call: the next `rows` queries on slices of the ordered keys, with a bias of 0 or -inf (see `tiling.Tile`)."""
 
     rows: int
+    batch: int
     keys: tuple[slice, ...]
     common: int
     bias_RK: Tensor | None
 
-    def pick(self, x_SMH: Tensor) -> Tensor:
-        """[K, M, H]: the tile's rows of ordered keys or values; a view if they are one slice."""
-        parts = [x_SMH[part] for part in self.keys]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def heads_first(self, x_RNH: Tensor) -> Tensor:
+        """[B R, N, H] -> [B, N, R, H], the layout of torch's attention calls; a view."""
+        return x_RNH.unflatten(0, (self.batch, len(x_RNH) // self.batch)).transpose(1, 2)
 
-    def add(self, x_KMH: Tensor, into_SMH: Tensor) -> None:
+    def pick(self, x_SMH: Tensor) -> Tensor:
+        """[B, M, K, H]: the tile's part of ordered keys or values; a view if it is one slice."""
+        parts = [x_SMH[part] for part in self.keys]
+        return self.heads_first(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def add(self, x_BMKH: Tensor, into_SMH: Tensor) -> None:
         """Add gradients of the tile's keys to those of all ordered keys."""
         sizes = [part.stop - part.start for part in self.keys]
-        for part, piece in zip(self.keys, x_KMH.split(sizes), strict=True):
+        for part, piece in zip(self.keys, _tokens_first(x_BMKH).split(sizes), strict=True):
             into_SMH[part].add_(piece)
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
@@ -93,7 +108,7 @@ def plan_host(codes: AttentionCodes) -> HostPlan:
         bias_RK = None
         if tile.hidden_RK is not None:
             bias_RK = torch.zeros(tile.hidden_RK.shape).masked_fill_(torch.from_numpy(tile.hidden_RK), -math.inf)
-        tiles.append(HostTile(tile.stop - tile.start, tile.keys, tile.common, bias_RK))
+        tiles.append(HostTile(tile.stop - tile.start, tile.batch, tile.keys, tile.common, bias_RK))
     return HostPlan(
         Order.of(torch.from_numpy(tiling.rows), codes.queries),
         Order.of(torch.from_numpy(tiling.keys), codes.keys),
@@ -137,57 +152,40 @@ class _HostAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: HostPlan, scale: float
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = _gather(q_TNH, plan.queries), _gather(k_SMH, plan.keys), _gather(v_SMH, plan.keys)
+        q, k, v = plan.queries.gather(q_TNH), plan.keys.gather(k_SMH), plan.keys.gather(v_SMH)
         outs, lses = [], []
         for tile, q_RNH in zip(plan.tiles, q.split(plan.rows), strict=True):
-            qkv = (_heads_first(x) for x in (q_RNH, tile.pick(k), tile.pick(v)))
+            qkv = tile.heads_first(q_RNH), tile.pick(k), tile.pick(v)
             out, lse = _flash(*qkv, attn_mask=tile.mask(q.dtype), scale=scale)
             outs.append(out)
             lses.append(lse)
         ctx.save_for_backward(q, k, v, *outs, *lses)
         ctx.plan, ctx.scale, ctx.dtype = plan, scale, q_TNH.dtype
-        blind_1N1 = q.new_full((1, q.shape[1], 1), -math.inf)
-        lse_NT = torch.cat([*lses, blind_1N1], 2)[0].index_select(1, plan.queries.back)
+        blind_N1 = q.new_full((q.shape[1], 1), -math.inf)
+        lse_NT = torch.cat([*(lse.transpose(0, 1).flatten(1) for lse in lses), blind_N1], 1)
+        lse_NT = lse_NT.index_select(1, plan.queries.back)
         ctx.mark_non_differentiable(lse_NT)
-        return _spread(map(_tokens_first, outs), q, plan.queries).to(q_TNH.dtype), lse_NT
+        return plan.queries.spread(map(_tokens_first, outs), q).to(q_TNH.dtype), lse_NT
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TNH: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         plan, (q, k, v, *saved) = ctx.plan, ctx.saved_tensors
         outs, lses = saved[: len(plan.tiles)], saved[len(plan.tiles) :]
-        grad = _gather(grad_TNH, plan.queries)
+        grad = plan.queries.gather(grad_TNH)
         dqs, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
         calls = zip(plan.tiles, grad.split(plan.rows), q.split(plan.rows), outs, lses, strict=True)
         for tile, grad_RNH, q_RNH, out, lse in calls:
-            inputs = (_heads_first(x) for x in (grad_RNH, q_RNH, tile.pick(k), tile.pick(v)))
+            inputs = tile.heads_first(grad_RNH), tile.heads_first(q_RNH), tile.pick(k), tile.pick(v), out, lse
             mask = tile.mask(q.dtype)
-            dq_tile, dk_tile, dv_tile = map(
-                _tokens_first, _flash_backward(*inputs, out, lse, 0.0, False, attn_mask=mask, scale=ctx.scale)
-            )
-            dqs.append(dq_tile)
+            dq_tile, dk_tile, dv_tile = _flash_backward(*inputs, 0.0, False, attn_mask=mask, scale=ctx.scale)
+            dqs.append(_tokens_first(dq_tile))
             tile.add(dk_tile, dk)
             tile.add(dv_tile, dv)
-        dq_TNH = _spread(dqs, q, plan.queries).to(ctx.dtype)
-        dk_SMH, dv_SMH = (_spread([x], x, plan.keys).to(ctx.dtype) for x in (dk, dv))
-        return dq_TNH, dk_SMH, dv_SMH, None, None
+        grads = plan.queries.spread(dqs, q), plan.keys.spread([dk], k), plan.keys.spread([dv], v)
+        return *(x.to(ctx.dtype) for x in grads), None, None
 
 
-def _gather(x_TNH: Tensor, order: Order) -> Tensor:
-    """The tokens of `order`, in the dtype of the arithmetic."""
-    return x_TNH.index_select(0, order.there).to(torch.promote_types(x_TNH.dtype, torch.float32))
-
-
-def _spread(parts: Iterable[Tensor], like: Tensor, order: Order) -> Tensor:
-    """The way back from consecutive parts of an ordered tensor such as `like`; zeros for tokens left out."""
-    return torch.cat([*parts, like.new_zeros(1, *like.shape[1:])]).index_select(0, order.back)
-
-
-def _heads_first(x_TNH: Tensor) -> Tensor:
-    """[T, N, H] -> [1, N, T, H], the layout of torch's attention calls; a view."""
-    return x_TNH.transpose(0, 1)[None]
-
-
-def _tokens_first(x_1NTH: Tensor) -> Tensor:
-    """The inverse of `_heads_first`."""
-    return x_1NTH[0].transpose(0, 1)
+def _tokens_first(x_BNRH: Tensor) -> Tensor:
+    """[B, N, R, H] -> [B R, N, H], the inverse of `HostTile.heads_first`."""
+    return x_BNRH.transpose(1, 2).flatten(0, 1)

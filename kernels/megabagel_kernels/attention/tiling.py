@@ -4,7 +4,8 @@ With keys sorted by code, what a query sees is one slice of public and one of pr
 intervals, splits and samples become runs of rows whose slices agree or grow slowly. A tile takes some neighbouring rows
 and the union of their slices; rows that see less than the union need a mask. Wide tiles waste masked pairs, narrow
 tiles waste the fixed cost of a call: the cheapest cut of the row order is found by dynamic programming. So an image is
-one tile without a mask, a long causal text a staircase, and a few tiny samples share one masked tile.
+one tile without a mask, a long causal text a staircase, and a few tiny samples share one masked tile. Images of equal
+size that see themselves alone and lie side by side (those of a vision tower) make one tile, computed as a batch.
 
 Letters: T queries, S keys, R rows and K keys of a tile.
 """
@@ -33,12 +34,14 @@ Index = npt.NDArray[np.int64]
 class Tile:
     """Rows [start, stop) of the query order on slices of the key order.
 
+    `batch` is 1, or the number of equal parts into which rows and keys fall so that part i sees part i alone.
     `hidden_RK` is true where a row does not see a key; it leaves out the first `common` keys, which every row sees.
-    None if the rows are alike: each sees all keys of the tile.
+    None if the rows are alike: each sees all keys of the tile (or of its part).
     """
 
     start: int
     stop: int
+    batch: int
     keys: tuple[slice, ...]
     common: int
     hidden_RK: npt.NDArray[np.bool_] | None
@@ -83,9 +86,8 @@ def cut_into_tiles(codes: AttentionCodes) -> Tiling:
     rows = np.lexsort((codes.b1, codes.b0, codes.a1, codes.a0))
     rows = rows[slices.sizes()[rows] > 0]
     by_row = slices.of(rows)
-    borders, uniform = _blocks(by_row)
-    cuts = borders[_cheapest_cuts(by_row, borders, uniform)]
-    return Tiling(rows, keys, tuple(_tile(by_row, start, stop) for start, stop in pairwise(cuts.tolist())))
+    blocks = _join_equal(by_row, _blocks(by_row))
+    return Tiling(rows, keys, tuple(_tile(by_row, blocks, i, j) for i, j in pairwise(_cheapest_cuts(by_row, blocks))))
 
 
 def _slices(codes: AttentionCodes, ordered: npt.NDArray[np.int32]) -> _Slices:
@@ -96,14 +98,22 @@ def _slices(codes: AttentionCodes, ordered: npt.NDArray[np.int32]) -> _Slices:
     return _Slices(a0, a1, b0, b1)
 
 
-def _blocks(by_row: _Slices) -> tuple[Index, npt.NDArray[np.bool_]]:
-    """Borders (0 ... T) of the blocks that tiles are made of, and whether the rows of a block see the same keys.
+@dataclass(frozen=True)
+class _Blocks:
+    """What tiles are made of: rows `borders[i]` to `borders[i + 1]`, which see equal keys in `batch[i]` equal parts.
 
-    A block is a run of equal rows, or up to STEP rows of a causal run.
+    `batch` is 0 for rows of a causal run.
     """
+
+    borders: Index
+    batch: Index
+
+
+def _blocks(by_row: _Slices) -> _Blocks:
+    """Runs of equal rows, and STEP rows at a time of causal runs."""
     count = len(by_row.a0)
     if count == 0:
-        return np.zeros(1, np.int64), np.zeros(0, bool)
+        return _Blocks(np.zeros(1, np.int64), np.zeros(0, np.int64))
     differs = np.ones(count, bool)
     differs[1:] = np.any([np.diff(bound) != 0 for bound in (by_row.a0, by_row.a1, by_row.b0, by_row.b1)], axis=0)
     start = np.flatnonzero(differs)
@@ -111,15 +121,28 @@ def _blocks(by_row: _Slices) -> tuple[Index, npt.NDArray[np.bool_]]:
     turn = np.ones(len(start), bool)  # the first row of a run of equal rows, or the row after one
     turn[1:] = ~(single[1:] & single[:-1])
     kept = turn | (start % STEP == 0)
-    borders = np.append(start[kept], count)
-    return borders, np.add.reduceat(np.ones(len(start), np.int64), np.flatnonzero(kept)) == 1
+    different_rows = np.add.reduceat(np.ones(len(start), np.int64), np.flatnonzero(kept))
+    return _Blocks(np.append(start[kept], count), (different_rows == 1).astype(np.int64))
 
 
-def _cheapest_cuts(by_row: _Slices, borders: Index, uniform: npt.NDArray[np.bool_]) -> Index:
-    """Positions in `borders` of the cuts with the least total cost, first and last border included."""
-    count = len(uniform)
+def _join_equal(by_row: _Slices, blocks: _Blocks) -> _Blocks:
+    """Join neighbouring blocks with equally many rows that see equally many keys, all public and next to each other."""
+    if len(blocks.batch) == 0:
+        return blocks
+    first, rows = by_row.of(blocks.borders[:-1]), np.diff(blocks.borders)
+    plain = (blocks.batch == 1) & (first.b0 >= first.b1)
+    joins = np.zeros(len(rows), bool)
+    joins[1:] = plain[1:] & plain[:-1] & (np.diff(rows) == 0) & (np.diff(first.sizes()) == 0)
+    joins[1:] &= first.a0[1:] == first.a1[:-1]
+    kept = np.flatnonzero(~joins)
+    return _Blocks(np.append(blocks.borders[kept], blocks.borders[-1]), np.add.reduceat(blocks.batch, kept))
+
+
+def _cheapest_cuts(by_row: _Slices, blocks: _Blocks) -> list[int]:
+    """Numbers of the borders where the cut with the least total cost runs, first and last border included."""
+    borders, count = blocks.borders, len(blocks.batch)
     if count == 0:
-        return np.zeros(1, np.int64)
+        return [0]
     union = _union_of_blocks(by_row, borders)
     best = np.full(count + 1, np.inf)
     best[0] = 0
@@ -127,17 +150,17 @@ def _cheapest_cuts(by_row: _Slices, borders: Index, uniform: npt.NDArray[np.bool
     for first in range(count):
         stop = min(first + REACH, count)
         keys = union.of(slice(first, stop)).unions().sizes()
-        rows = borders[first + 1 : stop + 1] - borders[first]
-        masked = np.ones(stop - first)
-        masked[0] = not uniform[first]
-        cost = best[first] + CALL_COST + keys * (rows * (1 + MASK_COST * masked) + KEY_COST)
+        rows = (borders[first + 1 : stop + 1] - borders[first]) * (1 + MASK_COST)
+        if blocks.batch[first]:
+            rows[0] = (borders[first + 1] - borders[first]) / blocks.batch[first]  # a block by itself needs no mask
+        cost = best[first] + CALL_COST + keys * (rows + KEY_COST)
         reached = slice(first + 1, stop + 1)
         previous[reached] = np.where(cost < best[reached], first, previous[reached])
         best[reached] = np.minimum(cost, best[reached])
     cuts = [count]
     while cuts[-1]:
-        cuts.append(previous[cuts[-1]])
-    return np.array(cuts[::-1])
+        cuts.append(int(previous[cuts[-1]]))
+    return cuts[::-1]
 
 
 def _union_of_blocks(by_row: _Slices, borders: Index) -> _Slices:
@@ -150,16 +173,17 @@ def _union_of_blocks(by_row: _Slices, borders: Index) -> _Slices:
     )
 
 
-def _tile(by_row: _Slices, start: int, stop: int) -> Tile:
+def _tile(by_row: _Slices, blocks: _Blocks, first: int, last: int) -> Tile:
+    start, stop = int(blocks.borders[first]), int(blocks.borders[last])
     rows = by_row.of(slice(start, stop))
     bounds = [(int(bound.min()), int(bound.max())) for bound in (rows.a0, rows.a1, rows.b0, rows.b1)]
     (a0, last_a0), (first_a1, a1), (b0, _), (_, b1) = bounds
     keys = tuple(slice(low, high) for low, high in ((a0, a1), (b0, b1)) if low < high)
+    if last == first + 1 and blocks.batch[first]:
+        return Tile(start, stop, int(blocks.batch[first]), keys, 0, None)
     # Rows that begin at the same public key all see as many of the next keys as the row that stops first.
     common = max(first_a1 - a0, 0) if a0 == last_a0 else 0
-    if all(low == high for low, high in bounds):
-        return Tile(start, stop, keys, common, None)
     position_K = np.concatenate([np.arange(part.start, part.stop) for part in keys])[common:]
     in_a = (rows.a0[:, None] <= position_K) & (position_K < rows.a1[:, None])
     in_b = (rows.b0[:, None] <= position_K) & (position_K < rows.b1[:, None])
-    return Tile(start, stop, keys, common, ~(in_a | in_b))
+    return Tile(start, stop, 1, keys, common, ~(in_a | in_b))

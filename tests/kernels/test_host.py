@@ -107,9 +107,9 @@ def test_reference_lse_has_a_gradient_and_blind_rows_have_none():
 
 
 def test_long_splits_and_rows_that_see_nothing_in_a_whole_block_of_keys():
-    """Longer than any block inside the flash kernel, and tiny samples that share a tile with a row of many keys."""
-    images = [[Split(700, "full"), Split(1, "causal")], [Split(2, "causal")], [Split(1, "causal")]]
-    codes = codes_of([*images, [Split(700, "causal"), Split(600, "full"), Split(530, "noise")]])
+    """Longer than any block inside the flash kernel, and a tiny sample that shares a tile with a row of many keys."""
+    long = [Split(700, "causal"), Split(600, "full"), Split(530, "noise")]
+    codes = codes_of([long, [Split(700, "full"), Split(1, "causal")], [Split(1, "causal")]])
     qkv = draw_qkv(codes, (2, 1), 32)
     grad = normal_like(qkv[0])
     plan = plan_host(codes)

@@ -120,7 +120,8 @@ def _blocks(by_row: _Slices) -> _Blocks:
     single = np.diff(start, append=count) == 1
     turn = np.ones(len(start), bool)  # the first row of a run of equal rows, or the row after one
     turn[1:] = ~(single[1:] & single[:-1])
-    kept = turn | (start % STEP == 0)
+    other_sample = np.diff(by_row.a0[start], prepend=-1) != 0
+    kept = turn | other_sample | (start % STEP == 0)
     different_rows = np.add.reduceat(np.ones(len(start), np.int64), np.flatnonzero(kept))
     return _Blocks(np.append(start[kept], count), (different_rows == 1).astype(np.int64))
 

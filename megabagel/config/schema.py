@@ -87,7 +87,6 @@ class ModelConfig:
     """Most latent tokens per side; a token at (row, col) has id row * latent_grid + col."""
     interpolate_pos: bool = False
     """Stretch 2-D ids over the whole grid instead of using its top left corner."""
-    freeze_vae: Literal[True] = True
 
     @property
     def kv_channels(self) -> int:
@@ -123,7 +122,6 @@ class ParallelConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none, attention and SwiGLU, or whole layers."""
     attention: Literal["auto", "host"] = "auto"
-    linears: Literal["auto", "mcore"] = "auto"
 
 
 @dataclass(frozen=True)

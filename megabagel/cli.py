@@ -6,6 +6,7 @@ stderr and exit code 2, Ctrl-C in exit code 130.
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_parity(commands)
+    _add_import(commands)
+    _add_export(commands)
     data = commands.add_parser("data", help="make and inspect data", allow_abbrev=False)
     _add_prepare(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
     return parser
@@ -60,6 +64,63 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     train.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace those of CONFIG")
     train.add_argument("--nproc", metavar="N", type=_positive, help="start N ranks on this machine")
     train.set_defaults(run=_train)
+
+
+def _add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parity = commands.add_parser(
+        "parity",
+        help="compare with numbers of the official model",
+        description="Run golden cases of the official model and compare every number, on any grid.",
+        epilog="exit code: 0 all rows ok, 1 a row fails, 2 a mistake in the input, 3 a kind of case not yet supported. "
+        "example: megabagel parity cases/train_04_edit parallel.tp=2 --nproc 2",
+        allow_abbrev=False,
+    )
+    parity.add_argument("overrides", metavar="CASE|key=value", nargs="+", help="cases and settings of the run")
+    parity.add_argument("--nproc", metavar="N", type=_positive, help="start N ranks on this machine")
+    parity.add_argument("--time", metavar="N", type=_positive, default=0, help="time N passes of each train_* case")
+    parity.add_argument("--random-weights", action="store_true", help="for cases without weights and expected values")
+    parity.add_argument("--json", metavar="FILE", type=Path, help="write everything that is printed")
+    parity.set_defaults(run=_parity)
+
+
+def _add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "import-hf",
+        help="make a checkpoint from published weights",
+        description="Make checkpoint OUT from DIR, a folder laid out as the published BAGEL-7B-MoT, or from its parts.",
+        epilog="example: megabagel import-hf BAGEL-7B-MoT bagel && "
+        "megabagel train my.yaml run.init_from=bagel (with `base: bagel/model.yaml` in my.yaml)",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="DIR", nargs="?", type=Path, help="published folder")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the checkpoint")
+    parts = parser.add_argument_group("from parts, instead of DIR")
+    parts.add_argument("--llm", metavar="DIR", type=Path, help="Qwen2.5 folder")
+    parts.add_argument("--vit", metavar="DIR", type=Path, help="SigLIP folder")
+    parts.add_argument("--vae", metavar="FILE", type=Path, help="ae.safetensors of FLUX")
+    parts.add_argument("--variant", choices=("mot", "moe", "dense"), help="default: mot")
+    parts.add_argument("--latent-grid", metavar="N", type=_positive, help="default: 64")
+    parts.add_argument("--vit-grid", metavar="N", type=_positive, help="default: 70")
+    parts.add_argument("--seed", metavar="N", type=int, help="of weights that no part has; default: 0")
+    parser.set_defaults(run=_import_hf)
+
+
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "export-hf",
+        help="write a checkpoint as published weights",
+        description="Write CKPT, a checkpoint folder from any grid, laid out as the published BAGEL-7B-MoT.",
+        epilog="example: megabagel export-hf runs/a/checkpoints/step_00000100 exported --dtype bf16",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint folder")
+    parser.add_argument("out", metavar="DIR", type=Path, help="new folder")
+    parser.add_argument("--weights", choices=("ema", "trained"), help="default: ema if the checkpoint has them")
+    parser.add_argument(
+        "--dtype", choices=("as-stored", "bf16", "fp32"), default="as-stored", help="default: as-stored"
+    )
+    parser.add_argument("--assets", metavar="DIR", type=Path, help="copy config, tokenizer and autoencoder from here")
+    parser.set_defaults(run=_export_hf)
 
 
 def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -102,6 +163,29 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _parity(args: argparse.Namespace) -> int:
+    cases = [Path(word) for word in args.overrides if not _is_override(word)]
+    overrides = [word for word in args.overrides if _is_override(word)]
+    if not cases:
+        raise UserError("parity: no case named; expected the path of a golden case, such as cases/train_04_edit")
+    if args.nproc:
+        _refuse_second_launcher(os.environ)
+        options = ["--random-weights"] * args.random_weights + (["--time", str(args.time)] if args.time else [])
+        options += ["--json", str(args.json)] if args.json else []
+        return spawn([sys.executable, "-m", "megabagel", "parity", *args.overrides, *options], args.nproc)
+    from megabagel.parallel import host
+
+    host.install()  # before anything imports megatron
+    from megabagel.parity.run import Request, main
+
+    return main(Request(tuple(cases), tuple(overrides), args.time, args.random_weights, args.json))
+
+
+def _is_override(word: str) -> bool:
+    """Whether a word is `section.key=value` and not a path."""
+    return re.match(r"[a-z_]+(\.\w+)+=", word) is not None
+
+
 def _refuse_second_launcher(env: Mapping[str, str]) -> None:
     """Raise `UserError` if this process is already one rank of a launch."""
     if "RANK" in env:
@@ -114,6 +198,36 @@ def _refuse_second_launcher(env: Mapping[str, str]) -> None:
         f"--nproc starts ranks, but this process is one already ({found}); expected to be started once. "
         "Leave out --nproc under torchrun or srun, or unset the variable."
     )
+
+
+def _import_hf(args: argparse.Namespace) -> int:
+    parts = (args.llm, args.vit, args.vae)
+    names = ("variant", "latent_grid", "vit_grid", "seed")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if (any(parts) or options) if args.source else not all(parts):
+        raise UserError("import-hf: expected either DIR alone, or all of --llm, --vit and --vae; then OUT")
+    from megabagel.parallel import host
+
+    host.install()  # before anything imports megatron
+    if args.source:
+        from megabagel.checkpoint.official.importer import import_folder
+
+        print(import_folder(args.source, args.out))
+    else:
+        from megabagel.checkpoint.official.parts import import_parts
+
+        print(import_parts(*parts, args.out, **options))
+    return 0
+
+
+def _export_hf(args: argparse.Namespace) -> int:
+    from megabagel.parallel import host
+
+    host.install()  # before anything imports megatron
+    from megabagel.checkpoint.official.exporter import export
+
+    print(export(args.checkpoint, args.out, args.weights, args.dtype, args.assets))
+    return 0
 
 
 def _prepare(args: argparse.Namespace) -> int:

@@ -14,8 +14,8 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from megabagel.config.schema import Config
-from megabagel.data.tokenizer import SPECIAL_TOKENS
 from megabagel.errors import UserError
+from megabagel.sequence.items import SPECIAL_TOKENS
 from tests.clumsy import command, fill, job, metrics, once_training, pairs, small_disk, tiny_run
 from tests.data.pictures import BAD, ODD
 from tests.parallel.pool import RankPool

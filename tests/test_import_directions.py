@@ -44,6 +44,10 @@ ROOMS = {
         ("errors", "config", "sequence", "kernels", "data", "model", "parallel", "checkpoint", "generate"),
         (*RANKS, "PIL", "rich", "tensorboard"),
     ),
+    "parity": Room(
+        ("errors", "config", "sequence", "kernels", "data", "model", "parallel", "checkpoint", "train"),
+        (*RANKS, "PIL", "safetensors"),
+    ),
 }
 ENTRANCES = ("cli", "launch", "__main__")
 """Modules that may import every room; no room imports them."""

@@ -14,9 +14,9 @@ import os
 import pickle
 import queue
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megabagel.config.schema import Config
+from megabagel.config.schema import Config, ModelConfig
 from megabagel.errors import UserError
+from megabagel.model.freezing import is_frozen
 from megabagel.parallel import host
 from megabagel.parallel.agree import once
 from megabagel.parallel.topology import Topology
@@ -68,7 +70,10 @@ def save(
 
     def complete() -> None:
         with _writing(partial):
-            _write_manifest(partial, config, topology, step)
+            train = config.train
+            write_manifest(
+                partial, config.model, step=step, grid=topology.describe(), ema=train.ema, freeze=train.freeze
+            )
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             _replace(root / LATEST, final.name)
@@ -108,34 +113,106 @@ def find(config: Config) -> Path | None:
     return complete[-1] if complete else None
 
 
-def read(folder: Path, config: Config) -> tuple[int, dict[str, Any]]:
-    """(finished steps, JSON state) of a checkpoint, after checking that it is whole and of the same model."""
-    manifest, state = _read_json(folder / MANIFEST), _read_json(folder / STATE)
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself."""
+
+    step: int
+    """Finished steps; 0 where weights were imported."""
+    ema: float
+    """`train.ema` of the run; 0: it holds no averaged weights."""
+    freeze: tuple[str, ...]
+    """`train.freeze` of the run; frozen weights have neither moments nor averages."""
+    model: dict[str, Any]
+    """The model's config by dotted key."""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest and check that all of its files are there, as long as they were written.
+
+    Raises UserError.
+    """
+    manifest = _read_json(folder / MANIFEST)
     try:
-        written, step = manifest["format"], int(manifest["step"])
-        model, ema, files = _leaves(manifest["model"]), manifest["ema"], dict(manifest["files"])
+        written, files = manifest["format"], dict(manifest["files"])
+        model = _leaves(asdict(ModelConfig())) | _leaves(manifest["model"])  # fields that are younger than the file
+        found = Manifest(int(manifest["step"]), manifest["ema"], tuple(manifest.get("freeze", ())), model)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / MANIFEST}: no manifest of a checkpoint ({error!r}). {_ELSE}") from error
     if written != FORMAT:
         raise UserError(f"{folder}: checkpoint format {written}, this version reads {FORMAT}. {_ELSE}")
     for name, size in files.items():
         path = folder / name
-        found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-        if found != f"{size} bytes":
-            raise UserError(f"{path}: {found}, expected {size} bytes by {MANIFEST}. {_ELSE}")
-    mine = _leaves(json.loads(json.dumps(asdict(config.model))))
-    for key in sorted((mine.keys() | model.keys()) - {"vae.path"}):  # where the codec's weights lie may change
-        if mine.get(key) != model.get(key):
-            raise UserError(
-                f"model.{key}={mine.get(key)!r}, but {folder} was trained with {model.get(key)!r}: use the model "
-                "it was trained with, or another run.dir, or run.resume=none"
-            )
-    if config.train.ema and not ema:
+        there = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+        if there != f"{size} bytes":
+            raise UserError(f"{path}: {there}, expected {size} bytes by {MANIFEST}. {_ELSE}")
+    return found
+
+
+def read(folder: Path, config: Config) -> tuple[int, dict[str, Any]]:
+    """(finished steps, JSON state) of a checkpoint, after checking that it is whole and of the same run."""
+    manifest, state = read_manifest(folder), _read_json(folder / STATE)
+    for key, mine, theirs in _differences(config.model, manifest):
+        raise UserError(
+            f"model.{key}={mine!r}, but {folder} was trained with {theirs!r}: use the model it was trained with, or "
+            "another run.dir, or run.resume=none"
+        )
+    if config.train.ema and not manifest.ema:
         raise UserError(
             f"train.ema={config.train.ema}, but {folder} was written with train.ema=0 and holds no averaged weights: "
             "set train.ema=0, or start anew with another run.dir or run.resume=none"
         )
-    return step, state
+    if sorted(config.train.freeze) != sorted(manifest.freeze):
+        raise UserError(
+            f"train.freeze={list(config.train.freeze)}, but {folder} was written with {list(manifest.freeze)}, so "
+            "other weights have moments. Go on with the same set, or start the next stage in a run.dir of its own with "
+            f"run.init_from={folder}."
+        )
+    return manifest.step, state
+
+
+def weights_of(folder: Path, config: Config, tensors: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+    """Which of this rank's tensors to `load` for a new run that starts from the weights of a checkpoint.
+
+    The averaged weights with `run.init_weights` ema; weights that did not learn have no average but themselves.
+    Raises UserError when the checkpoint is not whole, or its model has other shapes.
+    """
+    manifest = read_manifest(folder)
+    for key, mine, theirs in _differences(config.model, manifest, but=_FREE_TO_CHANGE):
+        raise UserError(
+            f"run.init_from={folder}: its model.{key} is {theirs!r}, this run's {mine!r}. Set model.{key}={theirs}, "
+            "or name a checkpoint of this model."
+        )
+    averaged = config.run.init_weights == "ema"
+    if averaged and not manifest.ema:
+        raise UserError(
+            f"run.init_weights=ema, but {folder} holds no averaged weights (it was written with train.ema=0): set "
+            "run.init_weights=trained, or name another checkpoint"
+        )
+    wanted = {}
+    for label, tensor in tensors.items():
+        kind, _, name = tensor.key.partition("/")
+        new = not manifest.model["qk_norm"] and ("q_norm" in name or "k_norm" in name)  # keeps its initial ones
+        if kind == "weight" and not new:
+            has_average = averaged and not is_frozen(name, config.model, manifest.freeze)
+            wanted[label] = replace(tensor, key=f"ema/{name}") if has_average else tensor
+    return wanted
+
+
+_FREE_TO_CHANGE = {"qk_norm", "rope_precision", "interpolate_pos", "init_std", "vit.norm_eps", "norm_eps", "rope_base"}
+"""Fields of the model that a new run may change: those without a shape, and QK-norm, which the paper adds after
+alignment (BAGEL section 4)."""
+
+
+def _differences(
+    model: ModelConfig, manifest: Manifest, but: Collection[str] = ()
+) -> Iterator[tuple[str, object, object]]:
+    """(dotted key, value here, value there) of fields that differ. Where the codec's weights lie may always change."""
+    mine = _leaves(json.loads(json.dumps(asdict(model))))
+    theirs = json.loads(json.dumps(manifest.model))
+    for key in sorted((mine.keys() | theirs.keys()) - {"vae.path", *but}):
+        if mine.get(key) != theirs.get(key):
+            yield key, mine.get(key), theirs.get(key)
 
 
 def _leaves(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -170,7 +247,7 @@ def load(folder: Path, tensors: dict[str, ShardedTensor]) -> None:
 
 def _disk_size(tensors: dict[str, ShardedTensor]) -> int:
     """Bytes that a checkpoint with these tensors of every rank takes on disk, and a little more."""
-    mine = [tensor.data.nbytes + _BOX_OVERHEAD for tensor in tensors.values() if tensor.replica_id == 0]
+    mine = [tensor.data.nbytes + _BOX_OVERHEAD for tensor in tensors.values() if is_main_replica(tensor.replica_id)]
     total = torch.tensor(sum(mine), device=host.device())
     dist.all_reduce(total)
     return int(total)
@@ -200,7 +277,8 @@ def _reason(error: BaseException) -> str:
     return next((f"rank {rank}: {cause}" for rank, (cause, _) in failures), "see the message of rank 0")
 
 
-def _write_manifest(folder: Path, config: Config, topology: Topology, step: int) -> None:
+def write_manifest(folder: Path, model: ModelConfig, **about: Any) -> None:
+    """Complete a checkpoint folder: flush its files and list them; `about` are step, grid, ema and the like."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
@@ -208,10 +286,8 @@ def _write_manifest(folder: Path, config: Config, topology: Topology, step: int)
         files[str(path.relative_to(folder))] = path.stat().st_size
     manifest = {
         "format": FORMAT,
-        "step": step,
-        "grid": topology.describe(),
-        "model": asdict(config.model),
-        "ema": config.train.ema,
+        **about,
+        "model": asdict(model),
         "versions": {name: version(name) for name in ("torch", "megatron-core", "numpy")},
         "files": files,
     }

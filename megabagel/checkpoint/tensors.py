@@ -1,10 +1,12 @@
 """What of a run is sharded: fp32 weights, moments and averaged weights, as boxes of the whole model's tensors.
 
+Weights that do not learn have neither moments nor averages.
+
 Keys are `<kind>/<name>`, kinds `weight`, `exp_avg`, `exp_avg_sq`, `ema`; names are the model's own and do not depend on
 the grid. The tensors are views of the optimizer's shards: nothing is copied to save, and loading fills them in place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megabagel.checkpoint.boxes import boxes
-from megabagel.parallel.sharding import Piece, pieces
+from megabagel.model.sharding import Piece, pieces
 from megabagel.parallel.stages import PipelineStage
 from megabagel.parallel.topology import Topology
 
@@ -45,18 +47,37 @@ def optimizer_shards(distributed: Any, ema: dict[torch.Tensor, torch.Tensor]) ->
                     yield Shard(parameter, ranges["param"].start, ranges["param"].end, states)
 
 
+def frozen_tensors(stages: list[PipelineStage], topology: Topology) -> dict[str, ShardedTensor]:
+    """Weights that do not learn, which the optimizer does not hold: this rank's pieces, in the type of the model."""
+    found = {}
+    for name, parameter in (named for stage in stages for named in stage.model.named_parameters()):
+        for piece in pieces(name, parameter) if not parameter.requires_grad else ():
+            data = piece.view(parameter.detach())
+            found[f"frozen/{piece.name}"] = ShardedTensor(
+                key=f"weight/{piece.name}",
+                data=data,
+                dtype=data.dtype,
+                local_shape=tuple(data.shape),
+                global_shape=piece.shape,
+                global_offset=piece.offset,
+                axis_fragmentations=None,
+                replica_id=(topology.dp_cp.rank, topology.tp.rank if piece.replicated else 0),
+            )
+    return found
+
+
 def sharded_tensors(
-    stages: list[PipelineStage], distributed: Any, ema: dict[torch.Tensor, torch.Tensor], topology: Topology
+    stages: list[PipelineStage], shards: Iterable[Shard], topology: Topology
 ) -> dict[str, ShardedTensor]:
-    """Every box of every shard of this rank, under unique labels."""
+    """Every box of every shard of this rank, under unique labels, and the weights that do not learn."""
     names = {parameter: name for stage in stages for name, parameter in stage.model.named_parameters()}
     found = {}
-    for shard in optimizer_shards(distributed, ema):
+    for shard in shards:
         for piece in pieces(names[shard.parameter], shard.parameter):
             for kind, flat in shard.states.items():
                 for number, tensor in enumerate(_tensors(shard, piece, kind, flat.detach(), topology.tp.rank)):
                     found[f"{kind}/{piece.name}/{number}"] = tensor
-    return found
+    return found | frozen_tensors(stages, topology)
 
 
 def _tensors(shard: Shard, piece: Piece, kind: str, flat: torch.Tensor, tp_rank: int) -> Iterator[ShardedTensor]:
@@ -80,5 +101,5 @@ def _tensors(shard: Shard, piece: Piece, kind: str, flat: torch.Tensor, tp_rank:
             global_shape=piece.shape,
             global_offset=tuple(mine + whole for mine, whole in zip(box.offset, piece.offset, strict=True)),
             axis_fragmentations=None,  # boxes form no regular grid
-            replica_id=tp_rank if piece.replicated else 0,
+            replica_id=(0, tp_rank if piece.replicated else 0),
         )

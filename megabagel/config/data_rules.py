@@ -175,6 +175,20 @@ def resume_names_a_folder(c: Config) -> Iterator[str]:
         yield "There is no such folder; mend the path or use auto."
 
 
+@rule("run.init_from")
+def init_names_a_checkpoint(c: Config) -> Iterator[str]:
+    """A fresh start takes its weights from the folder of a complete checkpoint, which has a manifest.json."""
+    if c.run.init_from is not None and not (Path(c.run.init_from) / "manifest.json").is_file():
+        yield "Name an imported checkpoint or RUN/checkpoints/step_00000100, or null for random weights."
+
+
+@rule("run.init_from", "run.resume")
+def init_is_for_fresh_starts(c: Config) -> Iterator[str]:
+    """A run that goes on from the checkpoint named by resume has its weights from there."""
+    if c.run.init_from is not None and c.run.resume not in ("auto", "none"):
+        yield "Pick one: set run.init_from to null, or run.resume to auto or none."
+
+
 @rule("telemetry.sample_every", "telemetry.prompts")
 def samples_have_prompts(c: Config) -> Iterator[str]:
     """Sample images are made from prompts."""

@@ -31,15 +31,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     origins: dict[str, str] = {}
     for name, layer in _read_layers(Path(path)):
         _merge(tree, layer, name, origins)
+    return _resolve(tree, origins, overrides, str(path))
+
+
+def override(config: Config, overrides: Sequence[str], name: str) -> Config:
+    """Apply `overrides` to a config that comes from no file but from `name`, and check everything, as `load` does."""
+    return _resolve(to_dict(config), {"": name}, overrides, name)
+
+
+def _resolve(tree: dict[str, Any], origins: dict[str, str], overrides: Sequence[str], name: str) -> Config:
     problems = Problems()
-    for override in overrides:
-        _apply(tree, override, problems, origins)
+    for text in overrides:
+        _apply(tree, text, problems, origins)
     config = build(Config, tree, problems)
     lines = [f"{text} ({_origin(key, origins)})" for key, text in problems.found]
     lines += violations(config, problems.doubtful)
     if lines:
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise UserError("\n  ".join((f"{path}: {count} in the configuration", *lines)))
+        raise UserError("\n  ".join((f"{name}: {count} in the configuration", *lines)))
     return config
 
 
@@ -54,11 +63,15 @@ def to_dict(config: Any) -> Any:
 
 def dump(config: Config, path: str | Path) -> None:
     """Write the resolved tree as YAML; `load(path)` gives an equal `Config`."""
-    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        write_yaml(to_dict(config), path)
     except OSError as error:
         raise UserError(f"{path}: cannot write the config: {error.strerror}; choose another run.dir") from error
+
+
+def write_yaml(tree: dict[str, Any], path: str | Path) -> None:
+    """Write plain dicts, lists and scalars, a whole config or some sections of it, as YAML."""
+    Path(path).write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 class _Loader(yaml.SafeLoader):

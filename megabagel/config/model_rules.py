@@ -112,18 +112,24 @@ def vit_hidden_splits_into_heads(c: Config) -> Iterator[str]:
         yield from multiple_of(c, "model.vit.hidden", "model.vit.heads")
 
 
-@rule("model.vit.heads", "parallel.tp", "model.visual_und")
-def vit_heads_split_over_tp(c: Config) -> Iterator[str]:
-    """Tensor parallel deals whole heads of the ViT."""
-    if c.model.visual_und:
-        yield from multiple_of(c, "model.vit.heads", "parallel.tp")
+# What learns
 
 
-@rule("model.vit.ffn", "parallel.tp", "model.visual_und")
-def vit_ffn_splits_over_tp(c: Config) -> Iterator[str]:
-    """Tensor parallel splits the ViT's MLP evenly."""
-    if c.model.visual_und:
-        yield from multiple_of(c, "model.vit.ffn", "parallel.tp")
+@rule("train.freeze", "model.visual_und", "model.visual_gen")
+def something_learns(c: Config) -> Iterator[str]:
+    """At least one part of the model learns."""
+    frozen = set(c.train.freeze)
+    seeing = c.model.visual_und and "und" not in frozen and not {"vit", "connector"} <= frozen
+    drawing = c.model.visual_gen and "latent" not in frozen
+    if "llm" in frozen and not seeing and not drawing:
+        yield "Everything that this model has is frozen; take a part out of train.freeze."
+
+
+@rule("train.freeze")
+def frozen_parts_differ(c: Config) -> Iterator[str]:
+    """Every frozen part is listed once."""
+    twice = {part for part in c.train.freeze if c.train.freeze.count(part) > 1}
+    yield from (f"Remove the second {part}." for part in sorted(twice))
 
 
 # The image codec

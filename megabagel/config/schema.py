@@ -16,6 +16,10 @@ class RunConfig:
     """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/."""
     resume: str = "auto"
     """`auto`: newest complete checkpoint under run.dir, else a fresh start; `none`: fresh; else a checkpoint folder."""
+    init_from: str | None = None
+    """A fresh start takes its weights from this checkpoint (imported, or of an earlier stage): nothing else of it."""
+    init_weights: Literal["trained", "ema"] = "trained"
+    """Which weights of `init_from`: those in training, or the averaged ones (as fine-tuning from ema.safetensors)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class ModelConfig:
     qkv_bias: bool = True
     norm_eps: float = 1e-6
     rope_base: float = 1e6
+    rope_precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of the rotary frequencies. bf16 is what FSDP's buffer cast makes of them in the released trainer: up to 1.15
+    rad of phase at position 1000 (bagel-reference section 17); its inference uses fp32. Angles are fp32 in both."""
     init_std: float = 0.02
     visual_und: bool = True
     """Build the ViT tower and connector."""
@@ -167,6 +174,9 @@ class DataConfig:
     drop_vit: float = 0.5
     drop_latent: float = 0.1
     """Conditioning dropout per item kind (BAGEL section 2.3)."""
+    dropped_images_advance: bool = True
+    """Whether an image that dropout leaves out still moves the RoPE counter by one, as in the released trainer (its
+    inference leaves no such gap; bagel-reference sections 6 and 16). Dropped text never does."""
     vae_resize: ResizeConfig = field(default_factory=ResizeConfig)
     vit_resize: ResizeConfig = field(default_factory=lambda: ResizeConfig(max_size=518, min_size=224))
     decode: Literal["auto", "host"] = "auto"
@@ -199,6 +209,19 @@ class TrainConfig:
     ce_weight: float = 0.25
     mse_weight: float = 1.0
     timestep_shift: float = 1.0
+    timestep_precision: Literal["fp32", "bf16"] = "fp32"
+    """Type in which timesteps are shifted. bf16 is what FSDP's casts make of them in the released code: t then has 8
+    significant bits (bagel-reference section 17)."""
+    loss_normalization: Literal["global_batch", "micro_step"] = "global_batch"
+    """What losses are divided by. `global_batch`: the loss tokens of the whole step, so that a step does not depend on
+    how its packs are spread over micro-batches and ranks. `micro_step`: as released, the loss tokens of one micro-batch
+    of all data-parallel ranks, then averaged over micro-batches (bagel-reference section 10): tokens weigh more in
+    micro-batches that have few, and the curve depends on the data-parallel size."""
+    freeze: tuple[Literal["llm", "vit", "connector", "latent", "und"], ...] = ()
+    """Weights that do not learn. `llm`: the language model with embedding and head, both experts (freeze_llm). `vit`:
+    the tower (freeze_vit). `connector`: between tower and language model. `latent`: vae2llm, time embedder, llm2vae.
+    `und`: the understanding stream from embedding, tower and connector to the final norm, so that only generation and
+    lm_head learn (freeze_und). The connector alone learns with [llm, vit, latent]. The VAE never learns."""
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,8 @@ def describe(kind: Any) -> str:
         return "one of " + ", ".join("true" if choice is True else choice for choice in get_args(kind))
     if get_origin(kind) is tuple:
         first, *rest = get_args(kind)
+        if get_origin(first) is Literal:
+            return f"a list out of {', '.join(get_args(first))}"
         item = "mappings" if is_dataclass(first) else _PLURALS[first]
         return f"a list of {item}" if rest == [Ellipsis] else f"a list of {1 + len(rest)} {item}"
     return _WORDS[kind]

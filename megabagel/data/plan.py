@@ -66,19 +66,16 @@ class StepPlan:
             counts[sample.key.source] = (ce + int(sample.ce_S.sum()), mse + noised)
         return counts
 
-    @property
-    def ce_tokens(self) -> int:
-        """Tokens with cross-entropy in the global batch."""
-        return sum(pack.ce_tokens for pack in self.packs)
-
-    @property
-    def mse_tokens(self) -> int:
-        """Tokens with flow loss in the global batch."""
-        return sum(pack.mse_tokens for pack in self.packs)
-
     def share(self, rank: int, size: int) -> list[int]:
         """Packs of one data-parallel rank: equal counts, balanced by work."""
-        return deal([flops.masked + flops.vit for flops in self.flops], size)[rank]
+        return self._deal(size)[rank]
+
+    def micro_steps(self, size: int) -> list[list[Pack]]:
+        """The packs that `size` data-parallel ranks run at the same time, turn by turn."""
+        return [[self.packs[number] for number in turn] for turn in zip(*self._deal(size), strict=True)]
+
+    def _deal(self, size: int) -> list[list[int]]:
+        return deal([flops.masked + flops.vit for flops in self.flops], size)
 
 
 class GlobalPlan:
@@ -199,7 +196,7 @@ class GlobalPlan:
 
     def _lay_out(self, key: SampleKey) -> SamplePlan:
         items = self.expander.items(self.document(key), self.sources[key.source].task, key)
-        return plan_sample(items, key, self.dropout)
+        return plan_sample(items, key, self.dropout, self.config.data.dropped_images_advance)
 
     def _check(self, source: Source) -> None:
         """Refuse a source of which no sample can ever enter a pack."""

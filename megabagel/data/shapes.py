@@ -22,8 +22,8 @@ from megabagel.config.schema import DataConfig
 from megabagel.data.figures import COLOURS, PLACES, SHAPES, Figure, draw, encode, pick, random_figure
 from megabagel.data.files import staging, write_atomic
 from megabagel.data.shards import write_shards
-from megabagel.data.tokenizer import SPECIAL_TOKENS
 from megabagel.errors import UserError
+from megabagel.sequence.items import SPECIAL_TOKENS
 from megabagel.sequence.keys import generator
 
 logger = logging.getLogger(__name__)

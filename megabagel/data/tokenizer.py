@@ -14,9 +14,7 @@ import sentencepiece
 import tokenizers
 
 from megabagel.errors import UserError
-
-SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
-"""Start and end of a text, start and end of an image."""
+from megabagel.sequence.items import SPECIAL_TOKENS
 
 
 class TextTokenizer(Protocol):

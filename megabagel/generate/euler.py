@@ -50,6 +50,8 @@ class EulerSampler:
     ) -> None:
         self.config, self.topology, self.builder, self.evaluate = config, topology, builder, evaluate
         self.tokenizer, self.writer = tokenizer, Writer(tokenizer)
+        assert builder.codec is not None
+        self.codec = builder.codec
         height, width = config.telemetry.sample_size
         self.rows, self.cols = height // config.model.latent_stride, width // config.model.latent_stride
         self.guided = config.telemetry.sample_guidance > 1
@@ -96,7 +98,7 @@ class EulerSampler:
 
     def _picture(self, tokens: torch.Tensor) -> np.ndarray:
         latent = unpatchify(tokens, self.rows, self.cols, self.config.model.latent_patch)
-        pixels = self.builder.codec.decode(latent[None].to(self.builder.device))[0]
+        pixels = self.codec.decode(latent[None].to(self.builder.device))[0]
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
     def _canvases(self) -> list[_Canvas]:

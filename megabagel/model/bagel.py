@@ -4,17 +4,21 @@ Legend: see `model.inputs`. A stage owns the layers it is given by their number 
 name does not depend on how the model is cut.
 """
 
+from collections.abc import Collection
+from dataclasses import replace
+
 import torch
 from megabagel_kernels.flow import flow_loss_to_target
 from torch import nn
 
 from megabagel.config.schema import ModelConfig
-from megabagel.model.factory import LayerFactory
+from megabagel.model.factory import LayerFactory, SingleDevice
 from megabagel.model.flow import TimeEmbedder
+from megabagel.model.freezing import freeze_parameters
 from megabagel.model.inputs import Hidden, LatentInputs, Outputs, StageInputs, VitInputs
 from megabagel.model.layers import Experts, Layer, RMSNorm
 from megabagel.model.positions import sincos_table
-from megabagel.model.vit import Connector, Vit
+from megabagel.model.vit import Connector, Vit, splits
 
 
 class Embed(nn.Module):
@@ -28,7 +32,7 @@ class Embed(nn.Module):
         self.config, self.factory = config, factory
         self.words = factory.embedding(config.vocab, config.hidden)
         if config.visual_und:
-            self.vit = Vit(config.vit, factory)
+            self.vit = Vit(config.vit, factory if splits(config.vit, factory.shards) else SingleDevice())
             self.connector = Connector(config, factory)
             self.register_buffer("vit_table", sincos_table(config.hidden, config.vit.grid), persistent=False)
         if config.visual_gen:
@@ -66,9 +70,9 @@ class Embed(nn.Module):
 class Heads(nn.Module):
     """Final norms, word head with cross-entropy, velocity head with flow loss."""
 
-    def __init__(self, config: ModelConfig, factory: LayerFactory) -> None:
+    def __init__(self, config: ModelConfig, factory: LayerFactory, und_learns: bool) -> None:
         super().__init__()
-        self.factory = factory
+        self.factory, self.und_learns = factory, und_learns
         self.norm = Experts(
             lambda: factory.partial_over_rows(RMSNorm(config.hidden, config.norm_eps)),
             doubled=config.variant != "dense",
@@ -80,7 +84,8 @@ class Heads(nn.Module):
 
     def forward(self, hidden: Hidden, inputs: StageInputs) -> Outputs:
         """Losses per row."""
-        und_uI, gen_gI = self.norm.both(hidden.und_uI, hidden.gen_gI)
+        und_uI, gen_gI = self.norm(hidden.und_uI, hidden.gen_gI)
+        und_uI = und_uI if self.und_learns else und_uI.detach()
         ce_K = self.lm_head(self.factory.join_rows(und_uI)[inputs.ce_row_K], inputs.label_K)
         idle_gC = torch.zeros_like(hidden.target_gC) + gen_gI[:, :1] * 0  # keeps the expert in the graph
         velocity_gC = self.llm2vae(gen_gI) if self.visual_gen else idle_gC
@@ -99,23 +104,29 @@ class Bagel(nn.Module):
         first: bool = True,
         last: bool = True,
         recompute: str = "none",
+        freeze: Collection[str] = (),
     ) -> None:
         super().__init__()
         layers = range(config.layers) if layers is None else layers
+        self.und_learns = "und" not in freeze
+        und_learns = self.und_learns or config.variant != "mot"
         if first:
             self.embed = Embed(config, factory)
-        self.layers = nn.ModuleDict({str(index): Layer(config, factory, recompute) for index in layers})
+        self.layers = nn.ModuleDict({str(index): Layer(config, factory, recompute, und_learns) for index in layers})
         if last:
-            self.heads = Heads(config, factory)
+            self.heads = Heads(config, factory, self.und_learns)
         self.first, self.last = first, last
+        freeze_parameters(self, config, freeze)
 
     def forward(self, inputs: StageInputs, hidden: Hidden | None = None) -> Hidden | Outputs:
         """One micro-batch through this stage; `hidden` comes from the stage before."""
         if self.first:
             hidden = self.embed(inputs)
         assert hidden is not None
+        if not self.und_learns:
+            hidden = replace(hidden, und_uI=hidden.und_uI.detach())
         und_uI, gen_gI = hidden.und_uI, hidden.gen_gI
         for layer in self.layers.values():
             und_uI, gen_gI = layer(und_uI, gen_gI, inputs.rope, inputs.attend)
-        hidden = Hidden(und_uI, gen_gI, hidden.target_gC, hidden.weight_g)
+        hidden = replace(hidden, und_uI=und_uI, gen_gI=gen_gI)
         return self.heads(hidden, inputs) if self.last else hidden

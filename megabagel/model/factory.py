@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from megabagel.model.sharding import shard
+
 
 class LayerFactory(Protocol):
     """Linears and row exchanges of one kind of parallelism."""
@@ -67,7 +69,10 @@ class SingleDevice:
 
     def column(self, inputs: int, blocks: Mapping[str, int], *, bias: bool, rows_split: bool) -> nn.Module:
         """A linear."""
-        return nn.Linear(inputs, sum(blocks.values()), bias=bias)
+        linear = nn.Linear(inputs, sum(blocks.values()), bias=bias)
+        for parameter in linear.parameters():
+            shard(parameter, 0, blocks)
+        return linear
 
     def row(self, inputs: int, outputs: int, *, bias: bool, rows_split: bool) -> nn.Module:
         """A linear."""

@@ -9,14 +9,14 @@ FEATURES = 256
 """Sinusoidal features of a timestep."""
 
 
-def timestep(draw: Tensor, shift: float) -> Tensor:
+def timestep(draw: Tensor, shift: float, precision: str = "fp32") -> Tensor:
     """Timestep t in [0, 1], float32, of a standard normal `draw`: 0 is data, 1 is noise.
 
     s = sigmoid(draw) (logit-normal), t = k s / (1 + (k - 1) s) with k = `shift`. A draw of -inf, that of a clean image,
-    gives exactly 0.
+    gives exactly 0. With `precision` bf16 every operation rounds to bf16, as under the released trainer's casts.
     """
-    s = draw.float().sigmoid()
-    return shift * s / (1 + (shift - 1) * s)
+    s = draw.to(torch.bfloat16 if precision == "bf16" else torch.float32).sigmoid()
+    return (shift * s / (1 + (shift - 1) * s)).float()
 
 
 def timestep_features(t_T: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
+from megabagel_kernels.pointwise import rms_norm, swiglu
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from megabagel.config.schema import ModelConfig
@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., width] -> the same."""
-        return functional.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Experts(nn.Module, Generic[M]):
@@ -47,7 +47,7 @@ class Experts(nn.Module, Generic[M]):
             self.gen: M = make()
         self.doubled = doubled
 
-    def both(self, und: torch.Tensor, gen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, und: torch.Tensor, gen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each expert's rows through its own copy."""
         return self.und(und), self.for_gen(gen)
 
@@ -94,19 +94,16 @@ class Mlp(nn.Module):
         return self.down(_recomputed(swiglu, gate_up) if self.recompute else swiglu(gate_up))
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """[T, 2 F], gate first -> [T, F]."""
-    gate, up = gate_up.chunk(2, -1)
-    return functional.silu(gate) * up
-
-
 class Layer(nn.Module):
     """One decoder layer over [und | gen]: shared attention, then each expert's MLP, pre-norm with residuals."""
 
-    def __init__(self, config: ModelConfig, factory: LayerFactory, recompute: str = "none") -> None:
+    def __init__(
+        self, config: ModelConfig, factory: LayerFactory, recompute: str = "none", und_learns: bool = True
+    ) -> None:
         super().__init__()
         mot, experts = config.variant == "mot", config.variant != "dense"
         self.recompute = recompute
+        self.und_learns = und_learns
 
         def norm() -> nn.Module:
             return factory.partial_over_rows(RMSNorm(config.hidden, config.norm_eps))
@@ -127,10 +124,16 @@ class Layer(nn.Module):
     def _forward(
         self, und_uI: torch.Tensor, gen_gI: torch.Tensor, rope: Rope, attend: Attend
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        und, gen = self._attention(*self.input_norm.both(und_uI, gen_gI), rope, attend)
-        und_uI, gen_gI = und_uI + und, gen_gI + gen
-        und, gen = self.mlp.both(*self.mlp_norm.both(und_uI, gen_gI))
+        und_uI = self._und(und_uI)
+        normed_und, normed_gen = self.input_norm(und_uI, gen_gI)
+        und, gen = self._attention(normed_und, normed_gen, rope, attend)
+        und_uI, gen_gI = und_uI + self._und(und), gen_gI + gen
+        und, gen = self.mlp(*self.mlp_norm(und_uI, gen_gI))
         return und_uI + und, gen_gI + gen
+
+    def _und(self, x: torch.Tensor) -> torch.Tensor:
+        """The und stream; cut from the graph where it is frozen, since it carries what und rows read of gen rows."""
+        return x if self.und_learns else x.detach()
 
     def _attention(
         self, und_uI: torch.Tensor, gen_gI: torch.Tensor, rope: Rope, attend: Attend
@@ -143,7 +146,8 @@ class Layer(nn.Module):
         v_TMH = torch.cat([v_und, v_gen])
         run = partial(_recomputed, attend) if self.recompute == "selective" else attend
         out_TI = run(q_TNH, k_TMH, v_TMH).flatten(1)
-        return of_und.o(out_TI[: len(q_und)]), of_gen.o(out_TI[len(q_und) :])
+        out_und, out_gen = out_TI.split([len(q_und), len(q_gen)])
+        return of_und.o(out_und), of_gen.o(out_gen)
 
 
 def _recomputed(function: Callable[..., Any], *args: object) -> Any:

@@ -5,6 +5,7 @@ Shapes: T tokens, N heads, H channels of a head, G cells per grid side, D hidden
 """
 
 import torch
+from megabagel_kernels.pointwise import rotate
 from torch import Tensor
 
 
@@ -23,20 +24,21 @@ def sincos_table(dim: int, grid: int) -> Tensor:
     return torch.cat([column_GGD, row_GGD], dim=2).reshape(grid * grid, dim)
 
 
-def rope_tables(positions_T: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def rope_tables(positions_T: Tensor, head_dim: int, base: float, precision: str = "fp32") -> tuple[Tensor, Tensor]:
     """Cosines and sines [T, head_dim] float32 of the rotary angles; both halves of a row hold the same numbers.
 
     The angles are float32 products, position times base ** (-2 i / head_dim), as in pretraining: at long positions a
-    more exact angle would be another angle (bagel-reference section 6).
+    more exact angle would be another angle (bagel-reference section 6). `precision` is that of the frequencies.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device) / head_dim
-    angles = torch.outer(positions_T.float(), 1.0 / base**exponents)
+    frequencies = 1.0 / base**exponents
+    if precision == "bf16":
+        frequencies = frequencies.bfloat16().float()
+    angles = torch.outer(positions_T.float(), frequencies)
     angles_TH = torch.cat([angles, angles], dim=1)
     return angles_TH.cos(), angles_TH.sin()
 
 
 def apply_rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """Rotate channel i against channel i + H/2 of every head; float32 inside, the type of `x_TNH` outside."""
-    first, second = x_TNH.float().chunk(2, dim=-1)
-    turned_TNH = torch.cat([-second, first], dim=-1)
-    return (x_TNH.float() * cos_TH[:, None] + turned_TNH * sin_TH[:, None]).to(x_TNH.dtype)
+    return rotate(x_TNH, cos_TH, sin_TH)

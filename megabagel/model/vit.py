@@ -13,6 +13,11 @@ from megabagel.model.factory import LayerFactory
 from megabagel.model.inputs import Attend
 
 
+def splits(config: VitConfig, shards: int) -> bool:
+    """Whether the tower can be split over `shards`; else every one of them runs the whole tower, on equal weights."""
+    return config.heads % shards == 0 and config.ffn % shards == 0
+
+
 class VitLayer(nn.Module):
     """Pre-LN transformer layer with full attention inside each image."""
 

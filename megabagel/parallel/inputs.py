@@ -36,22 +36,31 @@ class Drive:
     time: float
 
 
+@dataclass(frozen=True)
+class Given:
+    """Latents and noise from outside instead of encoded images and keyed noise, to compare with another program."""
+
+    x0_LC: torch.Tensor
+    eps_LC: torch.Tensor
+
+
 class InputBuilder:
-    """Builds StageInputs for this rank."""
+    """Builds StageInputs for this rank. Without a codec all latents are given from outside."""
 
     def __init__(
-        self, config: Config, topology: Topology, factory: LayerFactory, codec: Codec, device: torch.device
+        self, config: Config, topology: Topology, factory: LayerFactory, codec: Codec | None, device: torch.device
     ) -> None:
         self.config, self.topology, self.factory = config, topology, factory
         self.codec, self.device = codec, device
 
-    def build(self, batch: PackedBatch, drive: Drive | None = None) -> StageInputs:
-        """Tensors of one micro-batch. With `drive`, noised images take its latents and clean ones are not allowed."""
+    def build(self, batch: PackedBatch, outside: Drive | Given | None = None) -> StageInputs:
+        """Tensors of one micro-batch. With a `Drive`, noised images take its latents and clean ones are not allowed."""
         pack, layout, cp = batch.pack, batch.layout, self.topology.cp
         token_C, border = layout.rank(cp.rank), layout.borders[cp.rank]
         first, last = self.topology.pp.first, self.topology.pp.last
         position_C = np.where(token_C >= 0, pack.position_S[token_C], 0)
-        rope = rope_tables(self._tensor(position_C), self.config.model.kv_channels, self.config.model.rope_base)
+        model = self.config.model
+        rope = rope_tables(self._tensor(position_C), model.kv_channels, model.rope_base, model.rope_precision)
         word_U, is_word_U = self._words(batch, token_C[:border])
         targets = np.flatnonzero((token_C[:border] >= 0) & pack.ce_S[token_C[:border]]) if last else np.arange(0)
         return StageInputs(
@@ -60,7 +69,7 @@ class InputBuilder:
             word_U=word_U,
             is_word_U=is_word_U,
             vit=self._vit(batch, token_C[:border]) if first and self.config.model.visual_und else None,
-            latents=self._latents(batch, token_C[border:], drive) if first else None,
+            latents=self._latents(batch, token_C[border:], outside) if first else None,
             ce_row_K=self._tensor(targets),
             label_K=self._tensor(batch.words.numpy()[pack.fill_S[token_C[targets]] + 1]),
             source_K=self._tensor(self._sources(pack, token_C[targets])),
@@ -121,7 +130,7 @@ class InputBuilder:
             np.concatenate([np.zeros(0, np.int64), *(start[i] + np.arange(size) for i, size in enumerate(sizes))])
         )
 
-    def _latents(self, batch: PackedBatch, token_G: np.ndarray, drive: Drive | None) -> LatentInputs:
+    def _latents(self, batch: PackedBatch, token_G: np.ndarray, outside: Drive | Given | None) -> LatentInputs:
         pack, config = batch.pack, self.config
         share = self.factory.share
         index = index_latents(pack)
@@ -131,29 +140,39 @@ class InputBuilder:
         if not pack.latents:
             return self._no_latents(len(real_g))
         image_g = self._tensor(index.image_L)[latent_g]
-        raw_I = torch.tensor([image.raw_timestep for image in pack.latents], device=self.device)
         grids = [grid_ids(i.rows, i.cols, config.model.latent_grid, config.model.interpolate_pos) for i in pack.latents]
-        if drive is None:
-            time_I = timestep(raw_I, config.train.timestep_shift)
-            x0_gC = self._encode(batch)[self._tensor(index.x0_L)[latent_g]]
+        noised_I = self._tensor(np.array([image.noised for image in pack.latents]))
+        if isinstance(outside, Drive):
+            time_I = torch.full((len(pack.latents),), outside.time, device=self.device)
+            x_t_gC = outside.x_t_LC.to(self.device)[latent_g]
+            target_gC = torch.zeros_like(x_t_gC)
+        else:
+            raw_I = torch.tensor([image.raw_timestep for image in pack.latents], device=self.device)
+            time_I = timestep(raw_I, config.train.timestep_shift, config.train.timestep_precision)
+            x0_gC, eps_gC = self._ends(batch, latent_g, image_g, outside)
             real_g &= x0_gC.isfinite().all(1)  # a lost image has NaN latents: its rows stay, without loss
             x0_gC = x0_gC.nan_to_num()
-            seed_I = torch.tensor([image.noise_seed for image in pack.latents], device=self.device)
-            eps_gC = noise_rows(seed_I[image_g], self._tensor(index.place_L)[latent_g], config.model.latent_dim)
             x_t_gC, target_gC = noise_latents(x0_gC, eps_gC, time_I[image_g]), eps_gC - x0_gC
-        else:
-            time_I = torch.full((len(pack.latents),), drive.time, device=self.device)
-            x_t_gC = drive.x_t_LC.to(self.device)[latent_g]
-            target_gC = torch.zeros_like(x_t_gC)
-        weight_g = real_g & (raw_I > -torch.inf)[image_g]
         return LatentInputs(
             x_t_gC=x_t_gC * real_g[:, None],
             target_gC=target_gC * real_g[:, None],
-            weight_g=weight_g.float(),
+            weight_g=(real_g & noised_I[image_g]).float(),
             grid_g=self._tensor(np.concatenate(grids))[latent_g] * real_g,
             time_I=time_I,
             image_g=image_g * real_g,
         )
+
+    def _ends(
+        self, batch: PackedBatch, latent_g: torch.Tensor, image_g: torch.Tensor, given: Given | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two ends of the flow for rows that hold latent tokens `latent_g` of images `image_g`: x_0 and noise."""
+        if given is not None:
+            return given.x0_LC.to(self.device)[latent_g], given.eps_LC.to(self.device)[latent_g]
+        index = index_latents(batch.pack)
+        seed_I = torch.tensor([image.noise_seed for image in batch.pack.latents], device=self.device)
+        place_g = self._tensor(index.place_L)[latent_g]
+        x0_gC = self._encode(batch)[self._tensor(index.x0_L)[latent_g]]
+        return x0_gC, noise_rows(seed_I[image_g], place_g, self.config.model.latent_dim)
 
     def _no_latents(self, rows: int) -> LatentInputs:
         """Padding rows alone: the generation expert still runs on them."""
@@ -164,6 +183,7 @@ class InputBuilder:
     def _encode(self, batch: PackedBatch) -> torch.Tensor:
         """x_0 of every distinct image, [tokens, C] end to end; each rank of the stage encodes its share."""
         pack, stage = batch.pack, self.topology.tp_cp
+        assert self.codec is not None
         images = vae_images(pack)
         sizes = [image.tokens for image in images]
         dealt = shares(sizes, stage.size)

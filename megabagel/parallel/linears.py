@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megabagel.parallel.sharding import Sharded
+from megabagel.model.sharding import shard
 from megabagel.parallel.topology import Topology
 
 
@@ -108,7 +108,7 @@ class MegatronLayers:
         return _mark_partial(module) if self.tp.size > 1 else module
 
     def _shard(self, parameter: nn.Parameter, dim: int, blocks: Mapping[str, int]) -> None:
-        parameter.sharded = Sharded(dim, dict(blocks), self.tp.rank, self.tp.size)  # type: ignore[attr-defined]
+        shard(parameter, dim, blocks, self.tp.rank, self.tp.size)
         if not hasattr(parameter, "tensor_model_parallel"):  # without it the gradient norm would count one rank only
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 

@@ -1,5 +1,7 @@
 """Pipeline stages: which layers a rank holds, and the model chunk as megatron-core's schedules want it."""
 
+import logging
+
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -8,12 +10,15 @@ from torch import nn
 from megabagel.config.schema import Config
 from megabagel.model.bagel import Bagel
 from megabagel.model.inputs import Hidden, Outputs, StageInputs
+from megabagel.model.vit import splits
 from megabagel.parallel import host
 from megabagel.parallel.initialise import initialise
 from megabagel.parallel.linears import MegatronLayers
 from megabagel.parallel.megatron import parameter_dtype
 from megabagel.parallel.topology import Topology
 from megabagel.parallel.wire import from_wire, to_wire
+
+logger = logging.getLogger(__name__)
 
 
 def layer_split(config: Config) -> list[range]:
@@ -59,6 +64,9 @@ def build_stages(config: Config, topology: Topology, megatron: TransformerConfig
     """This rank's model chunks (vpp of them), initialised, in `train.precision`, on this rank's device."""
     factory = MegatronLayers(megatron, topology)
     split = layer_split(config)
+    vit, tp = config.model.vit, topology.tp.size
+    if config.model.visual_und and topology.pp.first and not splits(vit, tp):
+        logger.info("ViT tower: whole on every rank (heads %d, ffn %d do not split over tp %d)", vit.heads, vit.ffn, tp)
     chunks = []
     for chunk in range(config.parallel.vpp):
         stage = chunk * topology.pp.size + topology.pp.rank
@@ -69,6 +77,7 @@ def build_stages(config: Config, topology: Topology, megatron: TransformerConfig
             first=stage == 0,
             last=stage == len(split) - 1,
             recompute=config.parallel.recompute,
+            freeze=config.train.freeze,
         )
         initialise(model, config.model, config.train.seed)
         _to(model, parameter_dtype(config))

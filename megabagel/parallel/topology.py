@@ -59,23 +59,36 @@ class Topology:
 def distributed(config: Config) -> Iterator[Topology]:
     """Join the job's process group, build the grid, and take both down at the end.
 
-    Launch facts come from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), from srun's
-    (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID) or, alone, from nowhere.
     Raises UserError when the world size does not fit the grid, on every rank alike.
     """
+    check_world(config, launch_facts()[1])
+    with joined():
+        try:
+            yield build(config, launch_facts()[2])
+        finally:
+            teardown()
+
+
+@contextmanager
+def joined() -> Iterator[Axis]:
+    """Join the job's process group, without a grid, and leave it at the end.
+
+    Launch facts come from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), from srun's
+    (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID) or, alone, from nowhere.
+    """
     rank, size, local_rank = launch_facts()
-    check_world(config, size)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    else:
+    elif "OMP_NUM_THREADS" not in os.environ:  # torch has heeded it already
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", size)))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     host.install()
     _rendezvous(rank, size)
     try:
-        yield build(config, local_rank)
+        world = dist.group.WORLD
+        assert world is not None
+        yield Axis(rank, size, world)
     finally:
-        teardown()
         dist.destroy_process_group()
 
 

@@ -79,6 +79,9 @@ Item = Text | Vit | Latent | Clip
 DELIMITERS = 2
 """Every text and image is bracketed by two special tokens."""
 
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+"""Start and end of a text, start and end of an image (bagel-reference section 4)."""
+
 
 def item_tokens(item: Item) -> int:
     """Tokens the item adds to the sequence, delimiters included."""

@@ -1,6 +1,6 @@
 """Sample plan: from items to splits, RoPE ids, loss rows and noise draws (bagel-reference sections 5, 6, 9, 13)."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -80,17 +80,26 @@ class SamplePlan:
 
 
 def plan_sample(items: list[Item], key: SampleKey, dropout: Dropout, advance_dropped: bool = True) -> SamplePlan:
-    """Lay out one sample.
+    """Lay out one sample. Every droppable item is dropped on its own keyed draw."""
+    dropped = {
+        index
+        for index, item in enumerate(items)
+        if dropout.of(item) > 0 and key.generator("drop", index).random() < dropout.of(item)
+    }
+    return lay_out(items, key, dropped, advance_dropped)
 
-    Every droppable item is dropped on its own keyed draw. A dropped image still moves the RoPE counter by one when
-    `advance_dropped` (the released code does; bagel-reference section 6); dropped text never moves it.
+
+def lay_out(items: list[Item], key: SampleKey, dropped: Collection[int], advance_dropped: bool = True) -> SamplePlan:
+    """Lay out one sample without the items whose numbers are in `dropped`.
+
+    A dropped image still moves the RoPE counter by one when `advance_dropped` (the released code does; bagel-reference
+    section 6); dropped text never moves it.
     """
     plan = SamplePlan(key)
     kinds, positions, losses = [], [], []
     counter = 0
     for index, item in enumerate(items):
-        probability = dropout.of(item)
-        if probability > 0 and key.generator("drop", index).random() < probability:
+        if index in dropped:
             counter += int(advance_dropped and not isinstance(item, Text))
             continue
         plan.items.append(item)

@@ -67,6 +67,11 @@ class Optimizer:
         for chunk in self.chunks:
             chunk.start_param_sync(force_sync=True)
 
+    def start_averages(self) -> None:
+        """Averaged weights start as the weights are."""
+        for shard, average in self.ema.items():
+            average.copy_(shard.detach())
+
     def zero_grad(self) -> None:
         """Start a step."""
         for chunk in self.chunks:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megabagel.checkpoint import store
-from megabagel.checkpoint.tensors import sharded_tensors
+from megabagel.checkpoint.tensors import optimizer_shards, sharded_tensors
 from megabagel.config.load import dump
 from megabagel.config.schema import Config
 from megabagel.data.decode import choose_engine
@@ -31,7 +31,7 @@ from megabagel.parallel.topology import Topology, distributed
 from megabagel.sequence.batch import Encoders
 from megabagel.train.optimizer import Optimizer
 from megabagel.train.schedule import learning_rate
-from megabagel.train.step import Counts, Losses, StepRunner
+from megabagel.train.step import Losses, StepRunner, denominators
 from megabagel.train.telemetry import Telemetry
 from megabagel.train.throughput import peak_flops, rates
 
@@ -61,7 +61,7 @@ class Trainer:
     def train_step(self, step: Step) -> tuple[Losses, float]:
         """One optimizer step; returns (losses, gradient norm)."""
         inputs = [self.builder.build(batch) for batch in step.batches]
-        counts = Counts(step.plan.ce_tokens, step.plan.mse_tokens)
+        counts = denominators(self.config.train, step.plan.micro_steps(self.topology.dp.size))
         result = self.runner.train(inputs, counts, learning_rate(self.config.train, self.step))
         self.step += 1
         return result
@@ -69,7 +69,8 @@ class Trainer:
     def tensors(self) -> dict[str, Any]:
         """This rank's shards, as a checkpoint holds them."""
         stages = [chunk.module for chunk in self.optimizer.chunks]
-        return sharded_tensors(stages, self.optimizer.distributed, self.optimizer.ema, self.topology)
+        shards = optimizer_shards(self.optimizer.distributed, self.optimizer.ema)
+        return sharded_tensors(stages, shards, self.topology)
 
     def save(self, plan_state: dict[str, Any]) -> None:
         """Write a checkpoint of the finished steps; `plan_state` is the data plan's after the last of them."""
@@ -85,6 +86,14 @@ class Trainer:
         self.optimizer.after_load(self.step)
         self.lost_images = state["lost_images"]
         logger.info("resumed from %s at step %d", folder, self.step)
+
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of another run, or imported ones, for step 0; averages start from them."""
+        tensors = self.tensors()
+        store.load(folder, everywhere(self.topology, lambda: store.weights_of(folder, self.config, tensors)))
+        self.optimizer.after_load(0)
+        self.optimizer.start_averages()
+        logger.info("weights from %s (%s)", folder, self.config.run.init_weights)
 
 
 def build_trainer(config: Config, topology: Topology) -> Trainer:
@@ -134,6 +143,8 @@ def main(config: Config) -> None:
         checkpoint = everywhere(topology, lambda: store.find(config))
         if checkpoint is not None:
             trainer.resume(checkpoint)
+        elif config.run.init_from:
+            trainer.start_from(Path(config.run.init_from))
         first = topology.world.first
         telemetry = everywhere(topology, lambda: Telemetry(config, first=first, step=trainer.step))
         try:
@@ -177,8 +188,9 @@ def _record(trainer: Trainer, step: Step, losses: Losses, norm: float) -> dict[s
     counts = plan.tokens_by_source()
     for number, source in enumerate(trainer.config.data.sources):
         ce, mse = counts.get(source.name, (0, 0))
-        by_source |= {f"loss_ce/{source.name}": losses.ce_sums[number] / ce} if ce else {}
-        by_source |= {f"loss_mse/{source.name}": losses.mse_sums[number] / mse} if mse else {}
+        ce_sum, mse_sum = losses.sums[:, :, number].sum(0).tolist()
+        by_source |= {f"loss_ce/{source.name}": ce_sum / ce} if ce else {}
+        by_source |= {f"loss_mse/{source.name}": mse_sum / mse} if mse else {}
     tokens, gen = sum(pack.tokens for pack in plan.packs), sum(pack.tokens_gen for pack in plan.packs)
     return {
         "step": trainer.step,

@@ -9,39 +9,50 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from megabagel.config.schema import Config
+from megabagel.config.schema import Config, TrainConfig
 from megabagel.model.inputs import Outputs, StageInputs
 from megabagel.parallel import host
 from megabagel.parallel.topology import Topology
 from megabagel.sequence.layout import layout_rows
+from megabagel.sequence.pack import Pack
 from megabagel.train.optimizer import Optimizer
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Loss-bearing tokens of the whole global batch; the denominators of both losses."""
+    """Loss-bearing tokens; the denominators of both losses."""
 
     ce: int
     mse: int
 
 
+def denominators(config: TrainConfig, micro_steps: Sequence[Sequence[Pack]]) -> list[Counts]:
+    """What the summed losses of each micro-step are divided by (bagel-reference section 10).
+
+    micro_steps: the packs that all data-parallel ranks run at the same time, for each turn of a step.
+    """
+    counts = [Counts(sum(p.ce_tokens for p in packs), sum(p.mse_tokens for p in packs)) for packs in micro_steps]
+    if config.loss_normalization == "micro_step":
+        return [Counts(c.ce * len(counts), c.mse * len(counts)) for c in counts]
+    return [Counts(sum(c.ce for c in counts), sum(c.mse for c in counts))] * len(counts)
+
+
 @dataclass(frozen=True)
 class Losses:
-    """Means over the global batch; 0 where no token bears the loss."""
+    """Means over the global batch, by the rule of `train.loss_normalization`; 0 where no token bears the loss."""
 
     ce: float
     mse: float
     total: float
-    ce_sums: tuple[float, ...] = ()
-    mse_sums: tuple[float, ...] = ()
-    """Sums of both losses by data source, for the log."""
+    sums: torch.Tensor
+    """fp64 [micro-steps, 2, sources + 1]: summed cross-entropy and flow loss by data source; the last is no source."""
 
 
 Weighed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def weigh(outputs: Outputs, inputs: StageInputs, counts: Counts, config: Config) -> Weighed:
-    """This micro-batch's share of the global loss: weighted sums over global counts (bagel-reference section 10).
+    """This micro-batch's share of the step's loss: weighted sums over the denominators `counts`.
 
     Returns (loss, rows counted by megatron-core, which we leave at 0, fp64 sums [2, sources + 1] for the log).
     """
@@ -60,6 +71,10 @@ def _by_source(loss_T: torch.Tensor, source_T: torch.Tensor, sources: int) -> to
     return loss_T.double() @ torch.nn.functional.one_hot(source_T, sources).double()
 
 
+Fed = tuple[StageInputs, Counts]
+"""A micro-batch and the denominators of its losses."""
+
+
 class StepRunner:
     """Runs the schedule of the grid over this rank's model chunks."""
 
@@ -69,25 +84,39 @@ class StepRunner:
         self.rows = layout_rows(config.data.max_tokens, grid.chunk, grid.cp)
         self.rows_split = grid.sp and grid.tp > 1
 
-    def train(self, micro_batches: Sequence[StageInputs], counts: Counts, learning_rate: float) -> tuple[Losses, float]:
-        """Forward, backward and update; returns (losses of the global batch, gradient norm), equal on all ranks."""
+    def train(
+        self, micro_batches: Sequence[StageInputs], counts: Sequence[Counts], learning_rate: float
+    ) -> tuple[Losses, float]:
+        """Forward, backward and update; returns (losses of the global batch, gradient norm), equal on all ranks.
+
+        counts: the denominators of each micro-batch.
+        """
+        losses = self.backward(micro_batches, counts)
+        return losses, self.optimizer.step(learning_rate)
+
+    def backward(self, micro_batches: Sequence[StageInputs], counts: Sequence[Counts]) -> Losses:
+        """Forward and backward: fresh gradients, summed over ranks, and the losses of the global batch."""
         self.optimizer.zero_grad()
-        sums = self._schedule(micro_batches, partial(weigh, counts=counts, config=self.config), forward_only=False)
-        norm = self.optimizer.step(learning_rate)
-        return self._reduce(sums, counts), norm
+        feed = list(zip(micro_batches, counts, strict=True))
+        sums = self._schedule(feed, partial(weigh, config=self.config), forward_only=False)
+        return self._reduce(sums, counts)
 
     def evaluate(self, inputs: StageInputs) -> Outputs | None:
         """One micro-batch forward without gradients; the outputs on the last stage, None elsewhere."""
-        interleaved = self.config.parallel.vpp > 1  # whose schedule wants a multiple of the pipeline's length
-        copies = self.topology.pp.size if interleaved else 1
+        feed = [(inputs, Counts(1, 1))] * self.fewest_micro_batches
         with torch.no_grad():
-            found = self._schedule([inputs] * copies, _as_it_is, forward_only=True, collect_non_loss_data=True)
+            found = self._schedule(feed, _as_it_is, forward_only=True, collect_non_loss_data=True)
         return found[0] if found else None
 
-    def _schedule(self, micro_batches: Sequence[StageInputs], loss_func: Any, **options: Any) -> list[Any]:
-        def forward_step(feed: Iterator[StageInputs], model: Any) -> tuple[Any, Any]:
-            inputs = next(feed)
-            return model(inputs), partial(loss_func, inputs=inputs)
+    @property
+    def fewest_micro_batches(self) -> int:
+        """The interleaved schedule wants a multiple of the pipeline's length."""
+        return self.topology.pp.size if self.config.parallel.vpp > 1 else 1
+
+    def _schedule(self, micro_batches: Sequence[Fed], loss_func: Any, **options: Any) -> list[Any]:
+        def forward_step(feed: Iterator[Fed], model: Any) -> tuple[Any, Any]:
+            inputs, counts = next(feed)
+            return model(inputs), partial(loss_func, inputs=inputs, counts=counts)
 
         chunks = self.optimizer.chunks
         feeds = [iter(micro_batches) for _ in chunks]
@@ -101,19 +130,20 @@ class StepRunner:
             **options,
         )
 
-    def _reduce(self, sums: list[torch.Tensor], counts: Counts) -> Losses:
+    def _reduce(self, sums: list[torch.Tensor], counts: Sequence[Counts]) -> Losses:
         """Add up what the last stages found. Rows are split over tensor-parallel ranks, or else counted once."""
         grid, config = self.topology, self.config.train
-        found = torch.zeros(2, len(self.config.data.sources) + 1, dtype=torch.float64, device=host.device())
-        for entry in sums if grid.pp.last else []:
-            found += entry
+        sources = len(self.config.data.sources) + 1
+        found = torch.zeros(len(counts), 2, sources, dtype=torch.float64, device=host.device())
+        if grid.pp.last:
+            found += torch.stack(sums)
         if not grid.tp.first:
-            found[0] = 0
-            found[1] *= self.rows_split
+            found[:, 0] = 0
+            found[:, 1] *= self.rows_split
         dist.all_reduce(found)
-        ce, mse = (float(row.sum()) / max(n, 1) for row, n in zip(found, (counts.ce, counts.mse), strict=True))
-        total = config.ce_weight * ce + config.mse_weight * mse
-        return Losses(ce, mse, total, *(tuple(row.tolist()) for row in found))
+        divided = found.sum(2).cpu() / torch.tensor([[max(c.ce, 1), max(c.mse, 1)] for c in counts])
+        ce, mse = divided.sum(0).tolist()
+        return Losses(ce, mse, config.ce_weight * ce + config.mse_weight * mse, found.cpu())
 
 
 def _as_it_is(outputs: Outputs, **_: object) -> Outputs:

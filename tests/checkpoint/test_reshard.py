@@ -26,17 +26,18 @@ PAIRS = [  # tp, pp, vpp, cp, dp: written, read
 
 
 def _tensors(harness: Harness) -> dict[str, Any]:
-    from megabagel.checkpoint.tensors import sharded_tensors
+    from megabagel.checkpoint.tensors import optimizer_shards, sharded_tensors
 
     stages = [chunk.module for chunk in harness.optimizer.chunks]
-    return sharded_tensors(stages, harness.optimizer.distributed, harness.optimizer.ema, harness.grid)
+    shards = optimizer_shards(harness.optimizer.distributed, harness.optimizer.ema)
+    return sharded_tensors(stages, shards, harness.grid)
 
 
 def _boxes(harness: Harness) -> Boxes:
     return [
         (tensor.key, tensor.global_offset, tensor.global_shape, tensor.data.numpy().copy())
         for tensor in _tensors(harness).values()
-        if tensor.replica_id == 0
+        if not any(tensor.replica_id)
     ]
 
 

@@ -18,6 +18,9 @@ from tests.config.tree import VALID, change
 
 FLUX = {"model.vae.codec": "flux", "model.vae.path": __file__}  # any file that exists
 
+STORED = str(Path(__file__).parent / "checkpoint")
+"""A folder with a manifest.json, which is all that rules look for."""
+
 BREAKS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     # rule, change to the valid config, what its message has to say
     ("hidden_splits_into_heads", {"model.hidden": 132, "model.heads": 8}, ("model.heads to 6", "128 or 136")),
@@ -35,8 +38,6 @@ BREAKS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("layer_split_covers_the_model", {"parallel.pp": 2, "parallel.layer_split": (2, 1)}, ("sum 3", "sum 4")),
     ("window_holds_a_chunk_per_rank", {"parallel.chunk": 256, "parallel.cp": 3}, ("data.max_tokens to 768",)),
     ("vit_hidden_splits_into_heads", {"model.vit.hidden": 98}, ("96 or 100", "model.vit.heads to 2")),
-    ("vit_heads_split_over_tp", {"parallel.tp": 2, "model.vit.heads": 3}, ("2 or 4",)),
-    ("vit_ffn_splits_over_tp", {"parallel.tp": 2, "model.vit.ffn": 9}, ("8 or 10",)),
     ("blocks_codec_has_its_shape", {"model.vae.channels": 4}, ("channels to 16",)),
     ("blocks_codec_has_its_shape", {"model.vae.downsample": 16}, ("downsample to 8",)),
     ("flux_codec_has_weights", {"model.vae.codec": "flux"}, ("model.vae.path = None", "ae.safetensors")),
@@ -82,6 +83,27 @@ BREAKS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
         ("train.warmup to 99", "train.steps = 100"),
     ),
     ("resume_names_a_folder", {"run.resume": "no/such/step_00000100"}, ("run.resume = 'no/such/step_00000100'",)),
+    ("init_names_a_checkpoint", {"run.init_from": "no/such"}, ("run.init_from = 'no/such'", "checkpoints/step_")),
+    ("init_names_a_checkpoint", {"run.init_from": str(Path(__file__).parent)}, ("manifest.json", "null")),
+    ("init_is_for_fresh_starts", {"run.init_from": STORED, "run.resume": STORED}, ("Pick one",)),
+    ("something_learns", {"train.freeze": ("llm", "vit", "connector", "latent")}, ("'connector', 'latent')",)),
+    ("something_learns", {"train.freeze": ("und", "latent", "llm")}, ("take a part out of train.freeze",)),
+    (
+        "something_learns",
+        {"train.freeze": ("llm", "latent"), "model.visual_und": False, "data.sources.1.task": "text"},
+        ("model.visual_und = False",),
+    ),
+    (
+        "something_learns",
+        {
+            "train.freeze": ("llm", "vit", "connector"),
+            "model.visual_gen": False,
+            "data.sources.0.task": "text",
+            "telemetry.sample_every": 0,
+        },
+        ("model.visual_gen = False",),
+    ),
+    ("frozen_parts_differ", {"train.freeze": ("vit", "llm", "vit")}, ("Remove the second vit",)),
     ("samples_have_prompts", {"telemetry.prompts": ()}, ("telemetry.prompts",)),
     (
         "samples_have_a_branch",
@@ -106,6 +128,13 @@ KEEPS: list[dict[str, Any]] = [
     {"train.warmup": 500},  # a constant schedule may end in its warm-up
     {"run.resume": "none"},
     {"run.resume": str(Path(__file__).parent)},
+    {"run.init_from": STORED},  # with resume = auto, where the run has no checkpoint yet
+    {"run.init_from": STORED, "run.resume": "none"},
+    {"train.freeze": ("llm", "vit", "latent")},
+    {"train.freeze": ("llm", "connector", "latent")},
+    {"train.freeze": ("llm", "vit", "connector")},
+    {"train.freeze": ("llm", "und")},
+    {"train.freeze": ("vit", "connector", "latent", "und")},  # the generation expert and the head learn
     {"telemetry.sample_every": 0, "telemetry.prompts": (), "telemetry.sample_size": (1, 1)},
 ]
 

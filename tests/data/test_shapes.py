@@ -13,8 +13,9 @@ from megabagel.data.documents import ImageItem
 from megabagel.data.figures import COLOURS, PAPER, Figure, draw
 from megabagel.data.index import Index, build_index, find_shards
 from megabagel.data.shapes import ensure_dataset, write_shapes
-from megabagel.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
+from megabagel.data.tokenizer import load_tokenizer
 from megabagel.errors import UserError
+from megabagel.sequence.items import SPECIAL_TOKENS
 
 SAMPLES = 200
 

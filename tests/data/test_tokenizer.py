@@ -5,8 +5,9 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megabagel.data.tokenizer import SPECIAL_TOKENS, ByteTokenizer, TextTokenizer, load_tokenizer
+from megabagel.data.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer
 from megabagel.errors import UserError
+from megabagel.sequence.items import SPECIAL_TOKENS
 
 TEXTS = [f"a {colour} {shape} on the {side}" for colour in ("red", "blue") for shape in ("circle", "square")
          for side in ("left", "right")]  # fmt: skip

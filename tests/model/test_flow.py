@@ -85,6 +85,15 @@ def test_noise_is_standard_normal():
     assert [float(m) for m in moments] == pytest.approx([0, 1, 0, 3], abs=0.05)
 
 
+def test_timesteps_in_bf16_have_8_significant_bits():
+    draws = torch.linspace(-3, 3, 101)
+    exact, rounded = timestep(draws, 4.0), timestep(draws, 4.0, "bf16")
+    assert rounded.dtype is torch.float32
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert 1e-3 < float((rounded / exact - 1).abs().max()) < 2e-2
+    assert timestep(torch.tensor([-torch.inf]), 4.0, "bf16").tolist() == [0.0]
+
+
 def test_official_numbers(golden):
     expect, _ = golden("prim_01_building_blocks")
     for shift in (1.0, 3.0, 4.0):

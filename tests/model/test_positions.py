@@ -74,6 +74,17 @@ def test_scores_depend_on_distance_only_and_bf16_is_rotated_in_float32():
     assert torch.equal(apply_rope(low, *tables), apply_rope(low.float(), *tables).bfloat16())
 
 
+def test_frequencies_in_bf16_are_those_of_the_released_trainer():
+    """Up to 1.15 rad of phase at position 1000, at the width of a BAGEL head (bagel-reference section 17)."""
+    position = torch.tensor([1000])
+    exact, rounded = (rope_tables(position, 128, 1e6, precision) for precision in ("fp32", "bf16"))
+    turned = torch.atan2(rounded[1], rounded[0]) - torch.atan2(exact[1], exact[0])
+    phase = torch.remainder(turned + torch.pi, 2 * torch.pi) - torch.pi
+    assert float(phase.abs().max()) == pytest.approx(1.15, abs=0.01)
+    first = rope_tables(position, 4, 16.0, "bf16")[0][0]  # frequencies 1 and 1/4 have no error to show
+    assert first.tolist() == pytest.approx([math.cos(1000), math.cos(250)] * 2, abs=1e-4)
+
+
 def test_official_numbers(golden):
     expect, about = golden("prim_01_building_blocks")
     for i, case in enumerate(about["position_ids"]):

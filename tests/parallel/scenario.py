@@ -139,12 +139,13 @@ class Harness:
     def step(self, number: int, share: Sequence[int] | None = None) -> dict[str, float]:
         """Train one step; `share` names this rank's packs (default: dealt in turn)."""
         from megabagel.train.schedule import learning_rate
-        from megabagel.train.step import Counts
+        from megabagel.train.step import denominators
 
         whole = packs(self.config, number)
-        mine = share if share is not None else range(self.grid.dp.rank, len(whole), self.grid.dp.size)
+        size = self.grid.dp.size
+        mine = share if share is not None else range(self.grid.dp.rank, len(whole), size)
         inputs = [self.builder.build(batch(self.config, whole[index], self.encoders)) for index in mine]
-        counts = Counts(sum(pack.ce_tokens for pack in whole), sum(pack.mse_tokens for pack in whole))
+        counts = denominators(self.config.train, [whole[turn : turn + size] for turn in range(0, len(whole), size)])
         losses, norm = self.runner.train(inputs, counts, learning_rate(self.config.train, number))
         return {"ce": losses.ce, "mse": losses.mse, "total": losses.total, "norm": norm}
 

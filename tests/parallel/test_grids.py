@@ -85,6 +85,28 @@ def test_other_models_do_not_depend_on_the_grid(ranks: RankPool, changes: dict[s
     _assert_same(_curve(ranks, config, (2, 2, 1, 1, 1)), _curve(ranks, config, (1, 1, 1, 1, 1)))
 
 
+@pytest.mark.parametrize("freeze", [("llm", "vit", "latent"), ("und",)], ids=" ".join)
+def test_freeze_sets_do_not_depend_on_the_grid(ranks: RankPool, freeze: tuple[str, ...]) -> None:
+    """With the connector alone, the second pipeline stage has nothing to learn."""
+    config = base_config()
+    config = replace(config, train=replace(config.train, freeze=freeze))
+    _assert_same(_curve(ranks, config, (2, 2, 1, 1, 1)), _curve(ranks, config, (1, 1, 1, 1, 1)))
+
+
+def test_a_tower_whose_heads_do_not_split_is_whole_on_every_rank(ranks: RankPool) -> None:
+    config = base_config()
+    config = replace(config, model=replace(config.model, vit=replace(config.model.vit, hidden=36, heads=3)))
+    _assert_same(_curve(ranks, config, (2, 1, 1, 2, 1)), _curve(ranks, config, (1, 1, 1, 1, 1)))
+
+
+def test_the_micro_step_rule_depends_on_how_packs_are_spread(ranks: RankPool) -> None:
+    config = base_config()
+    config = replace(config, train=replace(config.train, loss_normalization="micro_step"))
+    alone, split = (_curve(ranks, config, grid) for grid in ((1, 1, 1, 1, 2), (2, 1, 1, 1, 2)))
+    _assert_same(split, alone)
+    assert _curve(ranks, config, (1, 1, 1, 1, 1))[0]["ce"] != pytest.approx(alone[0]["ce"], rel=1e-3)
+
+
 def test_bf16_trains_like_fp32(ranks: RankPool, alone: list[dict[str, float]]) -> None:
     config = replace(base_config(), train=replace(base_config().train, precision="bf16"))
     one, split = _curve(ranks, config, (1, 1, 1, 1, 1)), _curve(ranks, config, (1, 2, 1, 1, 1))

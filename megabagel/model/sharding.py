@@ -74,6 +74,11 @@ def _block_name(name: str, block: str) -> str:
     return ".".join([*module.split(".")[:-1], block, leaf])
 
 
+def shard(parameter: nn.Parameter, dim: int, blocks: Mapping[str, int], rank: int = 0, size: int = 1) -> None:
+    """Write down how `parameter` lies in the whole model."""
+    parameter.sharded = Sharded(dim, dict(blocks), rank, size)  # type: ignore[attr-defined]
+
+
 def named_pieces(module: nn.Module) -> Iterator[tuple[Piece, nn.Parameter]]:
     """Every piece of every parameter of a stage."""
     for name, parameter in module.named_parameters():

@@ -1,0 +1,49 @@
+"""Whole tensors from the boxes that ranks hold: gradients, weights and averages, on rank 0, by published name."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from torch import Tensor
+
+from megabagel.checkpoint.official.names import official_name
+from megabagel.checkpoint.tensors import Shard, optimizer_shards, sharded_tensors
+from megabagel.parity.machine import Machine
+
+
+def gather_gradients(machine: Machine) -> dict[str, Tensor]:
+    """Gradients of the step just run, summed over ranks; nothing for weights that do not learn. {} but on rank 0."""
+    tensors = sharded_tensors(machine.stages, _gradients(machine), machine.topology).values()
+    return _whole(tensor for tensor in tensors if tensor.key.startswith("grad/"))
+
+
+def gather_weights(machine: Machine, kind: str) -> dict[str, Tensor]:
+    """Weights of one kind, `weight` or `ema`. {} but on rank 0."""
+    shards = optimizer_shards(machine.optimizer.distributed, machine.optimizer.ema)
+    tensors = sharded_tensors(machine.stages, shards, machine.topology).values()
+    return _whole(tensor for tensor in tensors if tensor.key.startswith(f"{kind}/"))
+
+
+def _gradients(machine: Machine) -> Iterator[Shard]:
+    """The part of each gradient that is reduced on this rank."""
+    for shard in optimizer_shards(machine.optimizer.distributed, {}):
+        gradient = shard.parameter.main_grad.flatten()[shard.start : shard.stop]  # type: ignore[attr-defined]
+        yield Shard(shard.parameter, shard.start, shard.stop, {"grad": gradient})
+
+
+def _whole(tensors: Iterable[ShardedTensor]) -> dict[str, Tensor]:
+    mine = [
+        (tensor.key.partition("/")[2], tensor.global_shape, tensor.global_offset, tensor.data.float().cpu().clone())
+        for tensor in tensors
+        if is_main_replica(tensor.replica_id)
+    ]
+    everyone: list[list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]] | None = None
+    if dist.get_rank() == 0:
+        everyone = [[]] * dist.get_world_size()
+    dist.gather_object(mine, everyone)
+    found: dict[str, Tensor] = {}
+    for name, shape, offset, box in (entry for entries in everyone or () for entry in entries):
+        whole = found.setdefault(official_name(name), torch.full(shape, torch.nan))
+        whole[tuple(slice(at, at + size) for at, size in zip(offset, box.shape, strict=True))] = box
+    return found

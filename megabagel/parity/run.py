@@ -1,0 +1,142 @@
+"""`megabagel parity` on one rank: every case on the grid of the job, compared and timed."""
+
+import logging
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megabagel.config.checks import check_world
+from megabagel.config.schema import Config
+from megabagel.parallel import host
+from megabagel.parallel.attention import choose_attention
+from megabagel.parallel.topology import Topology, build, joined, teardown
+from megabagel.parity import prim_case, trace_case, train_case
+from megabagel.parity.case import Case, open_case, stem_of, understood
+from megabagel.parity.report import Clock, Report, check_writable, write_json
+from megabagel.parity.rows import SPLIT, Gates
+from megabagel.sequence.flops import count_flops
+
+logger = logging.getLogger(__name__)
+
+DIFFERS, NOT_YET = 1, 3
+"""Exit codes: a row fails; a kind of case that this version cannot run."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to do with the cases."""
+
+    cases: tuple[Path, ...]
+    overrides: tuple[str, ...] = ()
+    runs: int = 0
+    """Timed passes; 0: none."""
+    random_weights: bool = False
+    """Weights by our own initialisation, and nothing compared but the sequence plan."""
+    json: Path | None = None
+
+
+def main(request: Request) -> int:
+    """Run all cases; returns the exit code. Called once per rank."""
+    everything = [open_case(path) for path in dict.fromkeys(map(stem_of, request.cases))]
+    cases = [case for case in everything if case.kind != "infer"]
+    later = [case.name for case in everything if case.kind == "infer"]
+    reports = []
+    if request.json:
+        check_writable(request.json)
+    with joined() as world:
+        logging.getLogger("megabagel").setLevel(logging.WARNING)
+        for case in cases:
+            reports.append(_run(case, request, world.size))
+            if world.rank == 0:
+                print(reports[-1].text(), flush=True)
+        if request.json and world.rank == 0:
+            write_json(request.json, reports, _about(request, world.size))
+    if not all(report.passed for report in reports):
+        return DIFFERS
+    if later:
+        logger.error("%s: not yet: this version has no generation to compare", ", ".join(later))
+    return NOT_YET if later else 0
+
+
+def _about(request: Request, size: int) -> dict[str, object]:
+    return {
+        "ranks": size,
+        "overrides": list(request.overrides),
+        "device": str(host.device()),
+        "torch": torch.__version__,
+        "random_weights": request.random_weights,
+    }
+
+
+def _run(case: Case, request: Request, size: int) -> Report:
+    """One case, with the grid that its config asks for."""
+    if case.kind == "prim":
+        notes = [f"not compared, ours differs on purpose: {name}" for name in prim_case.left_out(case)]
+        return _agreed(Report(case.name, prim_case.compare_blocks(case, Gates()), notes=notes))
+    overrides = list(request.overrides)
+    with understood(case):
+        trace = case.kind == "trace"
+        config = trace_case.trace_config(case, overrides) if trace else train_case.train_config(case, overrides, size)
+    check_world(config, size)
+    topology = build(config)
+    try:
+        choose_attention(config.parallel)
+        gates = Gates(1.0 if size == topology.dp.size else SPLIT, config.train.precision == "bf16")
+        run = _trace if trace else _train
+        return _agreed(run(case, config, topology, gates, request))
+    finally:
+        teardown()
+
+
+def _agreed(report: Report) -> Report:
+    """Rank 0's report, on every rank."""
+    shared = [report]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def _trace(case: Case, config: Config, topology: Topology, gates: Gates, request: Request) -> Report:
+    rule, notes = trace_case.rule_of(case), []
+    if request.runs or request.random_weights:
+        notes.append("--time and --random-weights are for train_* cases; this one ran without")
+    several = len(case.entry("plan_list")[0]) > 1
+    if several and config.train.loss_normalization != rule:
+        notes.append(f"this trace was computed with train.loss_normalization={rule}")
+    return Report(case.name, trace_case.compare_trace(case, config, topology, gates), notes=notes)
+
+
+def _train(case: Case, config: Config, topology: Topology, gates: Gates, request: Request) -> Report:
+    run = train_case.prepare(case, config, topology, request.random_weights)
+    if request.random_weights:
+        rows = train_case.compare_plan(run, gates) if topology.world.first else []
+    else:
+        rows = train_case.compare_case(run, gates)
+    clock = _time(run, request.runs) if request.runs else None
+    notes = ["random weights: the sequence plan alone is compared"] if request.random_weights else []
+    if "samples" not in case.about:
+        notes.append("samples are not described: the sequence plan was read off the batch")
+    return Report(case.name, rows, clock, notes)
+
+
+def _time(run: train_case.TrainRun, runs: int) -> Clock:
+    """Median seconds of forward and backward, after one pass to warm up."""
+    train_case.step(run)
+    passes = []
+    for _ in range(runs):
+        dist.barrier()
+        wall, cpu = time.perf_counter(), time.process_time()
+        train_case.step(run)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        dist.barrier()
+        passes.append((time.perf_counter() - wall, time.process_time() - cpu))
+    wall_seconds, cpu_seconds = (statistics.median(column) for column in zip(*passes, strict=True))
+    total = torch.tensor(cpu_seconds, dtype=torch.float64, device=host.device())
+    dist.all_reduce(total)
+    flops = count_flops(run.official.pack, run.machine.config.model)
+    work = (flops.masked + flops.vit) * run.machine.runner.fewest_micro_batches * run.machine.topology.dp.size
+    return Clock(runs, wall_seconds, float(total), work / wall_seconds / 1e9)

@@ -166,7 +166,8 @@ def _cause(failed: _Rank, ranks: list[_Rank]) -> _Rank:
 def _report(failed: _Rank | None, ranks: list[_Rank]) -> None:
     """Say why the run ends: a user's mistake alone (rank 0 has written its own), of anything else all that is held."""
     code = failed.process.returncode if failed else 0
-    if failed and code != USER_ERROR:
+    alike = all(rank.process.poll() == code and not rank.held for rank in ranks)  # a verdict of them all
+    if failed and code != USER_ERROR and not alike:
         how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
         print(f"megabagel: rank {failed.index} ended with {how}; stopping the others", file=sys.stderr)
     for rank in [failed] if failed and code == USER_ERROR else ranks:

@@ -62,10 +62,12 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
-        return _turn(grad_TNH, *ctx.saved_tensors, -1), None, None
+        cos_TH, sin_TH = ctx.saved_tensors
+        return _turn(grad_TNH, cos_TH, sin_TH, -1), None, None
 
 
 def _turn(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor, sign: int) -> Tensor:
+    """Rotate by the angles of the tables, or back by them where `sign` is -1."""
     y_TNH = x_TNH * cos_TH[:, None]
     (first, second), (to_first, to_second) = x_TNH.to(y_TNH.dtype).chunk(2, -1), y_TNH.chunk(2, -1)
     sin_T1h = sin_TH[:, None, : sin_TH.shape[1] // 2]

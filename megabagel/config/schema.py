@@ -128,7 +128,8 @@ class ParallelConfig:
     """Layers per stage, pp * vpp numbers; default: as even as can be."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none, attention and SwiGLU, or whole layers."""
-    attention: Literal["auto", "host"] = "auto"
+    attention: Literal["auto", "host", "flex"] = "auto"
+    """Engine: exact attention on a CPU, or FlexAttention (fused on a GPU; on a CPU forward only, for checks)."""
 
 
 @dataclass(frozen=True)

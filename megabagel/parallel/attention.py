@@ -1,4 +1,4 @@
-"""Attention under the mask of a batch: engine choice, and context parallelism by gathering keys and values.
+"""Attention under the mask of a batch: the engines, and context parallelism by gathering keys and values.
 
 Legend: C rows of this context-parallel rank, R rows of all of them; N query heads, M key/value heads of this
 tensor-parallel rank, H head dimension.
@@ -8,8 +8,12 @@ gathered in one collective and the mask's integers, which carry the sequence ord
 """
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from megabagel_kernels.attention.flex_engine import flex_attention_packed, plan_flex
 from megabagel_kernels.attention.host import host_attention, plan_host
 from megabagel_kernels.attention.mask import AttentionCodes
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -22,22 +26,48 @@ from megabagel.parallel.topology import Axis
 logger = logging.getLogger(__name__)
 
 
-def choose_attention(config: ParallelConfig) -> None:
-    """Say in the log which engine attention runs on, and why."""
-    why = "asked for" if config.attention != "auto" else "the only engine of this version"
-    logger.info("attention engine: host (%s)", why)
-    if host.device().type != "cpu":
+@dataclass(frozen=True)
+class AttentionEngine:
+    """One way to compute attention under mask integers; all give the same up to rounding."""
+
+    name: str
+    plan: Callable[[AttentionCodes], Any]
+    """Once per batch."""
+    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
+    """(q [C, N, H], k [R, M, H], v [R, M, H], plan) -> [C, N, H]."""
+    has_backward: bool = True
+
+
+def _host(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> torch.Tensor:
+    return host_attention(q.cpu(), k.cpu(), v.cpu(), plan).to(q.device)
+
+
+HOST = AttentionEngine("host", plan_host, _host)
+
+
+def choose_attention(config: ParallelConfig) -> AttentionEngine:
+    """The engine that `parallel.attention` names, or the best for this device. Says in the log which one, and why."""
+    cuda = host.device().type == "cuda"
+    name = config.attention
+    why = "asked for"
+    if name == "auto":
+        name, why = ("flex", "FlexAttention is fused on a GPU") if cuda else ("host", "this is a CPU")
+    logger.info("attention engine: %s (%s)", name, why)
+    if name == "flex":
+        return AttentionEngine("flex", lambda codes: plan_flex(codes, host.device()), flex_attention_packed, cuda)
+    if cuda:
         logger.warning("attention engine host computes on the CPU: every layer copies there and back, for checks only")
+    return HOST
 
 
-def attend_across(codes: AttentionCodes, cp: Axis | None = None) -> Attend:
+def attend_across(codes: AttentionCodes, engine: AttentionEngine, cp: Axis | None = None) -> Attend:
     """Attention of this rank's queries to the keys of every context-parallel rank; without `cp`, of this rank alone."""
-    plan = plan_host(codes)
+    plan = engine.plan(codes)
 
     def attend(q_CNH: torch.Tensor, k_CMH: torch.Tensor, v_CMH: torch.Tensor) -> torch.Tensor:
         if cp is not None and cp.size > 1:
             k_CMH, v_CMH = join_over_cp(torch.cat([k_CMH, v_CMH], 1), cp).chunk(2, 1)
-        return host_attention(q_CNH.cpu(), k_CMH.cpu(), v_CMH.cpu(), plan).to(q_CNH.device)
+        return engine.run(q_CNH, k_CMH, v_CMH, plan)
 
     return attend
 

@@ -17,7 +17,7 @@ from megabagel.model.flow import timestep
 from megabagel.model.inputs import LatentInputs, Rope, StageInputs, VitInputs
 from megabagel.model.positions import rope_tables
 from megabagel.model.vae import Codec
-from megabagel.parallel.attention import attend_across, join_over_cp
+from megabagel.parallel.attention import HOST, AttentionEngine, attend_across, join_over_cp
 from megabagel.parallel.topology import Axis, Topology
 from megabagel.sequence.batch import PackedBatch
 from megabagel.sequence.grid import grid_ids
@@ -48,10 +48,16 @@ class InputBuilder:
     """Builds StageInputs for this rank. Without a codec all latents are given from outside."""
 
     def __init__(
-        self, config: Config, topology: Topology, factory: LayerFactory, codec: Codec | None, device: torch.device
+        self,
+        config: Config,
+        topology: Topology,
+        factory: LayerFactory,
+        codec: Codec | None,
+        device: torch.device,
+        attention: AttentionEngine = HOST,
     ) -> None:
         self.config, self.topology, self.factory = config, topology, factory
-        self.codec, self.device = codec, device
+        self.codec, self.device, self.attention = codec, device, attention
 
     def build(self, batch: PackedBatch, outside: Drive | Given | None = None) -> StageInputs:
         """Tensors of one micro-batch. With a `Drive`, noised images take its latents and clean ones are not allowed."""
@@ -64,7 +70,7 @@ class InputBuilder:
         word_U, is_word_U = self._words(batch, token_C[:border])
         targets = np.flatnonzero((token_C[:border] >= 0) & pack.ce_S[token_C[:border]]) if last else np.arange(0)
         return StageInputs(
-            attend=attend_across(layout.codes(pack, cp.rank), cp),
+            attend=attend_across(layout.codes(pack, cp.rank), self.attention, cp),
             rope=Rope(*rope),
             word_U=word_U,
             is_word_U=is_word_U,
@@ -114,7 +120,7 @@ class InputBuilder:
             grid=self._tensor(grid_P),
             grid_all=self._tensor(np.concatenate([np.zeros(0, np.int64), *grids])),
             row_U=self._tensor(row_U),
-            attend=attend_across(codes.padded(padding)),
+            attend=attend_across(codes.padded(padding), self.attention),
             collect=lambda encoded: join_over_cp(encoded, cp)[source_V],
         )
 

@@ -91,6 +91,8 @@ def open_case(name: Path) -> Case:
 
     Raises UserError for a file that is absent, damaged, or of a kind that is not known.
     """
+    if name.is_dir():
+        raise UserError(f"{name}: is a folder; expected a case in it, named by its file or by the path without suffix")
     stem = stem_of(name)
     path = stem.with_name(f"{stem.name}.safetensors")
     for file in (path, path.with_suffix(".json")):

@@ -15,6 +15,7 @@ from megabagel.config.schema import Config
 from megabagel.errors import UserError
 from megabagel.parallel import host
 from megabagel.parallel.agree import everywhere, once
+from megabagel.parallel.attention import choose_attention
 from megabagel.parallel.inputs import InputBuilder
 from megabagel.parallel.linears import MegatronLayers
 from megabagel.parallel.megatron import megatron_config
@@ -44,13 +45,14 @@ def build_machine(config: Config, topology: Topology) -> Machine:
     megatron = megatron_config(config)
     stages = build_stages(config, topology, megatron)
     optimizer = Optimizer(config.train, megatron, stages, topology)
+    attention = choose_attention(config.parallel)
     return Machine(
         config,
         topology,
         stages,
         optimizer,
         StepRunner(config, topology, optimizer),
-        InputBuilder(config, topology, MegatronLayers(megatron, topology), None, host.device()),
+        InputBuilder(config, topology, MegatronLayers(megatron, topology), None, host.device(), attention),
         Encoders(topology.pp.first, topology.cp.rank, topology.cp.size, topology.tp_cp.rank, topology.tp_cp.size),
     )
 

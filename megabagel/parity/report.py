@@ -18,7 +18,9 @@ class Clock:
     wall_seconds: float
     cpu_seconds: float
     gflops: float
-    """10^9 floating-point operations per wall second of all ranks: attention by visible pairs, the tower included."""
+    """10^9 floating-point operations of matrix products that the batch needs (`sequence.flops.needed_flops`), by wall
+    seconds, of all ranks together."""
+    passes: str = "forward + backward"
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,26 @@ class Report:
     def text(self) -> str:
         """The table and a line of summary."""
         width = max([len(row.name) for row in self.rows], default=0)
-        head = f"{'':{width}}  {'max abs':>9}  {'max rel':>9}  {'rel L2':>9}  {'tolerance':>15}"
+        head = f"{'':{width}}  {'max abs':>9}  {'max rel':>9}  {'rel L2':>9}  {'tolerance':>11}"
         lines = [self.case, *([head] if self.rows else [])]
         for row in self.rows:
             numbers = f"{row.max_abs:9.2e}  {row.max_rel:9.2e}  {row.rel_l2:9.2e}"
-            lines.append(f"{row.name:{width}}  {numbers}  {_gate(row):>15}  {row.verdict}")
+            lines.append(f"{row.name:{width}}  {numbers}  {_gate(row):>11}  {row.verdict:4}  {row.worst}".rstrip())
         lines += [f"note: {note}" for note in self.notes]
         if self.clock:
             lines.append(
-                f"forward + backward: {self.clock.wall_seconds:.4f} s wall, {self.clock.cpu_seconds:.4f} s CPU "
+                f"{self.clock.passes}: {self.clock.wall_seconds:.4f} s wall, {self.clock.cpu_seconds:.4f} s CPU "
                 f"(medians of {self.clock.runs}), {self.clock.gflops:.1f} GFLOP/s"
             )
-        failed, worst = sum(row.verdict == "FAIL" for row in self.rows), self.closest
+        verdicts, worst = [row.verdict for row in self.rows], self.closest
+        failed, idle = verdicts.count("FAIL"), verdicts.count("-")
         if worst:
-            summary = f"{failed} of {len(self.rows)} rows FAIL" if failed else f"all {len(self.rows)} rows ok"
-            lines.append(f"{self.case}: {summary}; closest to its tolerance: {worst.name} ({worst.error:.1e})")
+            judged = len(verdicts) - idle
+            summary = f"{failed} of {judged} rows FAIL" if failed else f"all {judged} rows ok"
+            summary += f", {idle} not judged" if idle else ""
+            named = " ".join(filter(None, (worst.name, worst.worst)))
+            close = f"; closest to its tolerance: {named} ({worst.error:.1e})" if worst.error else ""
+            lines.append(f"{self.case}: {summary}{close}")
         return "\n".join(lines)
 
 
@@ -88,7 +95,7 @@ def write_json(path: Path, reports: Sequence[Report], about: dict[str, Any]) -> 
 
 
 def _row(row: Row) -> dict[str, Any]:
-    numbers = {name: value for name, value in asdict(row).items() if name != "gate"}
+    numbers = {name: value for name, value in asdict(row).items() if name not in ("gate", "worst")}
     finite = {name: value if value == value and abs(value) != float("inf") else str(value)
               for name, value in numbers.items() if name != "name"}  # fmt: skip
     return {
@@ -97,13 +104,15 @@ def _row(row: Row) -> dict[str, Any]:
         "measure": row.gate.measure,
         "tolerance": row.gate.limit,
         "verdict": row.verdict,
+        **({"worst": row.worst} if row.worst else {}),
     }
 
 
 def _gate(row: Row) -> str:
     if row.gate.limit is None:
         return "-"
-    return "exact" if row.gate.measure == "exact" else f"{row.gate.limit:.1e} {row.gate.measure[:3]}"
+    unit = {"exact": "exact", "max_abs": "abs", "rel_l2": "L2"}[row.gate.measure]
+    return unit if unit == "exact" else f"{row.gate.limit:.1e} {unit}"
 
 
 def _share(row: Row) -> float:

@@ -1,7 +1,7 @@
 """Rows of the table: one number or tensor of ours beside the official one, and whether it is close enough."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -78,6 +78,8 @@ class Row:
     max_rel: float
     rel_l2: float
     gate: Gate
+    worst: str = ""
+    """Of a group of comparisons in one row: the one whose numbers these are."""
 
     @property
     def error(self) -> float:
@@ -121,4 +123,4 @@ def worst(name: str, rows: Iterable[Row]) -> Row | None:
     if not found:
         return None
     row = max(found, key=lambda row: row.error if row.error == row.error else torch.inf)
-    return Row(f"{name} ({len(found)}); {row.name}", row.max_abs, row.max_rel, row.rel_l2, row.gate)
+    return replace(row, name=f"{name} ({len(found)})", worst=row.name)

@@ -12,13 +12,12 @@ import torch.distributed as dist
 from megabagel.config.checks import check_world
 from megabagel.config.schema import Config
 from megabagel.parallel import host
-from megabagel.parallel.attention import choose_attention
 from megabagel.parallel.topology import Topology, build, joined, teardown
 from megabagel.parity import prim_case, trace_case, train_case
 from megabagel.parity.case import Case, open_case, stem_of, understood
 from megabagel.parity.report import Clock, Report, check_writable, write_json
 from megabagel.parity.rows import SPLIT, Gates
-from megabagel.sequence.flops import count_flops
+from megabagel.sequence.flops import TRAIN, needed_flops
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ def main(request: Request) -> int:
             write_json(request.json, reports, _about(request, world.size))
     if not all(report.passed for report in reports):
         return DIFFERS
-    if later:
+    if later and world.rank == 0:
         logger.error("%s: not yet: this version has no generation to compare", ", ".join(later))
     return NOT_YET if later else 0
 
@@ -84,7 +83,6 @@ def _run(case: Case, request: Request, size: int) -> Report:
     check_world(config, size)
     topology = build(config)
     try:
-        choose_attention(config.parallel)
         gates = Gates(1.0 if size == topology.dp.size else SPLIT, config.train.precision == "bf16")
         run = _trace if trace else _train
         return _agreed(run(case, config, topology, gates, request))
@@ -117,6 +115,8 @@ def _train(case: Case, config: Config, topology: Topology, gates: Gates, request
         rows = train_case.compare_case(run, gates)
     clock = _time(run, request.runs) if request.runs else None
     notes = ["random weights: the sequence plan alone is compared"] if request.random_weights else []
+    if not run.machine.builder.attention.has_backward:
+        notes.append(f"no gradients: attention engine {run.machine.builder.attention.name} has no backward here")
     if "samples" not in case.about:
         notes.append("samples are not described: the sequence plan was read off the batch")
     return Report(case.name, rows, clock, notes)
@@ -137,6 +137,9 @@ def _time(run: train_case.TrainRun, runs: int) -> Clock:
     wall_seconds, cpu_seconds = (statistics.median(column) for column in zip(*passes, strict=True))
     total = torch.tensor(cpu_seconds, dtype=torch.float64, device=host.device())
     dist.all_reduce(total)
-    flops = count_flops(run.official.pack, run.machine.config.model)
-    work = (flops.masked + flops.vit) * run.machine.runner.fewest_micro_batches * run.machine.topology.dp.size
-    return Clock(runs, wall_seconds, float(total), work / wall_seconds / 1e9)
+    backward = run.machine.builder.attention.has_backward
+    packs = run.machine.runner.fewest_micro_batches * run.machine.topology.dp.size
+    work = needed_flops(run.official.pack, run.machine.config.model) * packs / (1 if backward else TRAIN)
+    return Clock(
+        runs, wall_seconds, float(total), work / wall_seconds / 1e9, "forward + backward" if backward else "forward"
+    )

@@ -52,6 +52,10 @@ def compare_trace(case: Case, config: Config, topology: Topology, gates: Gates) 
     """Train the steps of the trace and compare. Rows come on rank 0; called on all ranks."""
     _check_ranks(case, config, topology.dp.size)
     machine, batches = build_machine(config, topology), _batches(case)
+    if not machine.builder.attention.has_backward:
+        raise UserError(
+            f"{case.path}: a trace trains, but attention engine {config.parallel.attention} has no backward here"
+        )
     load_weights(machine, open_case(case.path.with_name(case.entry("init_weights_from"))))
     first = gather_weights(machine, "weight")
     rows: list[Row] = []

@@ -18,6 +18,7 @@ from megabagel.config.schema import (
     SourceConfig,
     TrainConfig,
 )
+from megabagel.model.inputs import StageInputs
 from megabagel.parallel.topology import Topology
 from megabagel.parity.case import Case, model_config
 from megabagel.parity.gather import gather_gradients
@@ -95,10 +96,19 @@ def prepare(case: Case, config: Config, topology: Topology, random_weights: bool
 
 
 def step(run: TrainRun) -> Losses:
-    """Forward and backward from the packed batch on."""
-    machine, copies = run.machine, run.machine.runner.fewest_micro_batches
-    inputs = machine.builder.build(run.batch, given(run.official, machine.config.model))
-    return machine.runner.backward([inputs] * copies, [_counts(run, copies)] * copies)
+    """Forward and backward from the packed batch on; forward alone where the attention engine has no backward."""
+    return _run(run, _inputs(run))
+
+
+def _inputs(run: TrainRun) -> StageInputs:
+    return run.machine.builder.build(run.batch, given(run.official, run.machine.config.model))
+
+
+def _run(run: TrainRun, inputs: StageInputs) -> Losses:
+    runner = run.machine.runner
+    go = runner.backward if run.machine.builder.attention.has_backward else runner.losses
+    copies = runner.fewest_micro_batches
+    return go([inputs] * copies, [_counts(run, copies)] * copies)
 
 
 def _counts(run: TrainRun, copies: int) -> Counts:
@@ -109,19 +119,18 @@ def _counts(run: TrainRun, copies: int) -> Counts:
 
 def compare_case(run: TrainRun, gates: Gates) -> list[Row]:
     """Run the case and compare everything. Rows come on rank 0; called on all ranks."""
-    machine, copies = run.machine, run.machine.runner.fewest_micro_batches
-    inputs = machine.builder.build(run.batch, given(run.official, machine.config.model))
-    watch = Watch(machine, run.batch, inputs)
+    machine, inputs = run.machine, _inputs(run)
+    watch, backward = Watch(machine, run.batch, inputs), machine.builder.attention.has_backward
     with watch.watching():
-        losses = machine.runner.backward([inputs] * copies, [_counts(run, copies)] * copies)
-    found, gradients = watch.whole(), gather_gradients(machine)
+        losses = _run(run, inputs)
+    found, gradients = watch.whole(), gather_gradients(machine) if backward else {}
     if not machine.topology.world.first:
         return []
     return [
         *_plan_rows(run, gates),
         *_hidden_rows(run, found, gates),
         *_loss_rows(run, losses, gates),
-        *_gradient_rows(run.case, gradients, gates),
+        *(_gradient_rows(run.case, gradients, gates) if backward else ()),
     ]
 
 

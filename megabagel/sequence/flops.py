@@ -54,6 +54,13 @@ def count_flops(pack: Pack, model: ModelConfig) -> Flops:
     return Flops(dense + per_pair * squares, dense + per_pair * visible, _vit_flops(pack, model), vae)
 
 
+def needed_flops(pack: Pack, model: ModelConfig) -> float:
+    """Matrix products that a training step on one pack cannot do without: `masked` and `vit`, but the head on rows with
+    cross-entropy alone and no products for the word embedding. To set beside a machine's matmul rate."""
+    flops, of_head = count_flops(pack, model), 2 * TRAIN * model.vocab * model.hidden
+    return flops.masked + flops.vit - of_head * (2 * pack.tokens - pack.ce_tokens)
+
+
 def _vit_flops(pack: Pack, model: ModelConfig) -> float:
     """Tower and connector, forward and backward; full attention inside each image."""
     vit = model.vit

@@ -22,7 +22,7 @@ from megabagel.generate.euler import EulerSampler
 from megabagel.model.vae import build_codec
 from megabagel.parallel import host
 from megabagel.parallel.agree import everywhere, once, union
-from megabagel.parallel.attention import choose_attention
+from megabagel.parallel.attention import AttentionEngine, choose_attention
 from megabagel.parallel.inputs import InputBuilder
 from megabagel.parallel.linears import MegatronLayers
 from megabagel.parallel.megatron import megatron_config
@@ -108,18 +108,27 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
     sources = everywhere(topology, lambda: opened[0] if opened else open_sources(config, tokenizer))
     plan = everywhere(topology, lambda: GlobalPlan(sources, config))
     codec = everywhere(topology, lambda: build_codec(config.model.vae, host.device()))
-    choose_attention(config.parallel)
+    attention = everywhere(topology, lambda: _attention(config))
     encoders = Encoders(topology.pp.first, topology.cp.rank, topology.cp.size, topology.tp_cp.rank, topology.tp_cp.size)
     dp = (topology.dp.rank, topology.dp.size)
     loader = Loader(plan, tokenizer, choose_engine(config.data.decode), config, encoders, dp)
     megatron = megatron_config(config)
     optimizer = Optimizer(config.train, megatron, build_stages(config, topology, megatron), topology)
     runner = StepRunner(config, topology, optimizer)
-    builder = InputBuilder(config, topology, MegatronLayers(megatron, topology), codec, host.device())
+    builder = InputBuilder(config, topology, MegatronLayers(megatron, topology), codec, host.device(), attention)
     sampler = None
     if config.telemetry.sample_every:
         sampler = everywhere(topology, lambda: EulerSampler(config, topology, builder, tokenizer, runner.evaluate))
     return Trainer(config, topology, plan, loader, optimizer, runner, builder, sampler)
+
+
+def _attention(config: Config) -> AttentionEngine:
+    engine = choose_attention(config.parallel)
+    if not engine.has_backward:
+        raise UserError(
+            f"parallel.attention={engine.name} has no backward on a CPU, so nothing can be trained with it: use host"
+        )
+    return engine
 
 
 def _tokenizer(config: Config) -> TextTokenizer:

@@ -101,6 +101,13 @@ class StepRunner:
         sums = self._schedule(feed, partial(weigh, config=self.config), forward_only=False)
         return self._reduce(sums, counts)
 
+    def losses(self, micro_batches: Sequence[StageInputs], counts: Sequence[Counts]) -> Losses:
+        """Forward alone: the losses of the global batch."""
+        feed = list(zip(micro_batches, counts, strict=True))
+        with torch.no_grad():
+            sums = self._schedule(feed, partial(weigh, config=self.config), forward_only=True)
+        return self._reduce(sums, counts)
+
     def evaluate(self, inputs: StageInputs) -> Outputs | None:
         """One micro-batch forward without gradients; the outputs on the last stage, None elsewhere."""
         feed = [(inputs, Counts(1, 1))] * self.fewest_micro_batches

@@ -13,17 +13,21 @@ import pytest
 from PIL import Image
 
 from megabagel.config.load import load
+from tests.checkpoint.official.test_parts import Parts
+from tests.parity_files import FOLDER as CASES
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "architecture.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "parity.md")
 COMMANDS = sorted({
     line.split("  #")[0].strip()
     for document in DOCUMENTS
     for line in document.read_text().splitlines()
     if re.match(r"    (megabagel|torchrun|srun|make|python) ", line)
 })  # fmt: skip
-TRAIN = [command for command in COMMANDS if "megabagel train" in command]
+TRAIN = [command for command in COMMANDS if "megabagel train" in command and "init_from" not in command]
+OFFICIAL = ("import-hf BAGEL", "import-hf --llm", "train CONFIG run.init_from", "export-hf", "parity")
+"""Commands about the official model, in the order in which they can be run."""
 SHORT = "train.steps=2 train.warmup=1 telemetry.sample_every=0 checkpoint.every=0"
 
 
@@ -96,6 +100,43 @@ def test_training_commands_run(command: str, data_root: Path, tmp_path: Path) ->
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_00000002"
+
+
+@pytest.mark.slow
+def test_commands_about_the_official_model_run(data_root: Path, tmp_path: Path) -> None:
+    """One after the other in one folder. A tiny run, exported, plays the published checkpoint."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    config, first = ROOT / "examples" / "configs" / "tiny.yaml", tmp_path / "RUN" / "checkpoints" / "step_00000002"
+    options = [f"data.root={data_root}", *SHORT.split()]
+
+    def run(*words: object) -> None:
+        command = [sys.executable, "-m", "megabagel", *map(str, words)]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+    run("train", config, f"run.dir={tmp_path / 'RUN'}", *options)
+    run("export-hf", first, "BAGEL-7B-MoT")
+    Parts(tmp_path).write("Qwen2.5-7B", "siglip2", "ae.safetensors")
+    ran = []
+    for wanted in OFFICIAL:
+        for command in (command for command in COMMANDS if wanted in command):
+            words = [word.replace("step_00000100", first.name) for word in shlex.split(command)[1:]]
+            if "--llm" in words:
+                words[-1] = "from-parts"
+            if wanted == "export-hf":
+                words = [f"{word}-{len(ran)}" if word == "OUT" else word for word in words]
+            if "CASE" in words and not CASES.is_dir():
+                continue  # they are not part of this repository
+            words = [{"CONFIG": str(config), "CASE": str(CASES / "train_04_edit")}.get(word, word) for word in words]
+            run(*words, *(["run.dir=next", *options] if words[0] == "train" else ()))
+            ran.append(wanted)
+    assert set(ran) >= set(OFFICIAL) - (set() if CASES.is_dir() else {"parity"})
+
+
+def test_every_command_of_the_documents_is_run_by_a_test() -> None:
+    for command in COMMANDS:
+        known = [*TRAIN, *(c for c in COMMANDS if any(wanted in c for wanted in OFFICIAL))]
+        assert command in known or command.startswith(("make ", "megabagel data prepare")), command
 
 
 def test_data_prepare(tmp_path: Path) -> None:

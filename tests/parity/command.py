@@ -5,7 +5,6 @@ ranks.run(2, parity, ["cases/train_04_edit", "parallel.tp=2"])     # what each r
 
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -17,8 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FOLDER = Path(os.environ.get("MEGABAGEL_PARITY_DIR", Path(__file__).parents[3] / "shared" / "parity"))
-"""Where the cases lie; they are not part of this repository."""
+from tests.parity_files import FOLDER
 
 needs_cases = pytest.mark.skipif(
     not FOLDER.is_dir(), reason=f"no official numbers at {FOLDER}; MEGABAGEL_PARITY_DIR names their folder"

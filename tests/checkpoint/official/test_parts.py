@@ -83,15 +83,18 @@ class Parts:
         self.vit: dict[str, Any] = {"vision_config": VIT, "model_type": "siglip"}
         self.vae = VaeConfig(codec="flux", width=32, width_multipliers=(1, 2), res_blocks=1, downsample=2)
 
-    def imported(self, **options: Any) -> tuple[Weights, list[str]]:
-        """What an import gives: exported again, so by published names; and what it says of it."""
-        for name, config, tensors in (("llm", self.llm, self.qwen), ("vit", self.vit, self.siglip)):
+    def write(self, llm: str = "llm", vit: str = "vit", vae: str = "flux.safetensors") -> tuple[Path, Path, Path]:
+        """Write the parts under these names."""
+        for name, config, tensors in ((llm, self.llm, self.qwen), (vit, self.vit, self.siglip)):
             (self.folder / name).mkdir()
             (self.folder / name / "config.json").write_text(json.dumps(config))
             save_file(tensors, self.folder / name / "model.safetensors")
-        save_file(Autoencoder(self.vae).state_dict(), self.folder / "flux.safetensors")
-        parts = (self.folder / "llm", self.folder / "vit", self.folder / "flux.safetensors")
-        done = import_parts(*parts, self.folder / "checkpoint", **({"latent_grid": 3, "vit_grid": 4} | options))
+        save_file(Autoencoder(self.vae).state_dict(), self.folder / vae)
+        return self.folder / llm, self.folder / vit, self.folder / vae
+
+    def imported(self, **options: Any) -> tuple[Weights, list[str]]:
+        """What an import gives: exported again, so by published names; and what it says of it."""
+        done = import_parts(*self.write(), self.folder / "checkpoint", **({"latent_grid": 3, "vit_grid": 4} | options))
         export(self.folder / "checkpoint", self.folder / "out")
         return load_file(self.folder / "out" / "ema.safetensors"), list(done.notes)
 

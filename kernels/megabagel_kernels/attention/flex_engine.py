@@ -9,6 +9,7 @@ Letters: T queries, S keys, N query heads, M key/value heads, H head dim.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +35,7 @@ def plan_flex(codes: AttentionCodes, device: torch.device | str = "cpu") -> Flex
     """Plan attention for a mask. Raises ValueError on codes that `mask.check` refuses."""
     check(codes)
     kinds = classify(codes, BLOCK, BLOCK)
-    code_S, *bounds = (
-        torch.from_numpy(x).to(device) for x in (codes.key_code, codes.a0, codes.a1, codes.b0, codes.b1)
-    )
+    code_S, *bounds = (torch.from_numpy(x).to(device) for x in (codes.key_code, codes.a0, codes.a1, codes.b0, codes.b1))
     a0_T, a1_T, b0_T, b1_T = bounds
 
     def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -83,4 +82,5 @@ def flex_attention_packed(
 @cache
 def _kernel(compiled: bool) -> Callable[..., Tensor]:
     """Fused on a GPU; on a CPU as it stands, so that no compiler is needed."""
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    kernel: Any = torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    return kernel

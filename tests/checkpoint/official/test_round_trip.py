@@ -18,7 +18,7 @@ from megabagel.config.load import load
 from megabagel.config.schema import ModelConfig, VitConfig
 from tests.checkpoint.official.published import MODEL, VARIANTS, Q, publish, publish_shards, weights
 from tests.parallel.pool import RankPool
-from tests.parity.golden import FOLDER
+from tests.parity_files import FOLDER
 
 CASES = sorted(path.stem for path in FOLDER.glob("*.safetensors") if path.name.startswith(("train_", "infer_")))
 WEIGHTS = "ema.safetensors"

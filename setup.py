@@ -45,6 +45,7 @@ EXTRAS = {
         "ruff==0.17.5",
         "mypy==2.4.1",
         "types-PyYAML==6.0.12.20261113",
+        "triton==3.7.1",  # kernels are checked in its interpreter and compiled ahead of time, without a GPU
     ],
 }
 

@@ -282,7 +282,7 @@ def overwrite(path: Path) -> None:
     [
         ("manifest.json", lambda path: os.truncate(path, 100), ["manifest.json: cannot be read"]),
         ("manifest.json", lambda path: path.write_text("[]"), ["no manifest of a checkpoint"]),
-        ("state.json", lambda path: path.write_text("{"), ["state.json: cannot be read"]),
+        ("state.json", lambda path: path.write_text("{".ljust(path.stat().st_size)), ["state.json: cannot be read"]),
         ("state.json", lambda path: path.write_text("{}"), ["state.json: 2 bytes, expected", "by manifest.json"]),
         ("__0_0.distcp", os.unlink, ["__0_0.distcp: missing, expected", "by manifest.json"]),
         ("__0_0.distcp", lambda path: os.truncate(path, 1000), ["__0_0.distcp: 1000 bytes, expected"]),

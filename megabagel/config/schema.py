@@ -128,8 +128,9 @@ class ParallelConfig:
     """Layers per stage, pp * vpp numbers; default: as even as can be."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none, attention and SwiGLU, or whole layers."""
-    attention: Literal["auto", "host", "flex"] = "auto"
-    """Engine: exact attention on a CPU, or FlexAttention (fused on a GPU; on a CPU forward only, for checks)."""
+    attention: Literal["auto", "host", "triton", "flex"] = "auto"
+    """Engine. `triton`: our kernels, for GPUs; `flex`: torch's FlexAttention, fused on a GPU, forward only on a CPU;
+    `host`: exact attention on a CPU. `auto`: host on a CPU, triton on a GPU that it has kernels for, else flex."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class InputBuilder:
         word_U, is_word_U = self._words(batch, token_C[:border])
         targets = np.flatnonzero((token_C[:border] >= 0) & pack.ce_S[token_C[:border]]) if last else np.arange(0)
         return StageInputs(
-            attend=attend_across(layout.codes(pack, cp.rank), self.attention, cp),
+            attend=attend_across(layout.codes(pack, cp.rank), self.attention, model.kv_channels, cp),
             rope=Rope(*rope),
             word_U=word_U,
             is_word_U=is_word_U,
@@ -120,7 +120,7 @@ class InputBuilder:
             grid=self._tensor(grid_P),
             grid_all=self._tensor(np.concatenate([np.zeros(0, np.int64), *grids])),
             row_U=self._tensor(row_U),
-            attend=attend_across(codes.padded(padding), self.attention),
+            attend=attend_across(codes.padded(padding), self.attention, config.vit.hidden // config.vit.heads),
             collect=lambda encoded: join_over_cp(encoded, cp)[source_V],
         )
 

@@ -45,7 +45,7 @@ def build_machine(config: Config, topology: Topology) -> Machine:
     megatron = megatron_config(config)
     stages = build_stages(config, topology, megatron)
     optimizer = Optimizer(config.train, megatron, stages, topology)
-    attention = choose_attention(config.parallel)
+    attention = choose_attention(config)
     return Machine(
         config,
         topology,

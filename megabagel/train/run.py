@@ -123,7 +123,7 @@ def build_trainer(config: Config, topology: Topology) -> Trainer:
 
 
 def _attention(config: Config) -> AttentionEngine:
-    engine = choose_attention(config.parallel)
+    engine = choose_attention(config)
     if not engine.has_backward:
         raise UserError(
             f"parallel.attention={engine.name} has no backward on a CPU, so nothing can be trained with it: use host"

@@ -1,0 +1,71 @@
+"""How kernels are held to their references: values and gradients against fp64, on inputs that sit between NaN."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+every_type = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+
+Function = Callable[..., Any]
+
+
+def guarded(x: Tensor) -> Tensor:
+    """A copy whose rows lie apart between NaN; the last axis of a vector lies between two NaN."""
+    shape = [size + 2 if axis in (0, x.ndim - 1) else size for axis, size in enumerate(x.shape)]
+    room = torch.full(shape, torch.nan, dtype=x.dtype)
+    inner = room[1:-1] if x.ndim == 1 else room[1:-1, ..., 1:-1]
+    return inner.copy_(x)
+
+
+@pytest.fixture
+def guarded_memory() -> Iterator[None]:
+    """What operations allocate is full of NaN, and lies between NaN that nobody may write to."""
+    new_empty, guards, margin = Tensor.new_empty, [], 4096
+
+    def allocate(self: Tensor, *size: Any, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
+        if type(self) is not Tensor or self.is_meta or not (dtype or self.dtype).is_floating_point:
+            return new_empty(self, *size, dtype=dtype, **rest)
+        shape = torch.Size(size[0] if isinstance(size[0], Sequence) else size)
+        room = torch.full((shape.numel() + 2 * margin,), math.nan, dtype=dtype or self.dtype)
+        guards.extend([room[:margin], room[-margin:]])
+        return room[margin:-margin].view(shape)
+
+    with mock.patch.object(Tensor, "new_empty", allocate):
+        yield
+    assert all(guard.isnan().all() for guard in guards), "a kernel wrote outside its output"
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over the norm of the truth; an absolute one where the truth is nothing."""
+    return float((found.double() - truth.double()).norm() / (truth.double().norm() or 1.0))
+
+
+def outcome(function: Function, leaves: Sequence[Tensor], rest: Sequence[object], low: torch.dtype) -> list[Tensor]:
+    """Results, then gradients of the leaves, under upstream gradients that are numbers of type `low`."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    results = function(*leaves, *rest)
+    results = [results] if isinstance(results, Tensor) else list(results)
+    draw = torch.Generator().manual_seed(7)
+    upstream = [torch.randn(y.shape, generator=draw).to(low).to(y.dtype) for y in results]
+    return [y.detach() for y in results] + list(torch.autograd.grad(results, leaves, upstream))
+
+
+def assert_exact(function: Function, reference: Function, leaves: Sequence[Tensor], *rest: object) -> None:
+    """Results and gradients of floating leaves: fp32 to 1e-6 of fp64, lower types to twice the reference's error."""
+    low = leaves[0].dtype
+    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in rest]
+    truth = outcome(reference, [leaf.double() for leaf in leaves], wide, low)
+    plain = outcome(reference, leaves, rest, low)
+    found = outcome(function, [guarded(leaf) for leaf in leaves], rest, low)
+    for place, (result, rounded, exact) in enumerate(zip(found, plain, truth, strict=True)):
+        assert result.shape == rounded.shape and result.dtype == rounded.dtype, place
+        bound = 1e-6 if low == torch.float32 else max(2 * relative(rounded, exact), 1e-6)
+        error = relative(result, exact)
+        print(f"{low} result or gradient {place}: error {error:.1e}, allowed {bound:.1e}")  # pytest -rP shows them
+        assert error <= bound, (place, error, bound)

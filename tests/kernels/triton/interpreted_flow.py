@@ -1,0 +1,260 @@
+"""Noising and flow losses in Triton, and their references, against plain definitions in fp64.
+
+In Triton's interpreter; run by `test_flow_and_glue.py`, in a process of its own.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from megabagel_kernels import flow, flow_triton
+from megabagel_kernels.flow import FlowLosses, KeyedTarget, LatentImages, Reference
+from megabagel_kernels.philox import noise_rows
+from torch import Tensor
+
+from tests.kernels.triton import bf16_shim
+from tests.kernels.triton.exactness import assert_exact, both_types, every_type, guarded, guarded_memory, relative
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "Triton reads TRITON_INTERPRET when it is imported"
+bf16_shim.install()
+pytestmark = pytest.mark.usefixtures(guarded_memory.__name__)
+
+SIZES = [(4, 6), (8, 4), (2, 2), (2, 10)]
+TIMES = [0.3, 0.9, 1.0, 0.0, 0.62]
+SEEDS = [5, -7, 2**62 + 11, 0, 2**32]
+USES = [0, 1, 2, 3, 0]
+"""Image 0 stands twice in the table, under two timesteps and seeds."""
+
+engines = pytest.mark.parametrize("engine", [flow, flow_triton], ids=["torch", "triton"])
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + 31 * len(shape))).to(dtype)
+
+
+def latents(channels: int, patch: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], LatentImages]:
+    """Images [channels, height, width], and their table; between them the buffer holds NaN."""
+    images = [normal(channels, h, w, dtype=dtype) for h, w in SIZES]
+    gap = torch.full((3,), torch.nan, dtype=dtype)
+    cells = torch.cat([gap] + [part for image in images for part in (image.flatten(), gap)])
+    starts = [3]
+    for image in images[:-1]:
+        starts.append(starts[-1] + image.numel() + 3)
+    of_use = torch.tensor(USES)
+    start, height, width = (torch.tensor(x)[of_use] for x in (starts, [h for h, _ in SIZES], [w for _, w in SIZES]))
+    table = LatentImages(
+        cells, start, height.int(), width.int(), torch.tensor(TIMES), torch.tensor(SEEDS), channels, patch
+    )
+    return images, table
+
+
+def tokens(image: Tensor, patch: int) -> Tensor:
+    """Patches one by one: row, column, channel, channel fastest."""
+    _, height, width = image.shape
+    return torch.stack(
+        [
+            torch.stack([image[:, y + p, x + q] for p in range(patch) for q in range(patch)]).flatten()
+            for y in range(0, height, patch)
+            for x in range(0, width, patch)
+        ]
+    )
+
+
+def rows_of(table: LatentImages, extra: int) -> tuple[Tensor, Tensor]:
+    """Every token of every use and some padding, in a random order."""
+    counts = table.height_I.long() * table.width_I.long() // table.patch**2
+    image = torch.cat([torch.repeat_interleave(torch.arange(len(counts)), counts), torch.full((extra,), -1)])
+    place = torch.cat([*(torch.arange(count) for count in counts), torch.arange(extra) + 10**6])
+    order = torch.randperm(len(image), generator=torch.Generator().manual_seed(3))
+    return image[order], place[order]
+
+
+@engines
+@both_types
+@pytest.mark.parametrize("channels, patch", [(16, 2), (3, 2), (5, 1)])
+def test_rows_are_patches_and_noise(engine: object, dtype: torch.dtype, channels: int, patch: int):
+    images, table = latents(channels, patch, dtype)
+    image_G, place_G = rows_of(table, 5)
+    found = engine.noised_rows(table, image_G.int(), place_G)  # type: ignore[attr-defined]
+    truth, x0_GC = (
+        torch.zeros(len(image_G), table.features).double(),
+        torch.zeros(len(image_G), table.features).to(dtype),
+    )
+    for row, (use, place) in enumerate(zip(image_G.tolist(), place_G.tolist(), strict=True)):
+        if use >= 0:
+            eps = noise_rows(torch.tensor([SEEDS[use]]), torch.tensor([place]), table.features)[0]
+            x0_GC[row] = tokens(images[USES[use]], patch)[place]
+            t = torch.tensor(TIMES[use]).double()
+            truth[row] = (1 - t) * x0_GC[row].double() + t * eps.double()
+    assert torch.equal(found.x0_GC, x0_GC) and torch.equal(found.real_G, image_G >= 0)
+    assert torch.equal(found.x_t_GC[image_G == 3], x0_GC[image_G == 3].float())  # timestep 0: bit by bit
+    assert relative(found.x_t_GC, truth) <= 1e-6
+    assert not found.x_t_GC[image_G < 0].any()
+    rounded = engine.noised_rows(table, image_G, place_G, torch.bfloat16).x_t_GC  # type: ignore[attr-defined]
+    assert rounded.dtype == torch.bfloat16 and torch.equal(rounded, found.x_t_GC.bfloat16())
+
+
+@engines
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_rows_of_a_lost_image_are_not_real(engine: object, bad: float):
+    _, table = latents(16, 2)
+    image_G, place_G = rows_of(table, 2)
+    whole = engine.noised_rows(table, image_G, place_G)  # type: ignore[attr-defined]
+    table.cells[table.start_I[1] : table.start_I[1] + 16 * 8 * 4] = bad
+    found = engine.noised_rows(table, image_G, place_G)  # type: ignore[attr-defined]
+    assert torch.equal(found.real_G, (image_G >= 0) & (image_G != 1))
+    keep = found.real_G[:, None]
+    assert torch.equal(found.x_t_GC, whole.x_t_GC * keep) and torch.equal(found.x0_GC, whole.x0_GC * keep)
+
+
+def test_the_loss_remakes_the_noise_of_its_input():
+    """Where t is 1, x_t is the noise itself: a prediction x_t - x_0 has no error at all."""
+    _, table = latents(16, 2)
+    table = replace(table, time_I=torch.ones(5))
+    image_G, place_G = rows_of(table, 0)
+    rows = flow_triton.noised_rows(table, image_G, place_G)
+    target = KeyedTarget(rows.x0_GC, table.seed_I[image_G], place_G)
+    assert not flow_triton.flow_losses(rows.x_t_GC - rows.x0_GC, target, torch.ones(len(image_G))).total_G.any()
+
+
+def keyed(rows: int, width: int, dtype: torch.dtype) -> KeyedTarget:
+    draw = torch.Generator().manual_seed(rows)
+    seed_R = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=draw)
+    return KeyedTarget(guarded(normal(rows, width, dtype=dtype)), seed_R, torch.randint(4096, (rows,), generator=draw))
+
+
+@both_types
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize("with_noise", [False, True])
+@pytest.mark.parametrize("rows, width", [(1, 64), (17, 12), (129, 64)])
+def test_losses(rows: int, width: int, with_noise: bool, with_reference: bool, dtype: torch.dtype):
+    target = keyed(rows, width, dtype) if with_noise else guarded(normal(rows, width))
+    weight_G = normal(rows + 1)[1:].abs() * (torch.arange(rows) % 3 != 1)
+    held = Reference(guarded(normal(rows, width, dtype=dtype).flip(0)), normal(rows + 2)[2:].abs())
+    reference = held if with_reference else None
+
+    def total(engine: object) -> object:
+        return lambda v: engine.flow_losses(v, target, weight_G, reference).total_G  # type: ignore[attr-defined]
+
+    v_GC = 2 * normal(rows, width, dtype=dtype)
+    assert_exact(total(flow_triton), total(flow), [v_GC])
+    assert_logged(flow_triton.flow_losses(v_GC, target, weight_G, reference), v_GC, target, reference)
+
+
+def assert_logged(losses: FlowLosses, v_GC: Tensor, target: Tensor | KeyedTarget, reference: Reference | None) -> None:
+    """Losses for the log carry no weight and no gradient."""
+    velocity = target if isinstance(target, Tensor) else target.velocity()
+    assert relative(losses.mse_G, (v_GC.double() - velocity.double()).square().mean(1)) <= 1e-6
+    assert not losses.mse_G.requires_grad
+    if reference is None:
+        assert losses.distance_G is None
+    else:
+        assert losses.distance_G is not None
+        assert relative(losses.distance_G, (v_GC.double() - reference.velocity_GC.double()).square().mean(1)) <= 1e-6
+
+
+@engines
+def test_losses_by_hand(engine: object):
+    v_GC = torch.tensor([[1.0, 2.0], [0.0, 3.0]], requires_grad=True)
+    reference = Reference(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([0.5, 2.0]))
+    losses = engine.flow_losses(v_GC, torch.zeros(2, 2), torch.tensor([2.0, 0.0]), reference)  # type: ignore[attr-defined]
+    assert losses.mse_G.tolist() == [2.5, 4.5] and losses.distance_G.tolist() == [2.0, 4.5]
+    assert losses.total_G.tolist() == [2.5 * 2 + 2 * 0.5, 4.5 * 2]
+    (gradient,) = torch.autograd.grad(losses.total_G, v_GC, torch.tensor([1.0, 10.0]))
+    assert gradient.tolist() == [[2.0, 5.0], [0.0, 60.0]]
+
+
+@every_type
+def test_permuted_rows_give_permuted_bits(dtype: torch.dtype):
+    rows, width = 67, 64
+    v_GC, target, weight_G = (
+        normal(rows, width, dtype=dtype).requires_grad_(),
+        keyed(rows, width, dtype),
+        normal(rows).abs(),
+    )
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
+    moved = KeyedTarget(target.x0_GC[order], target.seed_G[order], target.place_G[order].int())
+    plain = flow_triton.flow_losses(v_GC, target, weight_G).total_G
+    shuffled = flow_triton.flow_losses(v_GC[order], moved, weight_G[order]).total_G
+    assert torch.equal(shuffled, plain[order])
+    gradients = [torch.autograd.grad(x.sum(), v_GC)[0] for x in (plain, shuffled)]
+    assert torch.equal(*gradients) and gradients[0].dtype == dtype
+
+
+def test_no_rows_and_no_gradient():
+    _, table = latents(16, 2)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert flow_triton.noised_rows(table, none, none).x_t_GC.shape == (0, 64)
+    target, weight_G = keyed(5, 64, torch.float32), torch.ones(5)
+    with torch.no_grad():
+        losses = flow_triton.flow_losses(normal(5, 64), target, weight_G)
+    with_gradient = flow_triton.flow_losses(normal(5, 64).requires_grad_(), target, weight_G)
+    assert torch.equal(losses.total_G, with_gradient.total_G) and not losses.total_G.requires_grad
+
+
+V, ONES, INDEX = torch.zeros(5, 64), torch.ones(5), torch.zeros(5, dtype=torch.int64)
+TABLE = latents(16, 2)[1]
+NO_IMAGES = LatentImages(TABLE.cells, *[TABLE.start_I[:0]] * 3, TABLE.time_I[:0], TABLE.seed_I[:0], 16, 2)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: flow_triton.flow_losses(V, V[1:], ONES), r"target_GC has shape \(4, 64\), expected \(5, 64\)"),
+        (lambda: flow_triton.flow_losses(V, V, ONES[1:]), r"weight_G has shape \(4,\), expected \(5,\)"),
+        (
+            lambda: flow_triton.flow_losses(V, V, ONES.double()),
+            r"weight_G has type torch.float64, expected",
+        ),
+        (lambda: flow_triton.flow_losses(V.T, V.T, ONES), r"v_GC has stride 64 along axis 1, expected 1"),
+        (lambda: flow_triton.flow_losses(V, V.to("meta"), ONES), r"target_GC lies on meta, the first argument on cpu"),
+        (lambda: flow_triton.flow_losses(V[0], V, ONES), r"v_GC has shape \(64,\), expected two axes"),
+        (
+            lambda: flow_triton.flow_losses(V, KeyedTarget(V, INDEX.int(), INDEX), ONES),
+            r"seed_G has type torch.int32, expected torch.int64",
+        ),
+        (
+            lambda: flow_triton.flow_losses(V, V, ONES, Reference(V[:, 1:], ONES)),
+            r"ref_GC has shape \(5, 63\), expected \(5, 64\)",
+        ),
+        (lambda: flow_triton.noised_rows(TABLE, INDEX, INDEX[1:]), r"place_G has shape \(4,\), expected \(5,\)"),
+        (lambda: flow_triton.noised_rows(TABLE, INDEX.float(), INDEX), r"image_G has type torch.float32, expected"),
+        (
+            lambda: flow_triton.noised_rows(TABLE, INDEX, INDEX, torch.float64),
+            r"x_t is asked for as torch.float64",
+        ),
+        (lambda: flow_triton.noised_rows(NO_IMAGES, INDEX, INDEX), r"images has 0 entries, expected at least 1"),
+        (
+            lambda: flow_triton.noised_rows(replace(TABLE, seed_I=TABLE.seed_I[1:]), INDEX, INDEX),
+            r"seed_I has shape \(4,\), expected \(5,\)",
+        ),
+        (
+            lambda: flow_triton.noised_rows(replace(TABLE, cells=torch.zeros(2**31 + 1, device="meta")), INDEX, INDEX),
+            r"cells reaches element offset 2147483648, expected less than 2147483648",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit(call: object, message: str):
+    with pytest.raises(ValueError, match=message):
+        call()  # type: ignore[operator]
+
+
+def test_meta_tensors_and_compilers_see_through():
+    _, table = latents(16, 2)
+    image_G, place_G = rows_of(table, 1)
+
+    def both(v_GC: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
+        rows = flow_triton.noised_rows(replace(table, cells=cells), image_G, place_G)
+        target = KeyedTarget(rows.x0_GC, table.seed_I[image_G.clamp_min(0)], place_G)
+        return flow_triton.flow_losses(v_GC, target, rows.real_G.float())[:2]
+
+    v_GC = normal(len(image_G), 64).requires_grad_()
+    values = both(v_GC, table.cells)
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)(v_GC, table.cells)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, values, strict=True))
+    gradients = [torch.autograd.grad(x[0].sum(), v_GC)[0] for x in (compiled, values)]
+    assert torch.equal(*gradients)
+    weight_G = torch.ones(7, device="meta")
+    meta = flow_triton.flow_losses(torch.zeros(7, 64, device="meta"), torch.zeros(7, 64, device="meta"), weight_G)
+    assert meta.total_G.shape == meta.mse_G.shape == (7,) and meta.distance_G is None

@@ -1,0 +1,40 @@
+"""The golden cases with every attention engine that runs without a GPU."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from tests.parallel.pool import RankPool
+from tests.parity.command import TRAIN, needs_cases, parity, paths
+
+pytestmark = needs_cases
+
+
+def test_flex_forward(ranks: RankPool) -> None:
+    """torch has no backward for it on a CPU, and the command says so."""
+    outcome = ranks.run(1, parity, [*paths(*TRAIN), "parallel.attention=flex"])[0]
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert outcome.out.count("no gradients: attention engine flex has no backward here") == len(TRAIN)
+    assert "grad/" not in outcome.out
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("options", [(), ("parallel.cp=2", "--nproc", "2")], ids=["alone", "cp 2"])
+def test_triton_in_the_interpreter(options: tuple[str, ...]) -> None:
+    """In processes of their own: Triton decides at its import whether it interprets."""
+    words = [*paths("train_02_t2i", "train_05_interleave3"), "parallel.attention=triton", *options]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "megabagel", "parity", *words], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("rows ok") == 2 and done.stdout.count("grad/") > 20
+
+
+def test_a_trace_needs_gradients(ranks: RankPool) -> None:
+    outcome = ranks.run(1, parity, [*paths("trace_01_dp2"), "parallel.attention=flex"])[0]
+    assert outcome.code == 2
+    assert "a trace trains, but attention engine flex has no backward here" in outcome.err

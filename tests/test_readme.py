@@ -18,7 +18,12 @@ from tests.parity_files import FOLDER as CASES
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "parity.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "docs" / "architecture.md",
+    ROOT / "docs" / "parity.md",
+    ROOT / "docs" / "kernels.md",
+)
 COMMANDS = sorted({
     line.split("  #")[0].strip()
     for document in DOCUMENTS
@@ -136,7 +141,8 @@ def test_commands_about_the_official_model_run(data_root: Path, tmp_path: Path) 
 def test_every_command_of_the_documents_is_run_by_a_test() -> None:
     for command in COMMANDS:
         known = [*TRAIN, *(c for c in COMMANDS if any(wanted in c for wanted in OFFICIAL))]
-        assert command in known or command.startswith(("make ", "megabagel data prepare")), command
+        elsewhere = ("make ", "megabagel data prepare", "python tools/kernel_gate.py", "python tools/gpu_suite.py")
+        assert command in known or command.startswith(elsewhere), command
 
 
 def test_data_prepare(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ PADDED = {
 SPLIT_BELOW = 528
 """Four programs for each of 132 processors; with fewer, the last ones to finish leave most of the chip idle."""
 
-FP32 = Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1), False, SPLIT_BELOW)
+FP32 = Configs(Config(32, 32, 16, 1), Config(32, 32, 16, 1), Config(32, 32, 16, 1), False, SPLIT_BELOW)
 """fp32 has no tensor cores at full precision: small blocks on every architecture. Meant for checks."""
 
 INTERPRETER = Configs(Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1), False, 0)

@@ -49,7 +49,7 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
         calls.append((command, nproc))
         return 9
 
-    monkeypatch.setattr(cli, "spawn", spawn)
+    monkeypatch.setattr("megabagel.commands.train.spawn", spawn)
     return calls
 
 

@@ -49,10 +49,10 @@ ROOMS = {
         (*RANKS, "PIL", "safetensors"),
     ),
 }
-ENTRANCES = ("cli", "launch", "__main__")
+ENTRANCES = ("cli", "commands", "launch", "__main__")
 """Modules that may import every room; no room imports them."""
 
-LIGHT = {"torch": ("cli", "config"), "megatron": ("sequence", "data", "model")}
+LIGHT = {"torch": ("cli", "commands", "config"), "megatron": ("sequence", "data", "model")}
 """Packages that take seconds to import, and rooms that must load without them, whatever those reach."""
 
 Import = tuple[str, int]

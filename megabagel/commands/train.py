@@ -1,0 +1,44 @@
+"""`megabagel train`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megabagel.commands.words import positive, refuse_second_launcher
+from megabagel.launch import spawn
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the command."""
+    train = commands.add_parser(
+        "train",
+        help="train a model",
+        description="Train as CONFIG says: alone, as one rank of torchrun or srun, or on N ranks started here.",
+        epilog="example: megabagel train examples/configs/tiny.yaml train.steps=50 parallel.tp=2 --nproc 2",
+        allow_abbrev=False,
+    )
+    train.add_argument("config", metavar="CONFIG", type=Path, help="YAML file")
+    train.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace those of CONFIG")
+    train.add_argument("--nproc", metavar="N", type=positive, help="start N ranks on this machine")
+    train.set_defaults(run=_train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from megabagel.config.load import load
+
+    if args.nproc:
+        refuse_second_launcher(os.environ)
+    config = load(args.config, args.overrides)
+    if args.nproc:
+        from megabagel.config.checks import check_world
+
+        check_world(config, args.nproc)
+        return spawn([sys.executable, "-m", "megabagel", "train", str(args.config), *args.overrides], args.nproc)
+    from megabagel.parallel import host
+
+    host.install()  # before anything imports megatron
+    from megabagel.train.run import main as run
+
+    run(config)
+    return 0

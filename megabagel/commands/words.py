@@ -1,0 +1,33 @@
+"""What several commands need to read their words."""
+
+import argparse
+import re
+from collections.abc import Mapping
+
+from megabagel.errors import UserError
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text!r}")
+    return int(text)
+
+
+def is_override(word: str) -> bool:
+    """Whether a word is `section.key=value` and not a path."""
+    return re.match(r"[a-z_]+(\.\w+)+=", word) is not None
+
+
+def refuse_second_launcher(env: Mapping[str, str]) -> None:
+    """Raise `UserError` if this process is already one rank of a launch."""
+    if "RANK" in env:
+        found = f"RANK = {env['RANK']}"
+    elif "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        found = f"SLURM_PROCID = {env['SLURM_PROCID']} of {env['SLURM_STEP_NUM_TASKS']} tasks"
+    else:
+        return
+    raise UserError(
+        f"--nproc starts ranks, but this process is one already ({found}); expected to be started once. "
+        "Leave out --nproc under torchrun or srun, or unset the variable."
+    )

@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megabagel.commands import convert, data, parity, train
+from megabagel.commands import convert, data, doctor, parity, train
 from megabagel.errors import UserError
 from megabagel.launch import ERROR_PREFIX, USER_ERROR
 
@@ -41,6 +41,6 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (train, parity, convert, data):
+    for group in (train, parity, convert, data, doctor):
         group.add(commands)
     return parser

@@ -48,6 +48,7 @@ ROOMS = {
         ("errors", "config", "sequence", "kernels", "data", "model", "parallel", "checkpoint", "train"),
         (*RANKS, "PIL", "safetensors"),
     ),
+    "doctor": Room(("errors", "kernels", "parallel"), (*RANKS, "packaging", "psutil", "rich")),
 }
 ENTRANCES = ("cli", "commands", "launch", "__main__")
 """Modules that may import every room; no room imports them."""

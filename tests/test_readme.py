@@ -89,7 +89,7 @@ def _free_port() -> int:
 def _as_srun(words: list[str], ranks: int) -> str:
     """A shell line that starts every rank with what srun would tell it."""
     train = shlex.join([sys.executable, "-m", "megabagel", *words[1:]])
-    one = f"SLURM_PROCID=$r SLURM_NTASKS={ranks} SLURM_LOCALID=$r SLURM_NTASKS_PER_NODE={ranks} {train} OPTIONS"
+    one = f"SLURM_PROCID=$r SLURM_STEP_NUM_TASKS={ranks} SLURM_LOCALID=$r SLURM_NTASKS_PER_NODE={ranks} {train} OPTIONS"
     return (
         f"export MASTER_ADDR=127.0.0.1 MASTER_PORT={_free_port()}; pids=''; "
         f'for r in $(seq 0 {ranks - 1}); do {one} & pids="$pids $!"; done; for p in $pids; do wait $p || exit 1; done'

@@ -13,6 +13,7 @@ from megabagel.config.checks import check_world
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
 from megabagel.parallel import host
+from megabagel.parallel.launched import launch_facts, meeting_point
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ def distributed(config: Config) -> Iterator[Topology]:
 def joined() -> Iterator[Axis]:
     """Join the job's process group, without a grid, and leave it at the end.
 
-    Launch facts come from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), from srun's
-    (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID) or, alone, from nowhere.
+    Who is who comes from torchrun's variables, from srun's or, alone, from nowhere (`launched.py`).
     """
     rank, size, local_rank = launch_facts()
     if torch.cuda.is_available():
@@ -92,44 +92,19 @@ def joined() -> Iterator[Axis]:
         dist.destroy_process_group()
 
 
-def launch_facts() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun or srun tells them; (0, 1, 0) alone."""
-    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
-        values = [os.environ.get(name) for name in names]
-        if names[0] == "RANK" and values[0] and not all(values):  # a batch script has some of Slurm's, and is alone
-            missing = " and ".join(name for name, value in zip(names, values, strict=True) if not value)
-            raise UserError(
-                f"RANK={values[0]}, but {missing} is not set: start with torchrun or --nproc, set all of "
-                f"{', '.join(names)}, or unset RANK to train alone"
-            )
-        if all(values):
-            try:
-                rank, size, local_rank = (int(value or 0) for value in values)
-            except ValueError:
-                pairs = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
-                raise UserError(f"{pairs}: expected whole numbers; start with torchrun, srun or --nproc") from None
-            if not 0 <= rank < size:
-                raise UserError(f"{names[0]}={rank} with {names[1]}={size}: expected a rank below the world size")
-            return rank, size, local_rank
-    return 0, 1, 0
-
-
 def _rendezvous(rank: int, size: int) -> None:
     if size == 1:
         dist.init_process_group(host.backend(), store=dist.HashStore(), rank=0, world_size=1)
         return
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not os.environ.get(name):
-            raise UserError(
-                f"{name} is not set for a job of {size} ranks: start with torchrun or --nproc, or export it"
-            )
+    address, port = meeting_point()
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}  # for libraries that make groups of their own
     try:
         dist.init_process_group(host.backend(), rank=rank, world_size=size, timeout=timedelta(minutes=10))
     except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
-        address = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
         raise UserError(
-            f"{address}: rank {rank} of {size} cannot meet the others there ({str(error).splitlines()[0]}): name a "
-            "host that every rank reaches and a port free on it, and start all ranks"
+            f"MASTER_ADDR={address}, MASTER_PORT={port}: rank {rank} of {size} cannot meet the others there "
+            f"({str(error).splitlines()[0]}): name a host that every rank reaches and a port free on it, and start all "
+            "ranks"
         ) from error
 
 

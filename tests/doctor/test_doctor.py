@@ -1,0 +1,164 @@
+"""The doctor: what is there, what is absent and at what cost, what is wrong and how to mend it."""
+
+import io
+import json
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from rich.console import Console
+
+from megabagel import cli
+from megabagel.doctor import machine, row, software
+from megabagel.doctor.row import Row, absent, ok, wrong
+
+HERE = Path(__file__).parents[2]
+
+
+def put_package(folder: Path, name: str, init: str = "") -> None:
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(init)
+
+
+def test_exit_code() -> None:
+    rows = [ok("a", "1"), absent("b", "slow")]
+    assert row.exit_code(rows, []) == 0
+    assert row.exit_code(rows, ["a"]) == 0
+    assert row.exit_code(rows, ["b"]) == 1
+    assert row.exit_code([*rows, wrong("c", "2", "mend it")], []) == 1
+
+
+def test_json_has_every_field() -> None:
+    rows = [ok("a", "1"), wrong("c", "2", "mend it")]
+    assert [Row(**entry) for entry in json.loads(row.as_json(rows))] == rows
+
+
+def test_table_shows_name_status_finding_and_advice() -> None:
+    out = io.StringIO()
+    row.show([ok("a", "1.2"), absent("b", "slow; get it"), wrong("c", "2", "mend it")], Console(file=out, width=60))
+    assert [line.split() for line in out.getvalue().splitlines()] == [
+        ["a", "ok", "1.2"],
+        ["b", "absent", "slow;", "get", "it"],
+        ["c", "wrong", "2"],
+        ["mend", "it"],
+    ]
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Versions that packages are taken to have."""
+    versions: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(software, "version", version)
+    monkeypatch.setattr(software, "_pinned", lambda: {"lamp": Requirement("lamp>=2,<3")})
+    return versions
+
+
+def test_package_that_is_needed_and_not_there(installed: dict[str, str]) -> None:
+    assert software.package("lamp", "json") == wrong("lamp", "not installed", "pip install 'lamp<3,>=2'")
+
+
+def test_package_that_is_optional_and_not_there(installed: dict[str, str]) -> None:
+    assert software.package("lamp", "json", "dark") == absent("lamp", "dark; pip install 'lamp<3,>=2'")
+
+
+def test_package_that_is_too_old(installed: dict[str, str]) -> None:
+    installed["lamp"] = "1.9"
+    found = software.package("lamp", "json", "dark")
+    assert (found.status, found.found) == ("wrong", "1.9")
+    assert "<3,>=2" in found.advice
+
+
+def test_local_build_of_the_right_version(installed: dict[str, str]) -> None:
+    installed["lamp"] = "2.13.0+cpu"
+    assert software.package("lamp", "json") == ok("lamp", "2.13.0+cpu")
+
+
+def test_package_that_does_not_load(installed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed["lamp"] = "2.5"
+    put_package(tmp_path, "lamp_of_test", "raise OSError('no oil\\nat all')")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = software.package("lamp", "lamp_of_test")
+    assert (found.status, found.found) == ("wrong", "2.5 does not load: OSError: no oil")
+
+
+def test_transformer_engine_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_package(tmp_path, "transformer_engine", "raise RuntimeError('cudnn shared object not found.')")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = software.transformer_engine()
+    assert found.status == "wrong"
+    assert "cudnn shared object not found" in found.found
+    assert "pip uninstall transformer-engine" in found.advice
+
+
+def test_apex_of_pypi_is_wrong(tmp_path: Path) -> None:
+    """In a process of its own: the impostor must not stay in this one's modules."""
+    put_package(tmp_path, "apex")
+    code = "from megabagel.doctor.software import apex; print(apex())"
+    env = {"PYTHONPATH": f"{tmp_path}:{HERE}:{HERE}/kernels"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=env)
+    assert "status='wrong'" in ran.stdout, ran.stderr
+    assert "pip uninstall apex" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("env", "status", "says"),
+    [
+        ({}, "ok", "alone"),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, "ok", "torchrun: rank 1 of 4"),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}, "ok", "srun: rank 3 of 4, local rank 1"),
+        ({"RANK": "1"}, "wrong", "WORLD_SIZE"),
+        ({"SLURM_PROCID": "4", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, "wrong", "below the world size"),
+    ],
+)
+def test_launch_variables(env: dict[str, str], status: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    found = machine.launch(env)
+    assert found.status == status
+    assert says in found.found + found.advice
+
+
+def test_slurm_job_is_named() -> None:
+    env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[0-1]"}
+    assert machine.slurm(env) == ok("slurm", "job 7 on 2 nodes (n[0-1])")
+
+
+def test_one_processor_of_many_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {5})
+    assert machine.processors().status == "wrong"
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {5, 6})
+    assert machine.processors() == ok("processors", "2 of 64")
+
+
+def test_few_open_files_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (1024, 524288))
+    found = machine.limits()
+    assert (found.status, found.found) == ("wrong", "1024")
+    assert "ulimit -n 4096 (at most 524288 here)" in found.advice
+
+
+def test_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    assert machine.disk(tmp_path / "runs" / "a") == machine.disk(tmp_path)
+    assert str(tmp_path) in machine.disk(tmp_path).found
+
+
+def test_command_answers_in_json_and_refuses_unknown_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) in (0, 1)
+    names = [entry["name"] for entry in json.loads(capsys.readouterr().out)]
+    assert {"torch", "megatron-core", "transformer-engine", "apex", "cuda", "memory", "disk", "launch"} <= set(names)
+    assert len(names) == len(set(names))
+    assert cli.main(["doctor", "--require", "tritium"]) == 2
+    assert "tritium: no such row; expected some of python, torch" in capsys.readouterr().err

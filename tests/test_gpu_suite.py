@@ -40,14 +40,17 @@ def run(folder: Path, *options: str, program: tuple[str, ...] = (str(SUITE),)) -
 
 @needs_triton
 def test_quick_parts_leave_a_report(tmp_path: Path) -> None:
-    code, found, markdown = run(tmp_path, "--only", "ceilings", "memory")
+    code, found, markdown = run(tmp_path, "--only", "ceilings", "memory", "liger")
     assert (code, found["failures"], found["left_out"]) == (0, [], [])
     assert set(found) == {"environment", "parts", "failures", "left_out", "seconds"}
     assert set(found["environment"]) == {"date", "commit", "python", "torch", "triton", "cuda", "device", "timings"}
     assert found["environment"]["timings"].startswith("meaningless")
-    assert list(found["parts"]) == ["ceilings", "memory"]
+    assert list(found["parts"]) == ["ceilings", "memory", "liger"]
     assert set(found["parts"]["ceilings"]) == {"gemm", "copy", "unmasked attention"}
     assert set(found["parts"]["memory"]["SwiGLU"]) == {"forward_ms", "backward_ms", "seconds"}  # and no rates
+    assert "forward_ms" in found["parts"]["liger"]["linear + cross-entropy: ours"]
+    if importlib.util.find_spec("liger_kernel") is None:
+        assert "pip install liger-kernel" in found["parts"]["liger"]["SwiGLU: Liger"]["absent"]
     assert "| SwiGLU |" in markdown
     assert "- timings: meaningless" in markdown
 
@@ -68,7 +71,7 @@ def test_without_time_the_report_says_what_is_missing(tmp_path: Path) -> None:
     code, found, markdown = run(tmp_path, "--only", "ceilings", "layer", "--minutes", "0")
     assert (code, found["parts"], found["failures"]) == (0, {}, [])
     assert found["left_out"][:2] == ["ceilings: gemm", "ceilings: copy"]
-    assert len(found["left_out"]) == 6
+    assert len(found["left_out"]) == 5
     assert "- ceilings: gemm" in markdown
 
 
@@ -77,7 +80,7 @@ def test_without_time_the_report_says_what_is_missing(tmp_path: Path) -> None:
 def test_the_whole_suite_as_a_toy(tmp_path: Path) -> None:
     code, found, _ = run(tmp_path)
     assert (code, found["failures"], found["left_out"]) == (0, [], [])
-    parts = ["ceilings", "check-attention", "check-others", "configurations", "attention", "memory", "layer"]
+    parts = ["ceilings", "check-attention", "check-others", "configurations", "attention", "memory", "liger", "layer"]
     assert list(found["parts"]) == parts
     assert len(found["parts"]["check-attention"]) == 13
     assert all(check["right"] for part in parts[1:3] for check in found["parts"][part].values())

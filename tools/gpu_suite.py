@@ -8,6 +8,7 @@ Needs one GPU, torch and Triton; no more than this repository on the path. Parts
     configurations   seconds to compile each attention configuration, and how fast it runs
     attention        ours, FlexAttention fed with our block lists and as BAGEL uses it, and SDPA sample by sample
     memory           bandwidth of the memory-bound kernels beside that of a copy
+    liger            Liger's norm, rotation, SwiGLU and linear + cross-entropy beside ours, where it is installed
     layer            one whole layer of the 7B model, forward and backward, and its MFU
 
 Writes DIR/gpu_suite_<date>.json and .md after every item, so that stopping loses nothing; `--minutes` stops between
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-PARTS = ("ceilings", "check-attention", "check-others", "configurations", "attention", "memory", "layer")
+PARTS = ("ceilings", "check-attention", "check-others", "configurations", "attention", "memory", "liger", "layer")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def run(folder: Path, parts: list[str], minutes: float, toy: bool) -> int:
     if toy:
         os.environ["TRITON_INTERPRET"] = "1"
     # Not before this: Triton decides when it is imported whether its functions compile or are interpreted.
-    from gpu_suite_parts import attention, ceilings, check_attention, check_others, compiling, layer, memory
+    from gpu_suite_parts import attention, ceilings, check_attention, check_others, compiling, layer, liger, memory
     from gpu_suite_parts.report import Report
     from gpu_suite_parts.setting import environment, prepare
 
@@ -65,6 +66,7 @@ def run(folder: Path, parts: list[str], minutes: float, toy: bool) -> int:
         "configurations": compiling.run,
         "attention": attention.run,
         "memory": memory.run,
+        "liger": liger.run,
         "layer": layer.run,
     }
     for part in parts:

@@ -43,8 +43,8 @@ class NoisedRows(NamedTuple):
 
     x_t_GC: Tensor
     """fp32 or as asked for: (1 - t) x_0 + t eps."""
-    x0_GC: Tensor
-    """The tokens before noising, in the type of the latents."""
+    target_GC: Tensor
+    """fp32: the velocity eps - x_0."""
     real_G: Tensor
     """bool: false in padding, and where an image is lost (has a number that is not finite)."""
 
@@ -94,11 +94,18 @@ def noised_rows(
     padding_G = image_G < 0
     image_G, place_G = image_G.clamp_min(0), torch.where(padding_G, 0, place_G)
     x0_GC = images.cells[_cell_offsets(images, image_G, place_G)]
-    real_G = x0_GC.isfinite().all(1) & ~padding_G
-    x0_GC = torch.where(real_G[:, None], x0_GC, 0)
     eps_GC = noise_rows(images.seed_I[image_G], place_G, images.features)
-    x_t_GC = noise_latents(x0_GC, eps_GC, images.time_I[image_G])
-    return NoisedRows(torch.where(real_G[:, None], x_t_GC, 0).to(dtype), x0_GC, real_G)
+    return noised(x0_GC, eps_GC, images.time_I[image_G], ~padding_G, dtype)
+
+
+def noised(
+    x0_GC: Tensor, eps_GC: Tensor, t_G: Tensor, real_G: Tensor, dtype: torch.dtype = torch.float32
+) -> NoisedRows:
+    """`noised_rows` of tokens and noise that are at hand."""
+    real_G = real_G & x0_GC.isfinite().all(1)
+    ends = noise_latents(x0_GC, eps_GC, t_G), eps_GC.float() - x0_GC.float()
+    x_t_GC, target_GC = (torch.where(real_G[:, None], x, 0) for x in ends)
+    return NoisedRows(x_t_GC.to(dtype), target_GC, real_G)
 
 
 def _cell_offsets(images: LatentImages, image_G: Tensor, place_G: Tensor) -> Tensor:

@@ -32,10 +32,10 @@ ROWS, WARPS = 32, 4
 
 @triton.jit(do_not_specialize=["G"])
 def noise_patches(
-    CELLS, START, HEIGHT, WIDTH, TIME, SEED, IMAGE, PLACE, X_T, X0, REAL, G,
+    CELLS, START, HEIGHT, WIDTH, TIME, SEED, IMAGE, PLACE, X_T, TARGET, REAL, G,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """X_T, X0 [G, C] and REAL [G] of ROWS rows: gather, cut into patches and noise in one pass."""
+    """X_T, TARGET [G, C] and REAL [G] of ROWS rows: gather, cut into patches and noise in one pass."""
     C: tl.constexpr = CHANNELS * PATCH * PATCH
     g = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     feature = tl.arange(0, CP)
@@ -64,7 +64,7 @@ def noise_patches(
     to = g[:, None] * C + feature[None, :]
     kept = inside[:, None] & used
     tl.store(X_T + to, tl.where(real[:, None], x_t, 0.0).to(X_T.dtype.element_ty), mask=kept)
-    tl.store(X0 + to, x0.to(X0.dtype.element_ty), mask=kept)
+    tl.store(TARGET + to, tl.where(real[:, None], eps - x0, 0.0), mask=kept)
     tl.store(REAL + g, real, mask=inside)
 
 
@@ -159,18 +159,19 @@ def _noised_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     check_launch(noise_patches, cells)
     rows, features = len(image_G), channels * patch**2
-    x_t_GC, x0_GC, real_G = _empty_rows(cells, rows, features, dtype)
+    x_t_GC, target_GC, real_G = _empty_rows(cells, rows, features, dtype)
     if rows:
         noise_patches[(triton.cdiv(rows, ROWS),)](
-            cells, start_I, height_I, width_I, time_I, seed_I, image_G, place_G, x_t_GC, x0_GC, real_G, rows,
+            cells, start_I, height_I, width_I, time_I, seed_I, image_G, place_G, x_t_GC, target_GC, real_G, rows,
             CHANNELS=channels, PATCH=patch, CP=triton.next_power_of_2(features), ROWS=ROWS, num_warps=WARPS,
         )  # fmt: skip
-    return x_t_GC, x0_GC, real_G
+    return x_t_GC, target_GC, real_G
 
 
 def _empty_rows(cells: Tensor, rows: int, features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     x_t_GC = cells.new_empty(rows, features, dtype=dtype)
-    return x_t_GC, cells.new_empty(rows, features), cells.new_empty(rows, dtype=torch.bool)
+    target_GC = cells.new_empty(rows, features, dtype=torch.float32)
+    return x_t_GC, target_GC, cells.new_empty(rows, dtype=torch.bool)
 
 
 @_noised_rows.register_fake

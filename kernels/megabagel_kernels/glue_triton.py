@@ -30,6 +30,12 @@ def load_gamma(UND, GEN, of_gen, columns, inside):
     return tl.load(UND + columns, mask=inside, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def rounded(x, LIKE):
+    """fp32 `x`, rounded to the numbers that the type behind pointer LIKE has."""
+    return x.to(LIKE.dtype.element_ty).to(tl.float32)
+
+
 def programs(border: int, rows: int, each: int) -> tuple[int, int]:
     """Programs of und, and of both."""
     und = triton.cdiv(border, each)

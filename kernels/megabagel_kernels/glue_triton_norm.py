@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megabagel_kernels.door import check_device, check_dtype, check_launch, check_layout, check_shape
-from megabagel_kernels.glue_triton import check_rows, load_gamma, owned_rows, programs, sum_parts
+from megabagel_kernels.glue_triton import check_rows, load_gamma, owned_rows, programs, rounded, sum_parts
 
 BACKWARD_ROWS, WARPS = 32, 8
 """More rows make fewer sums of gamma's gradient, fewer rows fill more of a GPU."""
@@ -34,12 +34,12 @@ def norm_forward(
     x = tl.load(X + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(RESIDUAL + row * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        rounded = x.to(TOTAL.dtype.element_ty)
-        tl.store(TOTAL + row * W + columns, rounded, mask=inside)
-        x = rounded.to(tl.float32)  # what backward will see
+        x = rounded(x, TOTAL)  # what backward will see
+        tl.store(TOTAL + row * W + columns, x.to(TOTAL.dtype.element_ty), mask=inside)
     scale = tl.math.rsqrt(tl.sum(x * x, 0) / W + eps)
     gamma = load_gamma(UND, GEN, of_gen, columns, inside)
-    tl.store(NORMED + row * W + columns, (x * scale * gamma).to(NORMED.dtype.element_ty), mask=inside)
+    normed = rounded(x * scale, NORMED) * gamma
+    tl.store(NORMED + row * W + columns, normed.to(NORMED.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["border", "T"])

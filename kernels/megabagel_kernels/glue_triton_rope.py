@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megabagel_kernels.door import INTEGERS, check_device, check_dtype, check_launch, check_layout, check_shape
-from megabagel_kernels.glue_triton import check_rows, load_gamma, owned_rows, programs, sum_parts
+from megabagel_kernels.glue_triton import check_rows, load_gamma, owned_rows, programs, rounded, sum_parts
 
 ROWS, WARPS = 16, 4
 
@@ -69,8 +69,8 @@ def rope_forward(
         first, second = _load_halves(X, rows * x_stride + head * H + channels, inside, R)
         square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         scale = tl.math.rsqrt(square / H + eps)[:, None]
-        first = first * scale * gamma_first
-        second = second * scale * gamma_second
+        first = rounded(rounded(first * scale, Y) * gamma_first, Y)
+        second = rounded(rounded(second * scale, Y) * gamma_second, Y)
         to = (rows * N + head) * H + channels
         _store_halves(Y, to, first * cos - second * sin, second * cos + first * sin, inside, R)
 

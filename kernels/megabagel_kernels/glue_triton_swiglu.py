@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megabagel_kernels.door import FLOATS, check_dtype, check_launch, check_layout
+from megabagel_kernels.glue_triton import rounded
 
 COLS, WARPS = 1024, 4
 
@@ -32,7 +33,7 @@ def _load(GATE_UP, stride, F, COLS: tl.constexpr):
 def swiglu_forward(GATE_UP, Y, stride, F, COLS: tl.constexpr):
     """Y [T, F] = silu(gate) * up."""
     gate, up, row, columns, inside = _load(GATE_UP, stride, F, COLS)
-    y = gate * tl.sigmoid(gate) * up
+    y = rounded(gate * tl.sigmoid(gate), Y) * up
     tl.store(Y + row * F + columns, y.to(Y.dtype.element_ty), mask=inside)
 
 

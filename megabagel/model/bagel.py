@@ -8,7 +8,6 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import torch
-from megabagel_kernels.flow import flow_loss_to_target
 from torch import nn
 
 from megabagel.config.schema import ModelConfig
@@ -74,7 +73,7 @@ class Heads(nn.Module):
         super().__init__()
         self.factory, self.und_learns = factory, und_learns
         self.norm = Experts(
-            lambda: factory.partial_over_rows(RMSNorm(config.hidden, config.norm_eps)),
+            lambda: factory.partial_over_rows(RMSNorm(config.hidden, config.norm_eps, factory.kernels)),
             doubled=config.variant != "dense",
         )
         self.lm_head = factory.head(config.hidden, config.vocab)
@@ -89,7 +88,7 @@ class Heads(nn.Module):
         ce_K = self.lm_head(self.factory.join_rows(und_uI)[inputs.ce_row_K], inputs.label_K)
         idle_gC = torch.zeros_like(hidden.target_gC) + gen_gI[:, :1] * 0  # keeps the expert in the graph
         velocity_gC = self.llm2vae(gen_gI) if self.visual_gen else idle_gC
-        mse_g = flow_loss_to_target(velocity_gC, hidden.target_gC, hidden.weight_g)
+        mse_g = self.factory.kernels.flow_loss(velocity_gC, hidden.target_gC, hidden.weight_g)
         return Outputs(ce_K, mse_g, velocity_gC)
 
 

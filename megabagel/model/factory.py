@@ -5,17 +5,26 @@ rank holds 1/tp of them between the linears.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+from megabagel_kernels.linear_cross_entropy import WHOLE
 from torch import nn
 from torch.nn import functional
 
+from megabagel.model.kernels import TORCH, Kernels, WordLoss
 from megabagel.model.sharding import shard
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class LayerFactory(Protocol):
-    """Linears and row exchanges of one kind of parallelism."""
+    """Linears and row exchanges of one kind of parallelism, and the kernels of what lies between the linears."""
+
+    @property
+    def kernels(self) -> Kernels:
+        """The run's implementation of norms, rotation, SwiGLU, noise and losses."""
+        ...
 
     @property
     def shards(self) -> int:
@@ -53,11 +62,11 @@ class LayerFactory(Protocol):
         """`split_rows` for tensors that need no gradient."""
         ...
 
-    def partial_over_rows(self, module: nn.Module) -> nn.Module:
+    def partial_over_rows(self, module: M) -> M:
         """Mark weights that act on split rows: under row splitting their gradients are sums over shards."""
         ...
 
-    def partial_over_heads(self, module: nn.Module) -> nn.Module:
+    def partial_over_heads(self, module: M) -> M:
         """Mark weights that act on split heads: their gradients are always sums over shards."""
         ...
 
@@ -66,6 +75,9 @@ class SingleDevice:
     """The factory without parallelism: plain torch modules, for reading, tests and small tools."""
 
     shards = 1
+
+    def __init__(self, kernels: Kernels = TORCH) -> None:
+        self.kernels = kernels
 
     def column(self, inputs: int, blocks: Mapping[str, int], *, bias: bool, rows_split: bool) -> nn.Module:
         """A linear."""
@@ -84,7 +96,7 @@ class SingleDevice:
 
     def head(self, width: int, vocabulary: int) -> nn.Module:
         """A linear and torch's cross-entropy."""
-        return _Head(width, vocabulary)
+        return _Head(width, vocabulary, self.kernels.word_loss)
 
     def split_rows(self, x: torch.Tensor) -> torch.Tensor:
         """All rows."""
@@ -92,7 +104,7 @@ class SingleDevice:
 
     join_rows = share = split_rows
 
-    def partial_over_rows(self, module: nn.Module) -> nn.Module:
+    def partial_over_rows(self, module: M) -> M:
         """Nothing is split."""
         return module
 
@@ -100,10 +112,13 @@ class SingleDevice:
 
 
 class _Head(nn.Module):
-    def __init__(self, width: int, vocabulary: int) -> None:
+    def __init__(self, width: int, vocabulary: int, word_loss: WordLoss | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, width))
+        self.word_loss = word_loss
 
     def forward(self, hidden_TI: torch.Tensor, label_T: torch.Tensor) -> torch.Tensor:
+        if self.word_loss is not None:
+            return self.word_loss(hidden_TI, self.weight, label_T, shard=WHOLE)
         logits = functional.linear(hidden_TI, self.weight).float()
         return functional.cross_entropy(logits, label_T, reduction="none")

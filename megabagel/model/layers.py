@@ -12,14 +12,13 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
-from megabagel_kernels.pointwise import rms_norm, swiglu
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megabagel.config.schema import ModelConfig
 from megabagel.model.factory import LayerFactory
 from megabagel.model.inputs import Attend, Rope
-from megabagel.model.positions import apply_rope
+from megabagel.model.kernels import Kernels
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -27,14 +26,18 @@ M = TypeVar("M", bound=nn.Module)
 class RMSNorm(nn.Module):
     """Root-mean-square norm: statistics in fp32, cast to the input's type, then times weight (bagel-reference 8)."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, kernels: Kernels) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.eps, self.kernels = eps, kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., width] -> the same."""
-        return rms_norm(x, self.weight, self.eps)
+        """[rows, width] -> the same."""
+        return self.kernels.norm(x, self.weight, self.eps)
+
+    def of_sum(self, residual: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Twice [rows, width] -> (their sum, its norm)."""
+        return self.kernels.add_norm(residual, x, self.weight, self.eps)
 
 
 class Experts(nn.Module, Generic[M]):
@@ -58,7 +61,7 @@ class Experts(nn.Module, Generic[M]):
 
 
 class Attention(nn.Module):
-    """One expert's projections around the shared attention: q, k, v with QK-norm, and the output."""
+    """One expert's projections around the shared attention: q, k, v and the output; the weights of its QK-norm."""
 
     def __init__(self, config: ModelConfig, factory: LayerFactory) -> None:
         super().__init__()
@@ -69,13 +72,22 @@ class Attention(nn.Module):
         self.o = factory.row(config.heads * head, config.hidden, bias=False, rows_split=True)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = factory.partial_over_heads(RMSNorm(head, config.norm_eps))
-            self.k_norm = factory.partial_over_heads(RMSNorm(head, config.norm_eps))
+            self.q_norm = factory.partial_over_heads(RMSNorm(head, config.norm_eps, factory.kernels))
+            self.k_norm = factory.partial_over_heads(RMSNorm(head, config.norm_eps, factory.kernels))
 
     def project(self, x_uI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """This rank's rows -> all rows' q [U, N, H], k and v [U, M, H]."""
-        q, k, v = self.qkv(x_uI).unflatten(-1, (-1, self.head)).split([self.heads, self.kv_heads, self.kv_heads], 1)
-        return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
+        """This rank's rows -> all rows' q [U, N, H], k and v [U, M, H], not yet normed."""
+        return self.qkv(x_uI).unflatten(-1, (-1, self.head)).split([self.heads, self.kv_heads, self.kv_heads], 1)
+
+    @property
+    def q_gamma(self) -> torch.Tensor | None:
+        """Weight [H] of the queries' norm; None without QK-norm."""
+        return self.q_norm.weight if self.qk_norm else None
+
+    @property
+    def k_gamma(self) -> torch.Tensor | None:
+        """Likewise of the keys'."""
+        return self.k_norm.weight if self.qk_norm else None
 
 
 class Mlp(nn.Module):
@@ -86,12 +98,13 @@ class Mlp(nn.Module):
         blocks = {"gate": config.ffn, "up": config.ffn}
         self.gate_up = factory.column(config.hidden, blocks, bias=False, rows_split=True)
         self.down = factory.row(config.ffn, config.hidden, bias=False, rows_split=True)
-        self.recompute = recompute
+        self.swiglu = factory.kernels.swiglu
+        if recompute and not factory.kernels.swiglu_keeps_input_alone:
+            self.swiglu = partial(_recomputed, factory.kernels.swiglu)
 
     def forward(self, x_uI: torch.Tensor) -> torch.Tensor:
         """[u, I] -> [u, I]."""
-        gate_up = self.gate_up(x_uI)
-        return self.down(_recomputed(swiglu, gate_up) if self.recompute else swiglu(gate_up))
+        return self.down(self.swiglu(self.gate_up(x_uI)))
 
 
 class Layer(nn.Module):
@@ -104,9 +117,10 @@ class Layer(nn.Module):
         mot, experts = config.variant == "mot", config.variant != "dense"
         self.recompute = recompute
         self.und_learns = und_learns
+        self.qk_norm_rope = partial(factory.kernels.qk_norm_rope, eps=config.norm_eps)
 
-        def norm() -> nn.Module:
-            return factory.partial_over_rows(RMSNorm(config.hidden, config.norm_eps))
+        def norm() -> RMSNorm:
+            return factory.partial_over_rows(RMSNorm(config.hidden, config.norm_eps, factory.kernels))
 
         self.input_norm = Experts(norm, doubled=mot)
         self.attention = Experts(lambda: Attention(config, factory), doubled=mot)
@@ -127,8 +141,9 @@ class Layer(nn.Module):
         und_uI = self._und(und_uI)
         normed_und, normed_gen = self.input_norm(und_uI, gen_gI)
         und, gen = self._attention(normed_und, normed_gen, rope, attend)
-        und_uI, gen_gI = und_uI + self._und(und), gen_gI + gen
-        und, gen = self.mlp(*self.mlp_norm(und_uI, gen_gI))
+        und_uI, normed_und = self.mlp_norm.und.of_sum(und_uI, self._und(und))
+        gen_gI, normed_gen = self.mlp_norm.for_gen.of_sum(gen_gI, gen)
+        und, gen = self.mlp(normed_und, normed_gen)
         return und_uI + und, gen_gI + gen
 
     def _und(self, x: torch.Tensor) -> torch.Tensor:
@@ -141,8 +156,8 @@ class Layer(nn.Module):
         of_und, of_gen = self.attention.und, self.attention.for_gen
         q_und, k_und, v_und = of_und.project(und_uI)
         q_gen, k_gen, v_gen = of_gen.project(gen_gI)
-        q_TNH = apply_rope(torch.cat([q_und, q_gen]), rope.cos_TH, rope.sin_TH)
-        k_TMH = apply_rope(torch.cat([k_und, k_gen]), rope.cos_TH, rope.sin_TH)
+        q_TNH = self.qk_norm_rope(q_und, q_gen, of_und.q_gamma, of_gen.q_gamma, rope=rope)
+        k_TMH = self.qk_norm_rope(k_und, k_gen, of_und.k_gamma, of_gen.k_gamma, rope=rope)
         v_TMH = torch.cat([v_und, v_gen])
         run = partial(_recomputed, attend) if self.recompute == "selective" else attend
         out_TI = run(q_TNH, k_TMH, v_TMH).flatten(1)

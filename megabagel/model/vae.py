@@ -1,7 +1,9 @@
 """The frozen image codec behind one interface: `blocks` (training-free, exact) or `flux` (the FLUX autoencoder)."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from megabagel.config.schema import VaeConfig
 from megabagel.errors import UserError
-from megabagel.model.vae_blocks import BlockCodec
+from megabagel.model.vae_blocks import BLOCK, KEPT, MEAN, STD, BlockCodec
 from megabagel.model.vae_flux import FluxCodec, load_autoencoder
 
 logger = logging.getLogger(__name__)
@@ -25,12 +27,27 @@ class Codec(Protocol):
     downsample: int
     """Pixels per latent side."""
 
-    def encode(self, pixels_B3HW: Tensor, generator_seeds: Sequence[int]) -> Tensor:
+    moment_channels: int
+    """M, channels of `moments`."""
+
+    def moments(self, pixels_B3HW: Tensor) -> Tensor:
+        """All that is known of an image's latents before any draw: [B, M, H / downsample, W / downsample] float32.
+
+        Pixels are float32 in [-1, 1]; H and W are multiples of `downsample`. Means and log variances of the posterior,
+        or the latents themselves where it is a point. They depend on the image alone, so they can be computed once.
+        """
+        ...
+
+    def draw(self, moments_BMHW: Tensor, generator_seeds: Sequence[int]) -> Tensor:
         """Latents x_0 [B, C, H / downsample, W / downsample] float32, normalised as the model sees them.
 
-        Pixels are float32 in [-1, 1]; H and W are multiples of `downsample`. Image i draws its posterior noise, if the
-        codec has any, from `generator_seeds[i]` (any integer of 64 bits), never from its place in the batch.
+        Image i draws its posterior noise, if the codec has any, from `generator_seeds[i]` (any integer of 64 bits),
+        never from its place in the batch.
         """
+        ...
+
+    def encode(self, pixels_B3HW: Tensor, generator_seeds: Sequence[int]) -> Tensor:
+        """`draw` from the `moments` of pixels."""
         ...
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
@@ -56,6 +73,23 @@ def build_codec(config: VaeConfig, device: torch.device | str = "cpu") -> Codec:
     codec = FluxCodec(config, load_autoencoder(config, device))
     logger.info("image codec: flux, weights from %s", config.path)
     return codec
+
+
+def codec_fingerprint(config: VaeConfig) -> str:
+    """What the moments of an image depend on beside its pixels: equal codecs have equal fingerprints.
+
+    Raises UserError when the weights cannot be read.
+    """
+    if config.codec == "blocks":
+        return f"blocks:{hashlib.sha256(repr((BLOCK, KEPT, MEAN, STD)).encode()).hexdigest()[:32]}"
+    digest = hashlib.sha256()
+    try:
+        with Path(str(config.path)).open("rb") as file:
+            while piece := file.read(1 << 24):
+                digest.update(piece)
+    except OSError as error:
+        raise UserError(f"model.vae.path={config.path} cannot be read ({error}); expected ae.safetensors") from error
+    return f"flux:{digest.hexdigest()[:32]}"
 
 
 def _expect_shape(config: VaeConfig, channels: int, downsample: int) -> None:

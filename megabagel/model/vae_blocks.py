@@ -69,7 +69,7 @@ def block_kernels() -> tuple[Tensor, Tensor]:
 class BlockCodec:
     """The codec; needs no noise, so seeds are ignored. Float64 inside: exact even where float32 means TF32."""
 
-    channels = sum(KEPT)
+    channels = moment_channels = sum(KEPT)
     downsample = BLOCK
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -84,9 +84,17 @@ class BlockCodec:
         return F.conv2d(pixels_B3HW.double(), self._analysis, stride=BLOCK)
 
     @torch.no_grad()
+    def moments(self, pixels_B3HW: Tensor) -> Tensor:
+        """Latents [B, 16, H/8, W/8] float32 of pixels in [-1, 1]: the one point of the posterior."""
+        return ((self.coefficients(pixels_B3HW) - self._mean_C11) / self._std_C11).float()
+
+    def draw(self, moments_BMHW: Tensor, generator_seeds: Sequence[int] = ()) -> Tensor:
+        """The point itself."""
+        return moments_BMHW
+
     def encode(self, pixels_B3HW: Tensor, generator_seeds: Sequence[int] = ()) -> Tensor:
         """Latents [B, 16, H/8, W/8] float32 of pixels in [-1, 1]; H and W are multiples of 8."""
-        return ((self.coefficients(pixels_B3HW) - self._mean_C11) / self._std_C11).float()
+        return self.moments(pixels_B3HW)
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:

@@ -169,6 +169,7 @@ class FluxCodec:
 
     def __init__(self, config: VaeConfig, autoencoder: Autoencoder) -> None:
         self.channels, self.downsample = config.channels, config.downsample
+        self.moment_channels = 2 * config.channels
         self._scale, self._shift = config.scale, config.shift
         self._encoder, self._decoder = autoencoder.encoder, autoencoder.decoder
 
@@ -183,13 +184,16 @@ class FluxCodec:
         z_BCHW = mean_BCHW + torch.exp(0.5 * log_variance_BCHW) * noise_BCHW
         return self._scale * (z_BCHW - self._shift)
 
+    def draw(self, moments_BMHW: Tensor, generator_seeds: Sequence[int]) -> Tensor:
+        """x_0 [B, C, h, w] float32 with keyed noise; one seed per image."""
+        shape = (self.channels, *moments_BMHW.shape[2:])
+        noise_BCHW = torch.stack([normal(seed, *shape) for seed in generator_seeds])
+        assert len(noise_BCHW) == len(moments_BMHW), "one seed per image"
+        return self.sample(moments_BMHW, noise_BCHW.to(moments_BMHW.device))
+
     def encode(self, pixels_B3HW: Tensor, generator_seeds: Sequence[int]) -> Tensor:
         """Latents [B, C, H / downsample, W / downsample] float32; one seed per image."""
-        moments = self.moments(pixels_B3HW)
-        shape = (self.channels, *moments.shape[2:])
-        noise_BCHW = torch.stack([normal(seed, *shape) for seed in generator_seeds])
-        assert len(noise_BCHW) == len(moments), "one seed per image"
-        return self.sample(moments, noise_BCHW.to(moments.device))
+        return self.draw(self.moments(pixels_B3HW), generator_seeds)
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:

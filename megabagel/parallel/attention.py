@@ -10,14 +10,22 @@ gathered in one collective and the mask's integers, which carry the sequence ord
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from megabagel_kernels.attention.configs import configs_here, lacking_here
-from megabagel_kernels.attention.flex_engine import flex_attention_packed, plan_flex
-from megabagel_kernels.attention.host import host_attention, plan_host
+from megabagel_kernels.attention.configs import Configs, configs_here, lacking_here
+from megabagel_kernels.attention.flex_engine import (
+    BLOCK,
+    FA4_BLOCK_ROWS,
+    FlexPlan,
+    flex_attention_packed,
+    lacking_fa4,
+    plan_flex,
+)
+from megabagel_kernels.attention.host import HostPlan, host_attention, plan_host
 from megabagel_kernels.attention.mask import AttentionCodes
-from megabagel_kernels.attention.triton_engine import plan_triton, triton_attention
+from megabagel_kernels.attention.triton_engine import TritonPlan, plan_triton, triton_attention
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megabagel.config.schema import Config
@@ -36,17 +44,23 @@ class AttentionEngine:
 
     name: str
     plan: Callable[[AttentionCodes, int], Any]
-    """(mask, head dimension) -> plan, once per batch."""
+    """(mask, head dimension) -> plan, once per batch, on the CPU. This and its plans can be pickled, for a worker."""
     run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
     """(q [C, N, H], k [R, M, H], v [R, M, H], plan) -> [C, N, H]."""
+    place: Callable[[Any], Any] = lambda plan: plan
+    """A plan, where `run` wants it."""
     has_backward: bool = True
 
 
-def _host(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Any) -> torch.Tensor:
+def _plan_host(codes: AttentionCodes, head: int) -> HostPlan:
+    return plan_host(codes)
+
+
+def _run_host(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: HostPlan) -> torch.Tensor:
     return host_attention(q.cpu(), k.cpu(), v.cpu(), plan).to(q.device)
 
 
-HOST = AttentionEngine("host", lambda codes, head: plan_host(codes), _host)
+HOST = AttentionEngine("host", _plan_host, _run_host)
 
 
 def choose_attention(config: Config) -> AttentionEngine:
@@ -54,38 +68,62 @@ def choose_attention(config: Config) -> AttentionEngine:
 
     Raises UserError when the one that was asked for cannot run here.
     """
-    cuda = host.device().type == "cuda"
-    name, why = config.parallel.attention, "asked for"
-    if name == "auto" and not cuda:
-        name, why = "host", "this is a CPU"
-    elif name == "auto":
-        lacking = lacking_here(parameter_dtype(config), config.model.kv_channels)
-        name, why = ("flex", lacking) if lacking else ("triton", "kernels for this GPU")
-    elif name == "triton" and (lacking := lacking_here(parameter_dtype(config), config.model.kv_channels)):
-        raise UserError(f"parallel.attention=triton: {lacking}. Use auto, which takes the best engine of this machine.")
+    cuda, dtype, name = host.device().type == "cuda", parameter_dtype(config), config.parallel.attention
+    wanted, why = name, "asked for"
+    if name == "auto":
+        name, why = ("triton", "kernels for this GPU") if cuda else ("host", "this is a CPU")
+    lacking = {"triton": partial(lacking_here, dtype, config.model.kv_channels), "fa4": partial(lacking_fa4, dtype)}
+    if name in lacking and (reason := lacking[name]()):
+        if wanted != "auto":
+            raise UserError(f"parallel.attention={name}: {reason}. Or use auto: the best engine of this machine.")
+        name, why = "flex", reason
     logger.info("attention engine: %s (%s)", name, why)
     if name == "host" and cuda:
         logger.warning("attention engine host computes on the CPU: every layer copies there and back, for checks only")
-    return {"host": HOST, "flex": _flex(cuda), "triton": _triton(config)}[name]
+    makers = {"host": lambda: HOST, "flex": _flex, "fa4": _fa4, "triton": lambda: _triton(config)}
+    return makers[name]()
 
 
-def _flex(cuda: bool) -> AttentionEngine:
-    return AttentionEngine("flex", lambda codes, head: plan_flex(codes, host.device()), flex_attention_packed, cuda)
+def _to_device(plan: Any) -> Any:
+    return plan.to(host.device())
+
+
+def _plan_flex(codes: AttentionCodes, head: int, rows: int) -> FlexPlan:
+    return plan_flex(codes, rows)
+
+
+def _flex() -> AttentionEngine:
+    plan = partial(_plan_flex, rows=BLOCK)
+    return AttentionEngine("flex", plan, flex_attention_packed, _to_device, host.device().type == "cuda")
+
+
+def _fa4() -> AttentionEngine:
+    plan = partial(_plan_flex, rows=FA4_BLOCK_ROWS[torch.cuda.get_device_capability()[0]])
+    return AttentionEngine("fa4", plan, partial(flex_attention_packed, backend="FLASH"), _to_device)
+
+
+def _plan_triton(codes: AttentionCodes, head: int, configs: dict[int, Configs]) -> TritonPlan:
+    return plan_triton(codes, configs[head])
 
 
 def _triton(config: Config) -> AttentionEngine:
-    def plan(codes: AttentionCodes, head: int) -> Any:
-        return plan_triton(codes, configs_here(parameter_dtype(config), head)).to(host.device())
+    """Configurations are looked up here, once: a worker that makes plans sees no GPU."""
+    heads = config.model.kv_channels, vit_head(config)
+    configs = {head: configs_here(parameter_dtype(config), head) for head in heads}
+    return AttentionEngine("triton", partial(_plan_triton, configs=configs), triton_attention, _to_device)
 
-    return AttentionEngine("triton", plan, triton_attention)
+
+def vit_head(config: Config) -> int:
+    """Head dimension of the ViT tower."""
+    return config.model.vit.hidden // config.model.vit.heads
 
 
-def attend_across(codes: AttentionCodes, engine: AttentionEngine, head: int, cp: Axis | None = None) -> Attend:
+def attend_across(plan: Any, engine: AttentionEngine, cp: Axis | None = None) -> Attend:
     """Attention of this rank's queries to the keys of every context-parallel rank; without `cp`, of this rank alone.
 
-    head: head dimension.
+    plan: made by `engine.plan` of the mask of these queries and keys.
     """
-    plan = engine.plan(codes, head)
+    plan = engine.place(plan)
 
     def attend(q_CNH: torch.Tensor, k_CMH: torch.Tensor, v_CMH: torch.Tensor) -> torch.Tensor:
         if cp is not None and cp.size > 1:

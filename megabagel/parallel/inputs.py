@@ -3,13 +3,13 @@
 Legend: see `model.inputs`; L latent tokens and V ViT patches of the whole pack, in token order.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megabagel_kernels.flow import noise_latents
-from megabagel_kernels.philox import noise_rows
+from megabagel_kernels.flow import LatentImages, NoisedRows, noised
 
 from megabagel.config.schema import Config
 from megabagel.model.factory import LayerFactory
@@ -18,14 +18,13 @@ from megabagel.model.inputs import LatentInputs, Rope, StageInputs, VitInputs
 from megabagel.model.positions import rope_tables
 from megabagel.model.vae import Codec
 from megabagel.parallel.attention import HOST, AttentionEngine, attend_across, join_over_cp
+from megabagel.parallel.plans import Planner, VitShares
 from megabagel.parallel.topology import Axis, Topology
 from megabagel.sequence.batch import PackedBatch
 from megabagel.sequence.grid import grid_ids
 from megabagel.sequence.images import index_latents, shares, vae_images, vit_images
-from megabagel.sequence.items import Mode
-from megabagel.sequence.pack import Pack, mask_codes
-from megabagel.sequence.patches import patchify
-from megabagel.sequence.sample import LATENT, TEXT, VIT, Split
+from megabagel.sequence.pack import Pack
+from megabagel.sequence.sample import LATENT, TEXT, VIT
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,12 @@ class InputBuilder:
     ) -> None:
         self.config, self.topology, self.factory = config, topology, factory
         self.codec, self.device, self.attention = codec, device, attention
+        self.planned = Planner.of(config, topology, attention)
 
     def build(self, batch: PackedBatch, outside: Drive | Given | None = None) -> StageInputs:
         """Tensors of one micro-batch. With a `Drive`, noised images take its latents and clean ones are not allowed."""
+        batch = self.planned(batch)
+        assert batch.plans is not None
         pack, layout, cp = batch.pack, batch.layout, self.topology.cp
         token_C, border = layout.rank(cp.rank), layout.borders[cp.rank]
         first, last = self.topology.pp.first, self.topology.pp.last
@@ -70,7 +72,7 @@ class InputBuilder:
         word_U, is_word_U = self._words(batch, token_C[:border])
         targets = np.flatnonzero((token_C[:border] >= 0) & pack.ce_S[token_C[:border]]) if last else np.arange(0)
         return StageInputs(
-            attend=attend_across(layout.codes(pack, cp.rank), self.attention, model.kv_channels, cp),
+            attend=attend_across(batch.plans.layers, self.attention, cp),
             rope=Rope(*rope),
             word_U=word_U,
             is_word_U=is_word_U,
@@ -98,29 +100,24 @@ class InputBuilder:
         return np.where(token_T >= 0, np.array(of_sample)[pack.sample_S[token_T]], len(names))
 
     def _vit(self, batch: PackedBatch, token_U: np.ndarray) -> VitInputs:
-        """Images of this context-parallel rank, padded to the largest share so that ranks exchange equal shapes.
-
-        One padding patch at least keeps the tower in the graph of a pack without images.
-        """
+        """Images of this context-parallel rank, and padding (see `VitShares`)."""
         pack, config, cp = batch.pack, self.config.model, self.topology.cp
+        split, plans = VitShares.of(pack, cp.size), batch.plans
+        assert plans is not None
         images = [image for _, image in vit_images(pack)]
-        sizes = [image.rows * image.cols for image in images]
         grids = [grid_ids(image.rows, image.cols, config.vit.grid, config.interpolate_pos) for image in images]
-        dealt = shares(sizes, cp.size)
-        rows = max(1, *(sum(sizes[i] for i in part) for part in dealt))
-        mine = dealt[cp.rank]
-        codes = mask_codes([[Split(Mode.FULL, sizes[i])] for i in mine])
-        padding = rows - sum(sizes[i] for i in mine)
-        patches = torch.cat([*batch.patches, torch.zeros(padding, 3 * config.vit.patch**2)])
-        grid_P = np.concatenate([*(grids[i] for i in mine), np.zeros(padding, np.int64)])
-        source_V = self._order_after_join(sizes, dealt, rows)
+        padding = split.padding(cp.rank)
+        none = torch.zeros(padding, 3 * config.vit.patch**2, device=self.device)
+        patches = torch.cat([*(image.to(self.device) for image in batch.patches), none])
+        grid_P = np.concatenate([*(grids[i] for i in split.dealt[cp.rank]), np.zeros(padding, np.int64)])
+        source_V = self._order_after_join(split.sizes, split.dealt, split.rows)
         row_U = np.where((token_U >= 0) & (pack.kind_S[token_U] == VIT), pack.fill_S[token_U], -1)
         return VitInputs(
-            patches=patches.to(self.device),
+            patches=patches,
             grid=self._tensor(grid_P),
             grid_all=self._tensor(np.concatenate([np.zeros(0, np.int64), *grids])),
             row_U=self._tensor(row_U),
-            attend=attend_across(codes.padded(padding), self.attention, config.vit.hidden // config.vit.heads),
+            attend=attend_across(plans.vit, self.attention),
             collect=lambda encoded: join_over_cp(encoded, cp)[source_V],
         )
 
@@ -137,48 +134,55 @@ class InputBuilder:
         )
 
     def _latents(self, batch: PackedBatch, token_G: np.ndarray, outside: Drive | Given | None) -> LatentInputs:
-        pack, config = batch.pack, self.config
-        share = self.factory.share
-        index = index_latents(pack)
-        token_G = np.where((token_G >= 0) & (pack.kind_S[token_G] == LATENT), token_G, -1)
-        real_g = share(self._tensor(token_G >= 0))
-        latent_g = share(self._tensor(np.where(token_G >= 0, pack.fill_S[token_G], 0)))
+        pack, config, index = batch.pack, self.config.model, index_latents(batch.pack)
+        of_latent_G = (token_G >= 0) & (pack.kind_S[token_G] == LATENT)
+        real_g = self.factory.share(self._tensor(of_latent_G))
+        latent_g = self.factory.share(self._tensor(np.where(of_latent_G, pack.fill_S[token_G], 0)))
         if not pack.latents:
             return self._no_latents(len(real_g))
         image_g = self._tensor(index.image_L)[latent_g]
-        grids = [grid_ids(i.rows, i.cols, config.model.latent_grid, config.model.interpolate_pos) for i in pack.latents]
+        grids = [grid_ids(i.rows, i.cols, config.latent_grid, config.interpolate_pos) for i in pack.latents]
         noised_I = self._tensor(np.array([image.noised for image in pack.latents]))
+        time_I = self._times(pack, outside)
         if isinstance(outside, Drive):
-            time_I = torch.full((len(pack.latents),), outside.time, device=self.device)
-            x_t_gC = outside.x_t_LC.to(self.device)[latent_g]
-            target_gC = torch.zeros_like(x_t_gC)
+            x_t_gC = outside.x_t_LC.to(self.device)[latent_g] * real_g[:, None]
+            rows = NoisedRows(x_t_gC, torch.zeros_like(x_t_gC), real_g)
+        elif isinstance(outside, Given):
+            x0_gC, eps_gC = (x.to(self.device)[latent_g] for x in (outside.x0_LC, outside.eps_LC))
+            rows = noised(x0_gC, eps_gC, time_I[image_g], real_g)
         else:
-            raw_I = torch.tensor([image.raw_timestep for image in pack.latents], device=self.device)
-            time_I = timestep(raw_I, config.train.timestep_shift, config.train.timestep_precision)
-            x0_gC, eps_gC = self._ends(batch, latent_g, image_g, outside)
-            real_g &= x0_gC.isfinite().all(1)  # a lost image has NaN latents: its rows stay, without loss
-            x0_gC = x0_gC.nan_to_num()
-            x_t_gC, target_gC = noise_latents(x0_gC, eps_gC, time_I[image_g]), eps_gC - x0_gC
+            place_g = self._tensor(index.place_L)[latent_g]
+            images = self._noised_images(batch, time_I)
+            rows = self.factory.kernels.noised_rows(images, torch.where(real_g, image_g, -1), place_g)
         return LatentInputs(
-            x_t_gC=x_t_gC * real_g[:, None],
-            target_gC=target_gC * real_g[:, None],
-            weight_g=(real_g & noised_I[image_g]).float(),
-            grid_g=self._tensor(np.concatenate(grids))[latent_g] * real_g,
+            x_t_gC=rows.x_t_GC,
+            target_gC=rows.target_GC,
+            weight_g=(rows.real_G & noised_I[image_g]).float(),  # a lost image is not real: its rows stay, without loss
+            grid_g=self._tensor(np.concatenate(grids))[latent_g] * rows.real_G,
             time_I=time_I,
-            image_g=image_g * real_g,
+            image_g=image_g * rows.real_G,
         )
 
-    def _ends(
-        self, batch: PackedBatch, latent_g: torch.Tensor, image_g: torch.Tensor, given: Given | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two ends of the flow for rows that hold latent tokens `latent_g` of images `image_g`: x_0 and noise."""
-        if given is not None:
-            return given.x0_LC.to(self.device)[latent_g], given.eps_LC.to(self.device)[latent_g]
-        index = index_latents(batch.pack)
-        seed_I = torch.tensor([image.noise_seed for image in batch.pack.latents], device=self.device)
-        place_g = self._tensor(index.place_L)[latent_g]
-        x0_gC = self._encode(batch)[self._tensor(index.x0_L)[latent_g]]
-        return x0_gC, noise_rows(seed_I[image_g], place_g, self.config.model.latent_dim)
+    def _times(self, pack: Pack, outside: Drive | Given | None) -> torch.Tensor:
+        """Timesteps of the latent images."""
+        if isinstance(outside, Drive):
+            return torch.full((len(pack.latents),), outside.time, device=self.device)
+        raw_I = torch.tensor([image.raw_timestep for image in pack.latents], device=self.device)
+        return timestep(raw_I, self.config.train.timestep_shift, self.config.train.timestep_precision)
+
+    def _noised_images(self, batch: PackedBatch, time_I: torch.Tensor) -> LatentImages:
+        """Every use of an image's latents: where they lie, and how they are noised."""
+        config, latents, index = self.config.model, batch.pack.latents, index_latents(batch.pack)
+        return LatentImages(
+            cells=self._encode(batch).flatten(),
+            start_I=self._tensor(index.x0_L[index.place_L == 0] * config.latent_dim),
+            height_I=self._tensor(np.array([image.rows * config.latent_patch for image in latents])),
+            width_I=self._tensor(np.array([image.cols * config.latent_patch for image in latents])),
+            time_I=time_I,
+            seed_I=torch.tensor([image.noise_seed for image in latents], device=self.device),
+            channels=config.latent_dim // config.latent_patch**2,
+            patch=config.latent_patch,
+        )
 
     def _no_latents(self, rows: int) -> LatentInputs:
         """Padding rows alone: the generation expert still runs on them."""
@@ -187,26 +191,30 @@ class InputBuilder:
         return LatentInputs(none, none, none[:, 0], zero, torch.zeros(1, device=self.device), zero)
 
     def _encode(self, batch: PackedBatch) -> torch.Tensor:
-        """x_0 of every distinct image, [tokens, C] end to end; each rank of the stage encodes its share."""
-        pack, stage = batch.pack, self.topology.tp_cp
+        """Latents of every distinct image, each [channels, height, width] in rows of C numbers, end to end.
+
+        Each rank of the stage encodes its share.
+        """
+        pack, stage, width = batch.pack, self.topology.tp_cp, self.config.model.latent_dim
         assert self.codec is not None
         images = vae_images(pack)
         sizes = [image.tokens for image in images]
         dealt = shares(sizes, stage.size)
-        mine = [images[i] for i in dealt[stage.rank]]
-        tokens = [
-            patchify(
-                self.codec.encode(pixels[None].to(self.device), [self._posterior_seed(pack, image.sample, image.slot)])[
-                    0
-                ],
-                self.config.model.latent_patch,
-            )
-            for image, pixels in zip(mine, batch.pixels, strict=True)
-        ]
+        cells = [torch.zeros(0, width, device=self.device)]
+        for number, moments_1MHW in zip(dealt[stage.rank], self._moments(batch), strict=True):
+            seed = self._posterior_seed(pack, images[number].sample, images[number].slot)
+            cells.append(self.codec.draw(moments_1MHW, [seed])[0].reshape(-1, width))
+        own = torch.cat(cells)
         rows = max(sum(sizes[i] for i in part) for part in dealt)
-        own = torch.cat([*tokens, torch.zeros(0, self.config.model.latent_dim, device=self.device)])
         own = torch.nn.functional.pad(own, (0, 0, 0, rows - len(own)))
         return _join(own, stage)[self._order_after_join(sizes, dealt, rows)]
+
+    def _moments(self, batch: PackedBatch) -> Iterator[torch.Tensor]:
+        """The codec's moments of every image that this rank encodes: cached, or from pixels."""
+        assert self.codec is not None
+        if batch.moments is not None:
+            return (cached[None].to(self.device) for cached in batch.moments)
+        return (self.codec.moments(pixels[None].to(self.device)) for pixels in batch.pixels)
 
     @staticmethod
     def _posterior_seed(pack: Pack, sample: int, slot: int) -> int:

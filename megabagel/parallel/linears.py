@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from megabagel_kernels.linear_cross_entropy import VocabShard
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
     vocab_parallel_cross_entropy,
@@ -16,15 +21,18 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megabagel.model.kernels import TORCH, Kernels, WordLoss
 from megabagel.model.sharding import shard
-from megabagel.parallel.topology import Topology
+from megabagel.parallel.topology import Axis, Topology
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class MegatronLayers:
     """Builds linears that are split over the tensor-parallel axis of a topology."""
 
-    def __init__(self, config: TransformerConfig, topology: Topology) -> None:
-        self.config, self.tp = config, topology.tp
+    def __init__(self, config: TransformerConfig, topology: Topology, kernels: Kernels = TORCH) -> None:
+        self.config, self.tp, self.kernels = config, topology.tp, kernels
         self.rows_are_split = config.sequence_parallel and self.tp.size > 1
         self.whole_rows = replace(config, sequence_parallel=False)
 
@@ -74,6 +82,8 @@ class MegatronLayers:
     def head(self, width: int, vocabulary: int) -> nn.Module:
         """Vocabulary-parallel linear with cross-entropy."""
         head = _Head(
+            self.kernels.word_loss,
+            self.tp,
             width,
             vocabulary,
             config=self.whole_rows,
@@ -99,11 +109,11 @@ class MegatronLayers:
         """This rank's rows of a tensor without gradient."""
         return x.chunk(self.tp.size)[self.tp.rank] if self.rows_are_split else x
 
-    def partial_over_rows(self, module: nn.Module) -> nn.Module:
+    def partial_over_rows(self, module: M) -> M:
         """Gradients are sums over the axis where rows are split."""
         return _mark_partial(module) if self.rows_are_split else module
 
-    def partial_over_heads(self, module: nn.Module) -> nn.Module:
+    def partial_over_heads(self, module: M) -> M:
         """Gradients are sums over the axis."""
         return _mark_partial(module) if self.tp.size > 1 else module
 
@@ -130,16 +140,35 @@ class _Row(RowParallelLinear):
 class _Head(ColumnParallelLinear):
     """Cross-entropy per row over a vocabulary that is split over ranks."""
 
+    def __init__(self, word_loss: WordLoss | None, tp: Axis, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.word_loss, self.sums_hidden = word_loss, not options["disable_grad_reduce"]
+        all_max, all_sum = (partial(_reduced, axis=tp, op=op) for op in (dist.ReduceOp.MAX, dist.ReduceOp.SUM))
+        self.shard = VocabShard(tp.rank * len(self.weight), all_max, all_sum)
+
     def forward(self, hidden_TI: torch.Tensor, label_T: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        if self.word_loss is not None:
+            if self.sums_hidden:
+                hidden_TI = copy_to_tensor_model_parallel_region(hidden_TI, group=self.tp_group)
+            return self.word_loss(hidden_TI, self.weight, label_T, shard=self.shard)
         logits = super().forward(hidden_TI)[0]
         return vocab_parallel_cross_entropy(logits.float(), label_T)
+
+
+def _reduced(x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+    """Element-wise over ranks, without gradient."""
+    if axis.size == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x, op, group=axis.group)
+    return x
 
 
 def _left_to_initialise(weight: torch.Tensor) -> None:
     """Weights are filled by `parallel.initialise`, by name, so that they do not depend on the grid."""
 
 
-def _mark_partial(module: nn.Module) -> nn.Module:
+def _mark_partial(module: M) -> M:
     for parameter in module.parameters():
         parameter.partial_over_tp = True  # type: ignore[attr-defined]
     return module

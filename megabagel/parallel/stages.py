@@ -10,6 +10,7 @@ from torch import nn
 from megabagel.config.schema import Config
 from megabagel.model.bagel import Bagel
 from megabagel.model.inputs import Hidden, Outputs, StageInputs
+from megabagel.model.kernels import TORCH, Kernels
 from megabagel.model.vit import splits
 from megabagel.parallel import host
 from megabagel.parallel.initialise import initialise
@@ -60,9 +61,11 @@ class PipelineStage(nn.Module):
         return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
 
 
-def build_stages(config: Config, topology: Topology, megatron: TransformerConfig) -> list[PipelineStage]:
+def build_stages(
+    config: Config, topology: Topology, megatron: TransformerConfig, kernels: Kernels = TORCH
+) -> list[PipelineStage]:
     """This rank's model chunks (vpp of them), initialised, in `train.precision`, on this rank's device."""
-    factory = MegatronLayers(megatron, topology)
+    factory = MegatronLayers(megatron, topology, kernels)
     split = layer_split(config)
     vit, tp = config.model.vit, topology.tp.size
     if config.model.visual_und and topology.pp.first and not splits(vit, tp):

@@ -17,6 +17,7 @@ from megabagel.parallel import host
 from megabagel.parallel.agree import everywhere, once
 from megabagel.parallel.attention import choose_attention
 from megabagel.parallel.inputs import InputBuilder
+from megabagel.parallel.kernels import choose_kernels
 from megabagel.parallel.linears import MegatronLayers
 from megabagel.parallel.megatron import megatron_config
 from megabagel.parallel.stages import PipelineStage, build_stages
@@ -42,17 +43,16 @@ class Machine:
 
 def build_machine(config: Config, topology: Topology) -> Machine:
     """Build everything of `train.run` that a given batch needs, with keyed initial weights."""
-    megatron = megatron_config(config)
-    stages = build_stages(config, topology, megatron)
+    megatron, kernels, attention = megatron_config(config), choose_kernels(config), choose_attention(config)
+    stages = build_stages(config, topology, megatron, kernels)
     optimizer = Optimizer(config.train, megatron, stages, topology)
-    attention = choose_attention(config)
     return Machine(
         config,
         topology,
         stages,
         optimizer,
         StepRunner(config, topology, optimizer),
-        InputBuilder(config, topology, MegatronLayers(megatron, topology), None, host.device(), attention),
+        InputBuilder(config, topology, MegatronLayers(megatron, topology, kernels), None, host.device(), attention),
         Encoders(topology.pp.first, topology.cp.rank, topology.cp.size, topology.tp_cp.rank, topology.tp_cp.size),
     )
 
@@ -73,7 +73,8 @@ def load_weights(machine: Machine, case: Case) -> None:
         once(machine.topology, lambda: import_tensors(files, machine.config.model, folder))
         shards = optimizer_shards(machine.optimizer.distributed, {})
         tensors = sharded_tensors(machine.stages, shards, machine.topology)
-        store.load(folder, everywhere(machine.topology, lambda: store.weights_of(folder, machine.config, tensors)))
+        mine = everywhere(machine.topology, lambda: store.weights_of(folder, machine.config, tensors))
+        everywhere(machine.topology, lambda: store.load(folder, mine))
     finally:
         dist.barrier()
         if machine.topology.world.first:

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megabagel.config.schema import ResizeConfig, VaeConfig
-from megabagel.data.decode import choose_engine
+from megabagel.data.decode.contract import DecodeError, Request
+from megabagel.data.decode.host import decode_image
 from megabagel.data.transforms import resize_target
 from megabagel.errors import UserError
 from megabagel.model.flow import timestep, timestep_features
@@ -125,7 +126,9 @@ def _transform(name: str, entries: Entries, about: dict[str, Any]) -> Result | N
     picture, blob = Image.fromarray(entries["transform/pixels_hwc_uint8"].numpy()), io.BytesIO()
     picture.save(blob, "PNG")
     width, height = resize_target(*picture.size, ResizeConfig(most, least), stride)
-    return choose_engine("host")(blob.getvalue(), [(height, width)])[0], False
+    views = decode_image(Request(blob.getvalue(), ((height, width),)))
+    assert not isinstance(views, DecodeError), "a PNG of our own"
+    return views[0], False
 
 
 GROUPS: dict[str, Callable[[str, Entries, dict[str, Any]], Result | None]] = {

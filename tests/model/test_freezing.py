@@ -73,10 +73,10 @@ def released(model: Bagel, inside: bool) -> Bagel:
     stop(model.heads.norm, lambda both: (both[0].detach(), both[1]))
     for layer in model.layers.values() if inside else ():
         attention = layer.attention.und
-        for module in (attention.q_norm, attention.k_norm, attention.o, layer.mlp.und):
+        for module in (attention.qkv, attention.o, layer.mlp.und):
             stop(module)
-        q_and_k = (attention.heads + attention.kv_heads) * attention.head
-        stop(attention.qkv, lambda x, n=q_and_k: torch.cat([x[:, :n], x[:, n:].detach()], 1))
+        for norm in (attention.q_norm, attention.k_norm):  # detached after them; here they are one with the rotation
+            norm.requires_grad_(False)
     return model
 
 

@@ -71,7 +71,7 @@ def rope_interleaved(patch: Patch) -> None:
         even, odd = x_TNH[..., 0::2], x_TNH[..., 1::2]
         return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
 
-    for module in ("model.layers", "parity.prim_case"):
+    for module in ("model.kernels", "parity.prim_case"):
         patch.setattr(f"megabagel.{module}.apply_rope", apply_rope)
 
 
@@ -120,12 +120,7 @@ def dropped_images_leave_no_gap(patch: Patch) -> None:
 def k_norm_missing(patch: Patch) -> None:
     from megabagel.model.layers import Attention
 
-    def project(self: Any, x_uI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = [self.heads, self.kv_heads, self.kv_heads]
-        q, k, v = self.qkv(x_uI).unflatten(-1, (-1, self.head)).split(heads, 1)
-        return self.q_norm(q), k, v
-
-    patch.setattr(Attention, "project", project)
+    patch.setattr(Attention, "k_gamma", None)
 
 
 def ce_over_own_rows(patch: Patch) -> None:

@@ -1,4 +1,4 @@
-"""The golden cases with every attention engine that runs without a GPU."""
+"""The golden cases with every attention engine, and all kernels, that run without a GPU."""
 
 import os
 import subprocess
@@ -11,6 +11,7 @@ from tests.parallel.pool import RankPool
 from tests.parity.command import TRAIN, needs_cases, parity, paths
 
 pytestmark = needs_cases
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
 def test_flex_forward(ranks: RankPool) -> None:
@@ -21,17 +22,43 @@ def test_flex_forward(ranks: RankPool) -> None:
     assert "grad/" not in outcome.out
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("options", [(), ("parallel.cp=2", "--nproc", "2")], ids=["alone", "cp 2"])
 def test_triton_in_the_interpreter(options: tuple[str, ...]) -> None:
+    passes_interpreted("train_02_t2i", "train_05_interleave3", options=("parallel.attention=triton", *options))
+
+
+SPLIT_VOCABULARY = "parallel.tp=2", "parallel.sp=false", "--nproc", "2"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("cases", "options"),
+    [
+        (("train_03_vlm",), ()),
+        pytest.param(TRAIN, (), marks=pytest.mark.slow),
+        pytest.param(("train_03_vlm",), ("parallel.tp=2", "--nproc", "2"), marks=pytest.mark.slow),
+        pytest.param(("train_03_vlm",), SPLIT_VOCABULARY, marks=pytest.mark.slow),
+        pytest.param(
+            ("train_02_t2i",), ("parallel.pp=2", "parallel.recompute=full", "--nproc", "2"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["alone", "all", "tp 2 sp", "tp 2", "pp 2"],
+)
+def test_kernels_between_the_linears(cases: tuple[str, ...], options: tuple[str, ...]) -> None:
+    """Norms, rotation, SwiGLU, flow loss and word loss in Triton, with a whole and with a split vocabulary."""
+    passes_interpreted(*cases, options=("parallel.kernels=triton", *options))
+
+
+def passes_interpreted(*cases: str, options: tuple[str, ...]) -> None:
     """In processes of their own: Triton decides at its import whether it interprets."""
-    words = [*paths("train_02_t2i", "train_05_interleave3"), "parallel.attention=triton", *options]
+    words = [*paths(*cases), *options]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "megabagel", "parity", *words], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("rows ok") == 2 and done.stdout.count("grad/") > 20
+    assert done.stdout.count("rows ok") == len(cases) and done.stdout.count("grad/") > 10 * len(cases)
 
 
 def test_a_trace_needs_gradients(ranks: RankPool) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpu_suite_parts.check_attention import HEADS
-from gpu_suite_parts.packs import KINDS, Rows, fill, rows_of, tiny
+from gpu_suite_parts.packs import TIMED, Rows, fill, rows_of, tiny
 from gpu_suite_parts.report import Report, Result
 from gpu_suite_parts.rivals import Rival, dense_by_sample, flex_as_bagel, flex_with_our_lists, ours
 from gpu_suite_parts.setting import Setting
@@ -38,7 +38,7 @@ RIVALS: dict[str, Make] = {
 
 def run(setting: Setting, report: Report) -> None:
     """All packs by all engines; those of the full 7B shape come first, in case the time runs out."""
-    kinds = setting.pick(KINDS, {"tiny": tiny})
+    kinds = setting.pick(TIMED, {"tiny": tiny})
     lengths, all_heads = setting.pick((LENGTHS, HEADS), ((90,), ((2, 1),)))
     for tokens, heads, kind in itertools.product(lengths, all_heads, kinds):
         compare(setting, report, f"{tokens} {heads[0]}/{heads[1]} {kind}", partial(fill, kinds[kind], tokens), heads)

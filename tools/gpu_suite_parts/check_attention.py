@@ -15,7 +15,7 @@ from megabagel_kernels.attention.triton_engine import TritonPlan, plan_triton, t
 from torch import Tensor
 
 from gpu_suite_parts.guards import guarded, guarded_outputs
-from gpu_suite_parts.packs import KINDS, fill, rows_of, tiny
+from gpu_suite_parts.packs import TIMED, fill, rows_of, tiny
 from gpu_suite_parts.report import Report, Result
 from gpu_suite_parts.setting import Setting
 
@@ -66,7 +66,7 @@ def run(setting: Setting, report: Report) -> None:
 
 def check(setting: Setting, case: Case) -> Result:
     """Errors of out, lse and gradients relative to fp64, their bounds, and whether a second run gave the same bits."""
-    kinds = setting.pick(list(KINDS.values()), [tiny])
+    kinds = setting.pick(list(TIMED.values()), [tiny])
     pack = fill(kinds[case.number % len(kinds)], setting.pick(6000, 120))
     codes = rows_of(pack).codes.padded(BLIND)
     seen_T = torch.from_numpy(dense_mask(codes).any(1)).to(setting.device)

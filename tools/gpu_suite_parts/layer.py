@@ -21,6 +21,7 @@ from gpu_suite_parts.timing import median_ms
 from megabagel.config.schema import ModelConfig
 from megabagel.model.factory import SingleDevice
 from megabagel.model.inputs import Rope
+from megabagel.model.kernels import TORCH, Kernels, triton_kernels
 from megabagel.model.layers import Layer
 from megabagel.model.positions import rope_tables
 from megabagel.sequence.flops import branch_parameters
@@ -37,18 +38,20 @@ SHARES = ((1, 0), (1, 1), (1, 9))
 
 
 def run(setting: Setting, report: Report) -> None:
-    """All shares at two lengths."""
+    """All shares at two lengths, with both kinds of kernels between the linears."""
     for tokens in setting.pick((32_768, 16_384), (80,)):
-        for und, gen in SHARES:
-            work = partial(measure, setting, report, tokens, und, gen)
-            report.measure("layer", f"{tokens} tokens, und:gen {und}:{gen}", "attention", work)
+        for und, gen in setting.pick(SHARES, SHARES[1:2]):
+            for kernels, needed in ((triton_kernels(), {"norm", "rope", "swiglu"}), (TORCH, set())):
+                work = partial(measure, setting, report, kernels, tokens, und, gen)
+                item = f"{tokens} tokens, und:gen {und}:{gen}, {kernels.name}"
+                report.measure("layer", item, next(iter(needed & report.broken), "attention"), work)
 
 
-def measure(setting: Setting, report: Report, tokens: int, und: int, gen: int) -> Result:
+def measure(setting: Setting, report: Report, kernels: Kernels, tokens: int, und: int, gen: int) -> Result:
     """Times of a layer in bf16, and how much of the peak its needed products reach."""
     config = setting.pick(SEVEN_B, TOY)
     rows = rows_of(pack_of(samples(setting.pick(64, 6), tokens, und, gen)))
-    layer, border = build(setting, config), rows.border
+    layer, border = build(setting, config, kernels), rows.border
     step, forward = steps(setting, config, layer, rows)
     with torch.no_grad():
         forward_ms = median_ms(setting, forward)
@@ -79,10 +82,10 @@ def samples(side: int, tokens: int, und: int, gen: int) -> list[list[Item]]:
     return [sample] * max(1, tokens // (image + words + 2 * DELIMITERS))
 
 
-def build(setting: Setting, config: ModelConfig) -> Layer:
+def build(setting: Setting, config: ModelConfig, kernels: Kernels) -> Layer:
     """A layer with normal weights in bf16."""
     with torch.device(setting.device):
-        layer = Layer(config, SingleDevice()).to(torch.bfloat16)
+        layer = Layer(config, SingleDevice(kernels)).to(torch.bfloat16)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if "norm" not in name:

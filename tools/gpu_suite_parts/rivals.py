@@ -61,7 +61,7 @@ def ours(setting: Setting, rows: Rows, heads: int, head_dim: int) -> Rival:
 def flex_with_our_lists(setting: Setting, rows: Rows, heads: int, head_dim: int) -> Rival:
     """FlexAttention on the block lists of our schedule, compiled for these very shapes."""
     start = time.perf_counter()
-    plan = plan_flex(rows.codes, setting.device)
+    plan = plan_flex(rows.codes).to(setting.device)
     notes = {"plan_cpu_ms": 1e3 * (time.perf_counter() - start)}
     visited = visited_pairs(classify(rows.codes, BLOCK, BLOCK), BLOCK, BLOCK)
     return Rival(_flex(setting, plan.mask), backward=not setting.toy, visited=visited, notes=notes)

@@ -1,6 +1,6 @@
 """The Triton passes of the linear cross-entropy, by the checks of the torch ones.
 
-In Triton's interpreter; run by `test_flow_and_glue.py`, in a process of its own.
+In Triton's interpreter; run by `test_in_interpreter.py`, in a process of its own.
 """
 
 import os

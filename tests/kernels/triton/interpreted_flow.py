@@ -1,6 +1,6 @@
 """Noising and flow losses in Triton, and their references, against plain definitions in fp64.
 
-In Triton's interpreter; run by `test_flow_and_glue.py`, in a process of its own.
+In Triton's interpreter; run by `test_in_interpreter.py`, in a process of its own.
 """
 
 import os
@@ -77,20 +77,18 @@ def test_rows_are_patches_and_noise(engine: object, dtype: torch.dtype, channels
     images, table = latents(channels, patch, dtype)
     image_G, place_G = rows_of(table, 5)
     found = engine.noised_rows(table, image_G.int(), place_G)  # type: ignore[attr-defined]
-    truth, x0_GC = (
-        torch.zeros(len(image_G), table.features).double(),
-        torch.zeros(len(image_G), table.features).to(dtype),
-    )
+    truth, x0_GC, eps_GC = (torch.zeros(len(image_G), table.features).double() for _ in range(3))
     for row, (use, place) in enumerate(zip(image_G.tolist(), place_G.tolist(), strict=True)):
         if use >= 0:
-            eps = noise_rows(torch.tensor([SEEDS[use]]), torch.tensor([place]), table.features)[0]
+            eps_GC[row] = noise_rows(torch.tensor([SEEDS[use]]), torch.tensor([place]), table.features)[0]
             x0_GC[row] = tokens(images[USES[use]], patch)[place]
             t = torch.tensor(TIMES[use]).double()
-            truth[row] = (1 - t) * x0_GC[row].double() + t * eps.double()
-    assert torch.equal(found.x0_GC, x0_GC) and torch.equal(found.real_G, image_G >= 0)
+            truth[row] = (1 - t) * x0_GC[row] + t * eps_GC[row]
+    assert relative(found.target_GC, eps_GC - x0_GC) <= 1e-6 and found.target_GC.dtype == torch.float32
+    assert torch.equal(found.real_G, image_G >= 0)
     assert torch.equal(found.x_t_GC[image_G == 3], x0_GC[image_G == 3].float())  # timestep 0: bit by bit
     assert relative(found.x_t_GC, truth) <= 1e-6
-    assert not found.x_t_GC[image_G < 0].any()
+    assert not found.x_t_GC[image_G < 0].any() and not found.target_GC[image_G < 0].any()
     rounded = engine.noised_rows(table, image_G, place_G, torch.bfloat16).x_t_GC  # type: ignore[attr-defined]
     assert rounded.dtype == torch.bfloat16 and torch.equal(rounded, found.x_t_GC.bfloat16())
 
@@ -105,17 +103,17 @@ def test_rows_of_a_lost_image_are_not_real(engine: object, bad: float):
     found = engine.noised_rows(table, image_G, place_G)  # type: ignore[attr-defined]
     assert torch.equal(found.real_G, (image_G >= 0) & (image_G != 1))
     keep = found.real_G[:, None]
-    assert torch.equal(found.x_t_GC, whole.x_t_GC * keep) and torch.equal(found.x0_GC, whole.x0_GC * keep)
+    assert torch.equal(found.x_t_GC, whole.x_t_GC * keep) and torch.equal(found.target_GC, whole.target_GC * keep)
 
 
 def test_the_loss_remakes_the_noise_of_its_input():
-    """Where t is 1, x_t is the noise itself: a prediction x_t - x_0 has no error at all."""
+    """Where t is 0, x_t is x_0 itself, and its target the velocity: a prediction of it has no error at all."""
     _, table = latents(16, 2)
-    table = replace(table, time_I=torch.ones(5))
+    table = replace(table, time_I=torch.zeros(5))
     image_G, place_G = rows_of(table, 0)
     rows = flow_triton.noised_rows(table, image_G, place_G)
-    target = KeyedTarget(rows.x0_GC, table.seed_I[image_G], place_G)
-    assert not flow_triton.flow_losses(rows.x_t_GC - rows.x0_GC, target, torch.ones(len(image_G))).total_G.any()
+    target = KeyedTarget(rows.x_t_GC, table.seed_I[image_G], place_G)
+    assert not flow_triton.flow_losses(rows.target_GC, target, torch.ones(len(image_G))).total_G.any()
 
 
 def keyed(rows: int, width: int, dtype: torch.dtype) -> KeyedTarget:
@@ -246,7 +244,7 @@ def test_meta_tensors_and_compilers_see_through():
 
     def both(v_GC: Tensor, cells: Tensor) -> tuple[Tensor, ...]:
         rows = flow_triton.noised_rows(replace(table, cells=cells), image_G, place_G)
-        target = KeyedTarget(rows.x0_GC, table.seed_I[image_G.clamp_min(0)], place_G)
+        target = KeyedTarget(rows.x_t_GC, table.seed_I[image_G.clamp_min(0)], place_G)
         return flow_triton.flow_losses(v_GC, target, rows.real_G.float())[:2]
 
     v_GC = normal(len(image_G), 64).requires_grad_()

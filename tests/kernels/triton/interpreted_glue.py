@@ -1,6 +1,6 @@
 """Norms by expert, rotary embedding and SwiGLU in Triton against their references in fp64.
 
-In Triton's interpreter; run by `test_flow_and_glue.py`, in a process of its own.
+In Triton's interpreter; run by `test_in_interpreter.py`, in a process of its own.
 """
 
 import os

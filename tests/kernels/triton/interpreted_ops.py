@@ -1,6 +1,6 @@
 """What the ops promise torch: schemas, shapes without values, gradients that are registered, and nothing aliased.
 
-In Triton's interpreter; run by `test_flow_and_glue.py`, in a process of its own.
+In Triton's interpreter; run by `test_in_interpreter.py`, in a process of its own.
 """
 
 import os

@@ -1,0 +1,31 @@
+"""Which kernels a run takes for the operations between the linears (`model.kernels`)."""
+
+import logging
+
+from megabagel_kernels.attention.configs import lacking_here
+
+from megabagel.config.schema import Config
+from megabagel.errors import UserError
+from megabagel.model.kernels import TORCH, Kernels, triton_kernels
+from megabagel.parallel import host
+from megabagel.parallel.megatron import parameter_dtype
+
+logger = logging.getLogger(__name__)
+
+
+def choose_kernels(config: Config) -> Kernels:
+    """What `parallel.kernels` names, or the best for this device. Says in the log which, and why.
+
+    `auto` takes Triton's where attention would: on a GPU that the table of its configurations knows. Raises UserError
+    when they were asked for and cannot run here.
+    """
+    name, why = config.parallel.kernels, "asked for"
+    if name == "auto" and host.device().type != "cuda":
+        name, why = "torch", "this is a CPU"
+    elif name != "torch":
+        lacking = lacking_here(parameter_dtype(config), config.model.kv_channels)
+        if lacking and name == "triton":
+            raise UserError(f"parallel.kernels=triton: {lacking}. Or use auto, which takes torch there.")
+        name, why = ("torch", lacking) if lacking else ("triton", why if name == "triton" else "kernels for this GPU")
+    logger.info("kernels between the linears: %s (%s)", name, why)
+    return triton_kernels() if name == "triton" else TORCH

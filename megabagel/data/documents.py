@@ -18,6 +18,9 @@ ImageRole = Literal["condition", "target", "look"]
 only, never dropped."""
 
 
+Role = TextRole | ImageRole
+
+
 class SampleError(Exception):
     """A sample that cannot be used. It is skipped and counted, never fatal.
 
@@ -32,7 +35,7 @@ class SampleError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where the bytes of one file lie: `size` bytes from byte `offset` of shard number `shard`."""
+    """Where bytes lie in a tar or JSONL file: `size` bytes from byte `offset` of shard number `shard`."""
 
     shard: int
     offset: int
@@ -40,22 +43,67 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Cell:
+    """Where bytes lie in a parquet file: row `row` of row group `group` in column number `column` of a shard.
+
+    `element` is the place in a cell that holds a list, -1 for the cell itself.
+    """
+
+    shard: int
+    group: int
+    row: int
+    column: int
+    element: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loose:
+    """A file of its own, named by a record: `path` is relative to the image folder of the source."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Text number `part`, counted from 0, of what the record at `place` says."""
+
+    place: Member | Cell
+    part: int
+
+
+Place = Member | Cell | Loose
+"""Where the bytes of an image lie."""
+
+
+@dataclass(frozen=True, slots=True)
 class TextItem:
-    """A text of `n_ids` token ids (no special tokens), held here or, when it is long, in a shard."""
+    """A text of `n_ids` token ids (no special tokens), held here or, when it is long, in a shard.
+
+    `alternative` marks another wording of the text before it: a visit reads one of them. `joined` texts belong to a
+    chain of edits: the instructions of so many steps, from the image before on, written as one (`expand.py`).
+    """
 
     n_ids: int
-    source: str | Member
+    source: str | Member | Passage
     role: TextRole | None = None
+    alternative: bool = False
+    joined: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ImageItem:
-    """An image of `height` x `width` pixels as a viewer shows it (EXIF orientation applied)."""
+    """An image of `height` x `width` pixels as a viewer shows it (EXIF orientation applied).
+
+    `frame` marks a further frame of the clip that the image before it belongs to: a visit looks at some of them.
+    """
 
     height: int
     width: int
-    member: Member
+    member: Place
     role: ImageRole | None = None
+    frame: bool = False
 
 
 Item = TextItem | ImageItem
@@ -82,10 +130,10 @@ class Document:
 def assign_roles(task: Task, document: Document) -> Document:
     """The document as `task` sees it: every item has a role, and the items are in the order of the task.
 
-    t2i: caption (condition), image (target). i2t: image (look), caption (target). edit: the first image is a condition,
-    all others are targets; texts are conditions unless declared a target. video: texts (condition), then frames
-    (target). text: texts are targets unless declared a condition. interleave: roles as declared. (bagel-reference
-    section 5.) Assigning the same task twice changes nothing.
+    t2i: caption (condition), image (target). i2t: image (look), caption (target), or a conversation as declared, whose
+    images are looked at. edit: the first image is a condition, all others are targets; texts are conditions unless
+    declared a target. video: texts (condition), then frames (target). text: texts are targets unless declared a
+    condition. interleave: roles as declared (bagel-reference section 5). Assigning a task twice changes nothing.
 
     Raises:
         SampleError: the document does not suit the task; the reason starts with the task's name.
@@ -94,20 +142,29 @@ def assign_roles(task: Task, document: Document) -> Document:
 
 
 def _text_to_image(document: Document) -> tuple[Item, ...]:
-    text, image = _caption_and_image("t2i", document)
-    return replace(text, role="condition"), replace(image, role="target")
+    texts, image = _captions_and_image("t2i", document)
+    return *(replace(text, role="condition") for text in texts), replace(image, role="target")
 
 
 def _image_to_text(document: Document) -> tuple[Item, ...]:
-    text, image = _caption_and_image("i2t", document)
-    return replace(image, role="look"), replace(text, role="target")
+    if _is_conversation(document):
+        return document.items
+    texts, image = _captions_and_image("i2t", document)
+    return replace(image, role="look"), *(replace(text, role="target") for text in texts)
 
 
-def _caption_and_image(task: Task, document: Document) -> tuple[TextItem, ImageItem]:
+def _is_conversation(document: Document) -> bool:
+    """Whether every item declares a role under which nothing but texts is learned."""
+    texts = {text.role for text in document.texts}
+    return None not in texts and "target" in texts and all(image.role == "look" for image in document.images)
+
+
+def _captions_and_image(task: Task, document: Document) -> tuple[list[TextItem], ImageItem]:
+    """The wordings of the one caption, and the one image."""
     texts, images = document.texts, document.images
-    if len(texts) != 1 or len(images) != 1:
+    if sum(not text.alternative for text in texts) != 1 or len(images) != 1:
         raise _unsuitable(task, "not one text and one image", document)
-    return texts[0], images[0]
+    return texts, images[0]
 
 
 def _edit(document: Document) -> tuple[Item, ...]:

@@ -7,6 +7,7 @@ items are conditioned on the finished picture (bagel-reference section 5).
 from dataclasses import dataclass
 
 from megabagel.config.schema import Config, DataConfig, ModelConfig
+from megabagel.data.choices import Shown, shown_items
 from megabagel.data.documents import Document, ImageItem, TextItem
 from megabagel.data.transforms import resize_target
 from megabagel.sequence.items import Clip, Item, Latent, Text, Vit
@@ -27,12 +28,14 @@ class Expander:
 
     def items(self, document: Document, task: str, key: SampleKey) -> list[Item]:
         """Items of one visit of a document whose roles are assigned. Slots are places in `document.items`."""
+        shown = shown_items(document, key)
         if task == "video":
-            return self._video(document, key)
-        generates = any(image.role == "target" for image in document.images)
-        looks = sum(image.role == "look" for image in document.images) or 1
+            return self._video(shown, key)
+        generates = any(item.role == "target" for _, item in shown if isinstance(item, ImageItem))
+        looks = sum(item.role == "look" for _, item in shown) or 1
+        last = shown[-1][0]
         result: list[Item] = []
-        for slot, item in enumerate(document.items):
+        for slot, item in shown:
             if isinstance(item, TextItem):
                 loss = item.role == "target"
                 result.append(Text(slot, item.n_ids, loss, droppable=generates and not loss))
@@ -41,16 +44,16 @@ class Expander:
             else:
                 if item.role == "target":
                     result.append(self._latent(slot, item, noised=True))
-                if item.role == "condition" or slot + 1 < len(document.items):
+                if item.role == "condition" or slot != last:
                     result += [self._latent(slot, item, noised=False), self._vit(slot, item, droppable=True)]
         return result
 
-    def _video(self, document: Document, key: SampleKey) -> list[Item]:
+    def _video(self, shown: Shown, key: SampleKey) -> list[Item]:
         """Texts, then frames in random groups of consecutive ones: one noise level and full attention per group, each
         group conditioned on the noisy ones before it (diffusion forcing)."""
         result: list[Item] = []
         frames: list[Latent] = []
-        for slot, item in enumerate(document.items):
+        for slot, item in shown:
             if isinstance(item, TextItem):
                 result.append(Text(slot, item.n_ids, droppable=True))
             else:

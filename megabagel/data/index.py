@@ -1,58 +1,81 @@
 """The index of one source: every sample's key, roles and sizes, and where its bytes lie, before any step runs.
 
-Shards are read once: every tar header, every text (for its token count) and every image, which is decoded in full so
-that nothing undecodable reaches the planner. Samples with a fault are counted and named, never fatal. What was found is
-cached (`index_cache.py`); roles are assigned afterwards, so that several tasks share one cache.
+Shards are read once: every record, every text (for its token count) and every image, which is decoded in full so that
+nothing undecodable reaches the planner. Samples with a fault are counted and named, never fatal. What was found is
+cached (`index_cache.py`) and held as a table (`table.py`); roles are assigned afterwards (`catalog.py`), so that
+several tasks share one cache.
 """
 
-import hashlib
-import json
 import logging
 import os
+import time
+import zlib
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 from megabagel.config.schema import DataConfig, SourceConfig
 from megabagel.data import index_cache
+from megabagel.data.catalog import Documents, usable
 from megabagel.data.decode import measure
-from megabagel.data.documents import Document, ImageItem, Item, Member, SampleError, Task, TextItem, assign_roles
-from megabagel.data.index_cache import Scan, Skip
-from megabagel.data.samples import Declared, DeclaredText, caption_text, declared_items
-from megabagel.data.shards import ShardReader, list_files, split_name
+from megabagel.data.documents import (
+    Document,
+    ImageItem,
+    Item,
+    Member,
+    Passage,
+    Place,
+    SampleError,
+    Task,
+    TextItem,
+)
+from megabagel.data.formats import find_shards, samples_of
+from megabagel.data.index_cache import Scan, Skip, State
+from megabagel.data.reader import Reader
+from megabagel.data.records import Declared, DeclaredText
+from megabagel.data.samples import caption_text
+from megabagel.data.table import TableBuilder, joined
 from megabagel.data.tokenizer import TextTokenizer
 from megabagel.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 INLINE_BYTES = 1024
-"""A text file up to this size is held in the index; a longer one is read when it is needed."""
+"""A text up to this size is held in the index; a longer one is read when it is needed."""
 NAMED_SKIPS = 5
 """Skipped samples that a log message names; `Index.skipped` has all."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """The usable samples of one source, in stable order: shards by path, then the order in the tar.
+    """The usable samples of one source, in stable order: shards by path, then the order in the shard.
 
-    `fingerprint` depends on the documents alone (keys, roles, sizes, texts), not on where the shards lie or how old
+    `fingerprint` depends on the documents alone (keys, roles, sizes, contents), not on where the shards lie or how old
     they are: equal fingerprints mean that a saved data state fits.
     """
 
-    documents: tuple[Document, ...]
+    documents: Sequence[Document]
     skipped: tuple[Skip, ...]
     fingerprint: str
-    reader: ShardReader = field(repr=False)
+    reader: Reader = field(repr=False)
 
-    def read(self, member: Member) -> bytes:
-        """The bytes of one file; raises UserError when its shard is gone or changed."""
-        return self.reader.read(member)
+    def read(self, place: Place) -> bytes:
+        """The bytes of one image; raises UserError when its shard is gone or changed."""
+        return self.reader.read(place)
 
     def text(self, item: TextItem) -> str:
         """The text of one item."""
-        return item.source if isinstance(item.source, str) else caption_text(self.read(item.source))
+        match item.source:
+            case str(text):
+                return text
+            case Member() as file:
+                return caption_text(self.reader.files.read(file))
+            case Passage() as part:
+                return self.reader.text(part)
 
     def __str__(self) -> str:
         reasons = Counter(skip.reason for skip in self.skipped)
@@ -61,29 +84,13 @@ class Index:
         return f"{line}; {counts}" if counts else line
 
 
-def index_source(data: DataConfig, source: SourceConfig, tokenizer: TextTokenizer) -> Index:
+def index_source(data: DataConfig, source: SourceConfig, tokenizer: TextTokenizer, *, check: bool = False) -> Index:
     """The index of one entry of `data.sources`; see `build_index`."""
-    return build_index(find_shards(Path(data.root), source.path), tokenizer, source.task)
-
-
-def find_shards(root: Path, pattern: str) -> list[Path]:
-    """The shards that a glob names, under `root` unless it is absolute, sorted.
-
-    Raises:
-        UserError: no file matches, or the glob is malformed.
-    """
-    anchor = Path(pattern).anchor
-    try:
-        shards = sorted(path for path in (root / anchor).glob(pattern.removeprefix(anchor)) if path.is_file())
-        problem = f"no file matches under data.root, which {'exists' if root.is_dir() else 'does not exist'}"
-    except (ValueError, IndexError) as error:  # pathlib on "", ".", "a**b"
-        shards, problem = [], str(error)
-    if not shards:
-        raise UserError(
-            f"data.sources: path {pattern!r} with data.root = {str(root)!r}: {problem}. Expected WebDataset tars, for"
-            " example 'train-*.tar'; `megabagel data prepare` builds them from a folder of images and captions."
-        )
-    return shards
+    root = Path(data.root)
+    images = root / source.images if source.images else None
+    cache = Path(data.index_dir) if data.index_dir else None
+    shards = find_shards(root, source.path)
+    return build_index(shards, tokenizer, source.task, images=images, cache=cache, check=check)
 
 
 def build_index(
@@ -91,106 +98,89 @@ def build_index(
     tokenizer: TextTokenizer,
     task: Task,
     *,
+    images: Path | None = None,
     cache: Path | None = None,
     verify: bool = True,
+    check: bool = False,
 ) -> Index:
     """Index the samples of `shards` for `task`.
 
     Args:
-        shards: tar files, in the order in which they are to be indexed.
+        shards: tar, parquet and JSONL files, in the order in which they are to be indexed.
         tokenizer: counts the token ids of texts.
         task: decides the roles of items; a document that does not suit it is skipped and counted.
-        cache: folder of the cached scan; default: beside the first shard.
+        images: folder of the images that JSONL files name; default: the folder of the first shard.
+        cache: folder of the cached scans; default: `.index` beside each shard.
         verify: decode every image in full; without, a damaged one may come up in training.
+        check: compare the contents of every shard with those that were scanned, whatever its time of change.
 
     Raises:
-        UserError: a shard is missing or not a tar, or no sample at all is usable.
+        UserError: a shard is missing or of no known format, or no sample at all is usable.
     """
-    store = (cache or shards[0].parent) / index_cache.file_name(shards, tokenizer.fingerprint())
-    stamp = index_cache.stamp(shards, tokenizer.fingerprint(), verify)
-    reader = ShardReader(shards)
-    scan = index_cache.load(store, stamp)
-    if scan is None:
-        scan = _scan(reader, tokenizer, verify)
-        index_cache.save(store, stamp, scan)
-    documents, skipped = _for_task(task, scan, reader)
-    index = Index(documents, skipped, _fingerprint(documents), reader)
+    reader = Reader(shards, images or shards[0].parent)
+    how = {"tokenizer": tokenizer.fingerprint(), "verify": verify, "images": str(images or "")}
+
+    def scan(number: int) -> Scan:
+        path = index_cache.file_of(shards[number], cache, how)
+        found = index_cache.load(path, shards[number], check=check)
+        if found is None:
+            found = _scan(reader, number, tokenizer, verify)
+            index_cache.save(path, found)
+        return found
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        scans = list(pool.map(scan, range(len(shards))))
+    table = joined([found.table for found in scans])
+    numbers, unusable = usable(table, task)
+    ends = list(accumulate(len(found.table) for found in scans))
+    skipped = [skip for found in scans for skip in found.skipped]
+    for number, fault in unusable:
+        skipped.append(Skip(shards[bisect_right(ends, number)].name, table.key(number), fault.reason, fault.detail))
+    documents = Documents(table, numbers, task, tokenizer.fingerprint())
+    index = Index(documents, tuple(skipped), documents.fingerprint(), reader)
     _report(index, task)
     return index
 
 
-def _scan(reader: ShardReader, tokenizer: TextTokenizer, verify: bool) -> Scan:
-    """Look into every sample of every shard; shards are scanned in parallel, their order is kept."""
-
-    def scan_shard(number: int) -> Scan:
-        samples, skipped = _group(reader.shards[number], number)
-        documents = []
-        for key, files in samples.items():
-            try:
-                items = declared_items(files, reader.read)
-                measured = tuple(_measure(item, tokenizer, reader, verify) for item in items)
-                documents.append((number, Document(key, measured)))
-            except SampleError as error:
-                skipped.append(Skip(reader.shards[number].name, key, error.reason, error.detail))
-        return Scan(documents, skipped)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        scans = list(pool.map(scan_shard, range(len(reader.shards))))
-    return Scan([pair for scan in scans for pair in scan.documents], [skip for scan in scans for skip in scan.skipped])
-
-
-def _group(shard: Path, number: int) -> tuple[dict[str, dict[str, Member]], list[Skip]]:
-    """{key: {extension: member}} of one shard, and the samples that are already known to be unusable."""
-    files, damage = list_files(shard)
-    samples: dict[str, dict[str, Member]] = {}
-    faults: dict[str, Skip] = {}
-    for file in files:
-        key, extension = split_name(file.name)
-        if not key or key.endswith("/"):  # a hidden file
+def _scan(reader: Reader, number: int, tokenizer: TextTokenizer, verify: bool) -> Scan:
+    """Look into every sample of one shard."""
+    shard, start = reader.shards[number], time.perf_counter()
+    state = State.of(shard)
+    builder, skipped, count = TableBuilder(), [], 0
+    for found in samples_of(reader, number):
+        if isinstance(found, Skip):
+            skipped.append(found)
             continue
-        if extension in samples.setdefault(key, {}):
-            faults[key] = Skip(shard.name, key, "two files of one name", extension)
-        samples[key][extension] = Member(number, file.offset, file.size)
-    if damage:
-        last = split_name(files[-1].name)[0] if files else ""
-        faults[last] = Skip(shard.name, last, "damaged shard", damage)
-    return {key: sample for key, sample in samples.items() if key not in faults}, list(faults.values())
-
-
-def _measure(declared: Declared, tokenizer: TextTokenizer, reader: ShardReader, verify: bool) -> Item:
-    if isinstance(declared, DeclaredText):
-        member = declared.member
-        source = member if member and member.size > INLINE_BYTES else declared.text
-        return TextItem(len(tokenizer.encode(declared.text)), source, declared.role)
-    try:
-        height, width = measure(reader.read(declared.member), verify=verify)
-    except SampleError as error:
-        raise SampleError(error.reason, ": ".join(filter(None, (declared.name, error.detail)))) from error
-    return ImageItem(height, width, declared.member, declared.role)
-
-
-def _for_task(task: Task, scan: Scan, reader: ShardReader) -> tuple[tuple[Document, ...], tuple[Skip, ...]]:
-    documents, skipped = [], list(scan.skipped)
-    for shard, document in scan.documents:
         try:
-            documents.append(assign_roles(task, document))
+            items, checksums = zip(*_measured(found.declare(), tokenizer, reader, verify), strict=True)
+            builder.add(found.key, items, checksums)
+            count += 1
         except SampleError as error:
-            skipped.append(Skip(reader.shards[shard].name, document.key, error.reason, error.detail))
-    return tuple(documents), tuple(skipped)
+            skipped.append(Skip(shard.name, found.key, error.reason, error.detail))
+    seconds = time.perf_counter() - start
+    logger.info("indexed %s: samples: %d, skipped: %d (%.1f s)", shard, count, len(skipped), seconds)
+    return Scan(builder.table(), tuple(skipped), state)
 
 
-def _fingerprint(documents: Sequence[Document]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(json.dumps([document.key, [_content(item) for item in document.items]]).encode())
-    return digest.hexdigest()
-
-
-def _content(item: Item) -> list[object]:
-    """What an item is, without where it lies."""
-    if isinstance(item, TextItem):
-        return ["text", item.role, item.n_ids, item.source if isinstance(item.source, str) else item.source.size]
-    return ["image", item.role, item.height, item.width, item.member.size]
+def _measured(
+    declared: Sequence[Declared], tokenizer: TextTokenizer, reader: Reader, verify: bool
+) -> Iterator[tuple[Item, int]]:
+    """The items with their sizes, each with the CRC-32 of its content."""
+    for one in declared:
+        if isinstance(one, DeclaredText):
+            data = one.text.encode()
+            source = one.text if one.place is None or len(data) <= INLINE_BYTES else one.place
+            yield (
+                TextItem(len(tokenizer.encode(one.text)), source, one.role, one.alternative, one.joined),
+                zlib.crc32(data),
+            )
+            continue
+        data = reader.read(one.place)
+        try:
+            height, width = measure(data, verify=verify)
+        except SampleError as error:
+            raise SampleError(error.reason, ": ".join(filter(None, (one.name, error.detail)))) from error
+        yield ImageItem(height, width, one.place, one.role, one.frame), zlib.crc32(data)
 
 
 def _report(index: Index, task: Task) -> None:
@@ -198,8 +188,9 @@ def _report(index: Index, task: Task) -> None:
     name = str(shards[0]) if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
     if not index.documents:
         raise UserError(
-            f"{name}: no sample is usable for task {task!r}: {index}. Expected per sample an image and a KEY.txt"
-            " caption, a KEY.txt alone, or a KEY.json with items; choose another task or mend the shards."
+            f"{name}: no sample is usable for task {task!r}: {index}. Expected per sample of a tar an image and a"
+            " KEY.txt caption, a KEY.txt alone, or a KEY.json with items; per row or line one of the layouts in"
+            " docs/data.md. Choose another task or mend the shards."
         )
     named = "".join(f"\n  {skip}" for skip in index.skipped[:NAMED_SKIPS])
     logger.log(logging.WARNING if named else logging.INFO, "index %s (%s): %s%s", name, task, index, named)

@@ -1,33 +1,38 @@
-"""From the plan to packed batches: reads, decodes and tokenizes this rank's share in a background thread.
+"""From the plan to packed batches: this rank's share of every step, prepared ahead of training.
 
-Nothing here decides an order: the plan does. An image that fails although the index found it sound is replaced:
-latents by NaN, which the model side turns into rows without loss, ViT patches by grey.
+Without workers (`data.workers` = 0) a background thread plans and fills. With N workers one process plans and N fill
+packs, and this one only takes what they made, so training shares its interpreter with nobody.
+
+At most `data.prefetch` steps wait beside the one that is being trained, and with a thread one more is in the making.
+What comes out is the same in every case: the plan decides, and results are taken in its order.
 """
 
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from megabagel.config.schema import Config
 from megabagel.data.decode import DecodeEngine
-from megabagel.data.documents import ImageItem, SampleError, TextItem
+from megabagel.data.documents import Cell, Item, Loose, Member, Passage, TextItem
+from megabagel.data.fill import Filled, Filler
+from megabagel.data.latents import LatentCache
 from megabagel.data.plan import GlobalPlan, StepPlan
+from megabagel.data.reader import Reader
 from megabagel.data.tokenizer import TextTokenizer
-from megabagel.data.words import Writer
+from megabagel.data.visits import Task
+from megabagel.data.workers import Worker
 from megabagel.sequence.batch import Encoders, PackedBatch
-from megabagel.sequence.images import vae_images, vit_images
 from megabagel.sequence.keys import SampleKey
-from megabagel.sequence.layout import build_layout, layout_rows
-from megabagel.sequence.pack import Pack
-from megabagel.sequence.patches import patchify
-from megabagel.sequence.sample import SamplePlan
 
 logger = logging.getLogger(__name__)
 
+NAMED = 8
+"""Samples and files of a pack that a message names."""
 
 LostImage = tuple[SampleKey, int]
 """Visit and slot of an image."""
@@ -41,6 +46,12 @@ class Step:
     batches: list[PackedBatch]
     lost: frozenset[LostImage]
     """Images of this rank's batches that could not be decoded."""
+    waited: float = 0.0
+    """Seconds that training waited for this step, on any rank."""
+
+
+def _as_it_is(batch: PackedBatch) -> PackedBatch:
+    return batch
 
 
 class Loader:
@@ -54,25 +65,37 @@ class Loader:
         config: Config,
         encoders: Encoders,
         dp: tuple[int, int] = (0, 1),
+        finish: Callable[[PackedBatch], PackedBatch] = _as_it_is,
+        latents: LatentCache | None = None,
     ) -> None:
-        self.plan, self.tokenizer, self.decode, self.config = plan, tokenizer, decode, config
-        self.encoders, self.dp = encoders, dp
-        grid = config.parallel
-        self.rows = layout_rows(config.data.max_tokens, grid.chunk, grid.cp)
-        self.writer = Writer(tokenizer)
-        self.lost: set[LostImage] = set()
-        """Images that could not be decoded, since the last step."""
+        """finish: the last work on every batch, where it is filled. latents: read instead of pixels for the codec."""
+        self.plan, self.config, self.dp = plan, config, dp
+        self.filler = Filler.of(plan, tokenizer, decode, encoders, finish, latents)
+        self.rows = self.filler.rows
 
     def steps(self, count: int) -> Iterator[Step]:
-        """The next `count` steps, prepared `data.prefetch` ahead in a thread whose errors surface here."""
-        ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=max(1, self.config.data.prefetch))
+        """The next `count` steps, prepared ahead. Errors of whoever prepares them surface here.
+
+        Raises:
+            UserError: what a user can mend: a shard is gone, a worker died.
+        """
+        data, packs = self.config.data, self.config.train.packs_per_step // self.dp[1]
+        who = f"{data.workers} workers and a planner" if data.workers else "a thread"
+        most = packs * (data.prefetch + 1) * self.filler.most_bytes / 2**30
+        logger.info("data: %s in every rank, %d steps ahead, at most %.2f GiB of images", who, data.prefetch, most)
+        return self._from_workers(count) if data.workers else self._from_thread(count)
+
+    def _from_thread(self, count: int) -> Iterator[Step]:
+        ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=self.config.data.prefetch)
         stopped = threading.Event()
 
         def produce() -> None:
             for _ in range(count):
                 item: Step | BaseException
                 try:
-                    item = self._fill(self.plan.next_step())
+                    plan = self.plan.next_step()
+                    tasks = [self.plan.task(plan, number) for number in plan.share(*self.dp)]
+                    item = _step(plan, [self.filler(task) for task in tasks])
                 except BaseException as error:
                     item = error
                 while not stopped.is_set():
@@ -94,49 +117,85 @@ class Loader:
         finally:
             stopped.set()
 
-    def _fill(self, plan: StepPlan) -> Step:
-        batches = [self.batch(plan.packs[number]) for number in plan.share(*self.dp)]
-        lost, self.lost = frozenset(self.lost), set()
-        return Step(plan, batches, lost)
+    def _from_workers(self, count: int) -> Iterator[Step]:
+        """Packs go to the fillers in turn, so that results are due in the order in which tasks were sent."""
+        with ExitStack() as stack:
+            state = self.plan.state()
+            stack.callback(lambda: self.plan.load_state(state))  # where this process's copy of the plan has got to
+            planner = stack.enter_context(
+                self._worker("planner", _Planning(self.plan), lambda number: f"step {number}")
+            )
+            fillers = [
+                stack.enter_context(self._worker(f"worker {number}", self.filler, self._describe))
+                for number in range(self.config.data.workers)
+            ]
+            asked = sent = taken = 0
+            first, planned = self.plan.step, deque[StepPlan]()
+            for step in range(count):
+                while asked < min(count, step + self.config.data.prefetch + 2):
+                    planner.send(first + asked)
+                    asked += 1
+                while len(planned) < min(count - step, self.config.data.prefetch + 1):
+                    planned.append(planner.receive())
+                    for number in planned[-1].share(*self.dp):
+                        fillers[sent % len(fillers)].send(self.plan.task(planned[-1], number))
+                        sent += 1
+                plan, filled = planned.popleft(), []
+                for _ in plan.share(*self.dp):
+                    filled.append(fillers[taken % len(fillers)].receive())
+                    taken += 1
+                state = plan.state
+                yield _step(plan, filled)
 
-    def batch(self, pack: Pack) -> PackedBatch:
-        """One pack with the words and the images that this rank encodes."""
-        grid = self.config.parallel
-        layout = build_layout(pack, self.rows, grid.chunk, grid.cp)
-        words = [word for sample in pack.samples for word in self._words(sample)]
-        patch, stride = self.config.model.vit.patch, self.config.model.latent_stride
-        seen, made = vit_images(pack), vae_images(pack)
-        vits, vaes = [seen[i] for i in self.encoders.vit(pack)], [made[i] for i in self.encoders.vae(pack)]
-        sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}  # by (sample, slot): an image is decoded once
-        for sample, vit in vits:
-            sizes.setdefault((sample, vit.slot), []).append((vit.rows * patch, vit.cols * patch))
-        for image in vaes:
-            sizes.setdefault((image.sample, image.slot), []).append((image.rows * stride, image.cols * stride))
-        views = {at: iter(self._views(pack.samples[at[0]], at[1], wanted)) for at, wanted in sizes.items()}
-        patches = [patchify(torch.nan_to_num(next(views[sample, vit.slot])), patch) for sample, vit in vits]
-        pixels = [next(views[image.sample, image.slot]) for image in vaes]
-        return PackedBatch(pack, layout, torch.tensor(words, dtype=torch.int64), patches, pixels)
+    def _worker(self, name: str, work: Callable[[Any], Any], describe: Callable[[Any], str]) -> Worker:
+        modules = (Filler.__module__, self.filler.finish.__module__)
+        return Worker(name, work, describe, self.config.data.worker_timeout, logger.warning, modules)
 
-    def _words(self, sample: SamplePlan) -> list[int]:
-        document = self.plan.document(sample.key)
-        index = self.plan.sources[sample.key.source].index
+    def _describe(self, task: Task) -> str:
+        """A pack with the names of its samples and files, for a message."""
+        samples = [
+            f"{visit.key.source}/{document.key}"
+            for visit, document in zip(task.plan.visits, task.documents, strict=True)
+        ]
+        files = {
+            _file(item, self.plan.sources[visit.key.source].index.reader)
+            for visit, document in zip(task.plan.visits, task.documents, strict=True)
+            for item in document.items
+        }
+        named, where = _few(samples), _few(sorted(files - {""}))
+        return f"pack {task.pack} of step {task.step + 1} ({len(samples)} samples: {named}; files: {where})"
 
-        def ids(slot: int) -> list[int]:
-            item = document.items[slot]
-            assert isinstance(item, TextItem)
-            return self.tokenizer.encode(index.text(item))
 
-        return self.writer.words(sample.items, ids)
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
-    def _views(self, sample: SamplePlan, slot: int, sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
-        """[3, height, width] in [-1, 1] per size; NaN if the image cannot be had."""
-        index = self.plan.sources[sample.key.source].index
-        document = self.plan.document(sample.key)
-        item = document.items[slot]
-        assert isinstance(item, ImageItem)
-        try:
-            return self.decode(index.read(item.member), sizes)
-        except SampleError as error:
-            self.lost.add((sample.key, slot))
-            logger.warning("source %s, sample %s: image lost: %s", sample.key.source, document.key, error)
-            return [torch.full((3, *size), torch.nan) for size in sizes]
+
+def _file(item: Item, reader: Reader) -> str:
+    """The file in which an item lies; none for a short text, which the index holds."""
+    place = item.source if isinstance(item, TextItem) else item.member
+    match place.place if isinstance(place, Passage) else place:
+        case str():
+            return ""
+        case Loose(path):
+            return path
+        case Member(shard) | Cell(shard):
+            return reader.shards[shard].name
+
+
+class _Planning:
+    """The planner's work: the next step of its copy of the plan, whatever number is asked for."""
+
+    def __init__(self, plan: GlobalPlan) -> None:
+        self.plan = plan
+
+    def __call__(self, number: int) -> StepPlan:
+        assert number == self.plan.step
+        return self.plan.next_step()
+
+
+def _step(plan: StepPlan, filled: list[Filled]) -> Step:
+    """A step, with a line in the log for every image lost."""
+    lost = [image for pack in filled for image in pack.lost]
+    for image in lost:
+        logger.warning("%s", image.message)
+    return Step(plan, [pack.batch for pack in filled], frozenset((image.key, image.slot) for image in lost))

@@ -2,9 +2,12 @@
 
 It is a pure function of (indices, config, seed, state). Every rank computes all of it and keeps its share, so the
 number of ranks and workers has no influence on it. Its state is small JSON, the same on every rank.
+
+The plan knows sizes alone; a pack is laid out by the rank that runs it (`visits.py`).
 """
 
 import logging
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +17,16 @@ import numpy as np
 
 from megabagel.config.schema import Config
 from megabagel.data.documents import Document
-from megabagel.data.expand import Expander
 from megabagel.data.index import Index, index_source
+from megabagel.data.migration import grown_sources
 from megabagel.data.tokenizer import TextTokenizer
+from megabagel.data.visits import PackPlan, Rules, Task, Visit
 from megabagel.errors import UserError
-from megabagel.sequence.flops import Flops, count_flops
-from megabagel.sequence.keys import SampleKey, generator
-from megabagel.sequence.pack import Pack, build_pack
-from megabagel.sequence.packing import choose_pack, deal
-from megabagel.sequence.sample import Dropout, SamplePlan, plan_sample
+from megabagel.sequence.flops import Flops, count_flops, relative_time
+from megabagel.sequence.keys import SampleKey, generator, uniform
+from megabagel.sequence.pack import Pack
+from megabagel.sequence.packing import choose_pack, turns
+from megabagel.sequence.sizes import Size, total
 
 logger = logging.getLogger(__name__)
 
@@ -50,48 +54,58 @@ class StepPlan:
     """All packs of one optimizer step, and the plan's state and counters after it."""
 
     number: int
-    packs: tuple[Pack, ...]
+    packs: tuple[PackPlan, ...]
     flops: tuple[Flops, ...]
     """Per pack."""
+    loads: tuple[float, ...]
+    """Estimated time per pack, to balance ranks by."""
     state: dict[str, Any]
     skipped: dict[str, int]
     """Samples left out since the start, by reason."""
 
+    @property
+    def size(self) -> Size:
+        """What the global batch amounts to."""
+        return total(pack.size for pack in self.packs)
+
+    def size_by_source(self) -> dict[str, Size]:
+        """The same, by source; sources without a sample in it are left out."""
+        sizes: dict[str, list[Size]] = {}
+        for visit in (visit for pack in self.packs for visit in pack.visits):
+            sizes.setdefault(visit.key.source, []).append(visit.size)
+        return {name: total(parts) for name, parts in sizes.items()}
+
     def tokens_by_source(self) -> dict[str, tuple[int, int]]:
         """Tokens with (cross-entropy, flow loss) in the global batch, by source."""
-        counts: dict[str, tuple[int, int]] = {}
-        for sample in (sample for pack in self.packs for sample in pack.samples):
-            ce, mse = counts.get(sample.key.source, (0, 0))
-            noised = sum(image.rows * image.cols for image in sample.latents if image.noised)
-            counts[sample.key.source] = (ce + int(sample.ce_S.sum()), mse + noised)
-        return counts
+        return {name: (size.ce_tokens, size.mse_tokens) for name, size in self.size_by_source().items()}
 
     def share(self, rank: int, size: int) -> list[int]:
-        """Packs of one data-parallel rank: equal counts, balanced by work."""
-        return self._deal(size)[rank]
+        """Packs of one of `size` data-parallel ranks, in the order in which it runs them."""
+        return [turn[rank] for turn in self.turns(size)]
 
-    def micro_steps(self, size: int) -> list[list[Pack]]:
-        """The packs that `size` data-parallel ranks run at the same time, turn by turn."""
-        return [[self.packs[number] for number in turn] for turn in zip(*self._deal(size), strict=True)]
+    def turns(self, size: int) -> list[list[int]]:
+        """The packs that `size` data-parallel ranks run at the same time, turn by turn: balanced by estimated time."""
+        return turns(self.loads, size)
 
-    def _deal(self, size: int) -> list[list[int]]:
-        return deal([flops.masked + flops.vit for flops in self.flops], size)
+    def micro_steps(self, size: int) -> list[list[Size]]:
+        """Sizes of the packs of every turn."""
+        return [[self.packs[number].size for number in turn] for turn in self.turns(size)]
 
 
 class GlobalPlan:
-    """Draws samples from the mixture, lays them out and packs them, one step after another."""
+    """Draws samples from the mixture and packs them, one step after another."""
 
     def __init__(self, sources: Sequence[Source], config: Config) -> None:
         self.config, self.sources = config, {source.name: source for source in sources}
-        self.expander = Expander.of(config)
-        data = config.data
-        self.dropout = Dropout(data.drop_text, data.drop_vit, data.drop_latent)
-        self.limit = data.max_sample_tokens or data.max_tokens
-        self.weights = np.array([source.weight for source in sources], np.float64)
-        self.weights /= self.weights.sum()
+        self.rules = Rules.of(config)
+        self.limit = config.data.max_sample_tokens or config.data.max_tokens
+        weights = np.array([source.weight for source in sources], np.float64)
+        shares = (weights / weights.sum()).cumsum()
+        self.names, self.bounds = list(self.sources), (shares / shares[-1]).tolist()
         self.step, self.draws = 0, 0
         self.cursors = {name: [0, 0] for name in self.sources}  # epoch, place in the epoch's order
-        self.window: list[SamplePlan] = []
+        self.begun: dict[str, list[int]] = {}  # of sources that grew: epoch, samples with which it began
+        self.window: list[Visit] = []
         self.skipped: Counter[str] = Counter()
         self._orders: dict[tuple[str, int], np.ndarray] = {}
         for source in sources:
@@ -101,12 +115,26 @@ class GlobalPlan:
         """The document behind a sample."""
         return self.sources[key.source].index.documents[key.sample]
 
+    def task(self, step: StepPlan, pack: int) -> Task:
+        """What is needed to fill one pack of a step."""
+        plan = step.packs[pack]
+        return Task(step.number, pack, plan, tuple(self.document(visit.key) for visit in plan.visits))
+
+    def lay_out(self, pack: PackPlan) -> Pack:
+        """A pack laid out."""
+        return self.rules.pack(pack, [self.document(visit.key) for visit in pack.visits])
+
+    def epochs(self) -> dict[str, float]:
+        """How often each source has been gone through."""
+        return {name: epoch + place / self._samples(name, epoch) for name, (epoch, place) in self.cursors.items()}
+
     def next_step(self) -> StepPlan:
         """Plan one step."""
         packs = tuple(self._next_pack() for _ in range(self.config.train.packs_per_step))
-        flops = tuple(count_flops(pack, self.config.model) for pack in packs)
+        flops = tuple(count_flops(pack.size, self.config.model) for pack in packs)
+        loads = tuple(relative_time(pack.size, self.config.model) for pack in packs)
         self.step += 1
-        return StepPlan(self.step - 1, packs, flops, self.state(), dict(self.skipped))
+        return StepPlan(self.step - 1, packs, flops, loads, self.state(), dict(self.skipped))
 
     def state(self) -> dict[str, Any]:
         """Everything the plan needs to go on from here, as JSON values."""
@@ -116,7 +144,8 @@ class GlobalPlan:
             "step": self.step,
             "draws": self.draws,
             "cursors": {name: list(cursor) for name, cursor in self.cursors.items()},
-            "window": [[plan.key.source, plan.key.sample, plan.key.epoch] for plan in self.window],
+            "begun": {name: list(begun) for name, begun in self.begun.items() if begun[0] == self.cursors[name][0]},
+            "window": [[visit.key.source, visit.key.sample, visit.key.epoch] for visit in self.window],
             "skipped": dict(self.skipped),
         }
 
@@ -125,15 +154,12 @@ class GlobalPlan:
         return {name: source.index.fingerprint for name, source in self.sources.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state. Raises UserError when the sources have changed since it was made."""
-        mine, theirs = self.fingerprint(), state["fingerprint"]
-        changed = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-        if changed:
-            raise UserError(
-                f"data.sources: {', '.join(changed)} changed since the checkpoint was written, so its place in the "
-                "data means nothing there. Restore the shards, the tokenizer and the list of sources, or start anew "
-                "with run.resume=none."
-            )
+        """Go on from a state. A source to which samples were appended finishes its epoch with the old ones.
+
+        Raises:
+            UserError: the sources have changed in another way since the state was made.
+        """
+        grown = grown_sources({name: source.index for name, source in self.sources.items()}, state["fingerprint"])
         seed = self.config.train.seed
         if state["seed"] != seed:
             raise UserError(
@@ -142,42 +168,42 @@ class GlobalPlan:
             )
         self.step, self.draws = state["step"], state["draws"]
         self.cursors = {name: list(cursor) for name, cursor in state["cursors"].items()}
+        self.begun = {name: [self.cursors[name][0], samples] for name, samples in grown.items()} | state["begun"]
+        self._orders = {}
         self.skipped = Counter(state["skipped"])
-        window = (self._lay_out(SampleKey(seed, *entry)) for entry in state["window"])
-        self.window = [plan for plan in window if self._fits(plan)]  # limits may have changed since
+        window = (self._visit(SampleKey(seed, *entry)) for entry in state["window"])
+        self.window = [visit for visit in window if self._fits(visit)]  # limits may have changed since
 
-    def _next_pack(self) -> Pack:
+    def _next_pack(self) -> PackPlan:
         data = self.config.data
         while len(self.window) < data.lookahead:
-            self.window.append(self._next_sample())
-        chosen = set(choose_pack([plan.tokens for plan in self.window], data.min_tokens, data.max_tokens))
-        pack = build_pack([plan for index, plan in enumerate(self.window) if index in chosen])
-        self.window = [plan for index, plan in enumerate(self.window) if index not in chosen]
+            self.window.append(self._next_visit())
+        chosen = set(choose_pack([visit.size.tokens for visit in self.window], data.min_tokens, data.max_tokens))
+        pack = PackPlan.of(tuple(visit for index, visit in enumerate(self.window) if index in chosen))
+        self.window = [visit for index, visit in enumerate(self.window) if index not in chosen]
         return pack
 
-    def _next_sample(self) -> SamplePlan:
+    def _next_visit(self) -> Visit:
         """The next sample that fits; others are counted and left out."""
-        names = list(self.sources)
         while True:
-            draw = generator(self.config.train.seed, "mixture", self.draws)
-            name = names[int(draw.choice(len(names), p=self.weights))]
+            draw = uniform(self.config.train.seed, "mixture", self.draws)
             self.draws += 1
-            plan = self._lay_out(self._advance(name))
-            if self._fits(plan):
-                return plan
+            visit = self._visit(self._advance(self.names[bisect_right(self.bounds, draw)]))
+            if self._fits(visit):
+                return visit
 
-    def _fits(self, plan: SamplePlan) -> bool:
+    def _fits(self, visit: Visit) -> bool:
         """Whether a sample may enter a pack; one that may not is counted."""
-        if 0 < plan.tokens <= self.limit:
+        key, tokens = visit.key, visit.size.tokens
+        if 0 < tokens <= self.limit:
             return True
-        name = plan.key.source
-        reason = "longer than the window" if plan.tokens else "nothing left after dropout"
-        if not self.skipped[f"{name}: {reason}"]:
+        reason = "longer than the window" if tokens else "nothing left after dropout"
+        if not self.skipped[f"{key.source}: {reason}"]:
             logger.warning(
                 "source %s: sample %s has %d tokens, limit %d: left out (%s); further ones are only counted",
-                *(name, self.document(plan.key).key, plan.tokens, self.limit, reason),
+                *(key.source, self.document(key).key, tokens, self.limit, reason),
             )
-        self.skipped[f"{name}: {reason}"] += 1
+        self.skipped[f"{key.source}: {reason}"] += 1
         return False
 
     def _advance(self, name: str) -> SampleKey:
@@ -191,17 +217,21 @@ class GlobalPlan:
         if (name, epoch) not in self._orders:
             self._orders = {key: order for key, order in self._orders.items() if key[0] != name}
             shuffle = generator(self.config.train.seed, "order", name, epoch)
-            self._orders[name, epoch] = shuffle.permutation(len(self.sources[name].index.documents))
+            self._orders[name, epoch] = shuffle.permutation(self._samples(name, epoch))
         return self._orders[name, epoch]
 
-    def _lay_out(self, key: SampleKey) -> SamplePlan:
-        items = self.expander.items(self.document(key), self.sources[key.source].task, key)
-        return plan_sample(items, key, self.dropout, self.config.data.dropped_images_advance)
+    def _samples(self, name: str, epoch: int) -> int:
+        """Samples in one pass over a source."""
+        begun = self.begun.get(name)
+        return begun[1] if begun and begun[0] == epoch else len(self.sources[name].index.documents)
+
+    def _visit(self, key: SampleKey) -> Visit:
+        return self.rules.visit(key, self.document(key))
 
     def _check(self, source: Source) -> None:
         """Refuse a source of which no sample can ever enter a pack."""
         keys = (SampleKey(self.config.train.seed, source.name, i, 0) for i in range(len(source.index.documents)))
-        if not any(0 < self._lay_out(key).tokens <= self.limit for key in keys):
+        if not any(0 < self._visit(key).size.tokens <= self.limit for key in keys):
             raise UserError(
                 f"data.sources: none of the {len(source.index.documents)} samples of {source.name} fits into "
                 f"{self.limit} tokens (data.max_sample_tokens or data.max_tokens): raise the limit, lower "

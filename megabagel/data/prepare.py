@@ -1,7 +1,7 @@
 """`megabagel data prepare`: from a folder of images with captions to WebDataset shards."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,22 +53,6 @@ def prepare(images: Path, out: Path, *, samples_per_shard: int, name: str) -> Re
     paths = sorted(path for path in images.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
     if not paths:
         raise UserError(f"{images}: no image in it. Expected files ending in {', '.join(sorted(IMAGE_EXTENSIONS))}.")
-    return pack(paths, images, _load, out, samples_per_shard=samples_per_shard, name=name)
-
-
-def pack(
-    paths: Sequence[Path],
-    root: Path,
-    load: Callable[[Path], Picture],
-    out: Path,
-    *,
-    samples_per_shard: int,
-    name: str,
-) -> Report:
-    """Load each path as a captioned image, prove it decodable and write it into shards; see `prepare`.
-
-    `load` raises SampleError for an image that is to be skipped; `root` is what names in the report are relative to.
-    """
     if old := sorted(out.glob(f"{name}-*.tar")):
         raise UserError(f"{old[0]} exists already. Choose another folder or name, or remove the {len(old)} old shards.")
     skipped: dict[str, list[str]] = {}
@@ -76,10 +60,10 @@ def pack(
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for number, path in enumerate(paths):
             try:
-                picture = load(path)
+                picture = _load(path)
                 measure(picture.image, verify=True)
             except SampleError as error:
-                skipped.setdefault(error.reason, []).append(str(path.relative_to(root)))
+                skipped.setdefault(error.reason, []).append(str(path.relative_to(images)))
                 continue
             files = {picture.extension: picture.image, "txt": picture.caption.encode()}
             yield f"{number:06d}-{_plain(path.stem)}", files
@@ -99,7 +83,7 @@ def pack(
         skipped=skipped,
     )
     if not report.samples:
-        raise UserError(f"{root}: no image can be used. {report}")
+        raise UserError(f"{images}: no image can be used. {report}")
     return report
 
 

@@ -2,45 +2,20 @@
 
     KEY.jpg (or .png, .webp, ...) + KEY.txt     a captioned image; a KEY.json beside them is metadata and is ignored
     KEY.txt                                     a text
-    KEY.json + KEY.0.png, ...                   an interleaved document:
+    KEY.json + KEY.0.png, ...                   a record (`records.py`), as a rule an interleaved document:
         {"items": [{"type": "text", "text": "make it blue", "role": "condition"},
                    {"type": "image", "name": "0.png", "role": "target"}, ...]}
 
-`role` may be left out where the task decides it (`documents.assign_roles`). Other files of a sample are ignored.
+Images of a record are named by their extension. Other files of a sample are ignored.
 """
 
-import json
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-from megabagel.data.documents import ImageRole, Member, SampleError, TextRole
+from megabagel.data.documents import Member, SampleError
+from megabagel.data.records import Declared, DeclaredImage, DeclaredText, declare, invalid, parse
 
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm"))
-
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may hold half a character, which no encoding can write
-
-
-@dataclass(frozen=True, slots=True)
-class DeclaredText:
-    """A text of a sample; `member` is set where the text is a whole file."""
-
-    text: str
-    role: TextRole | None = None
-    member: Member | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class DeclaredImage:
-    """An image of a sample, not looked into yet. `name` is its extension, for messages."""
-
-    name: str
-    member: Member
-    role: ImageRole | None = None
-
-
-Declared = DeclaredText | DeclaredImage
 
 
 def declared_items(files: Mapping[str, Member], read: Callable[[Member], bytes]) -> list[Declared]:
@@ -53,10 +28,10 @@ def declared_items(files: Mapping[str, Member], read: Callable[[Member], bytes])
     if len(images) > 1:
         raise SampleError("several images under one key", ", ".join(images))
     if "txt" in files:
-        caption = DeclaredText(caption_text(read(files["txt"])), member=files["txt"])
+        caption = DeclaredText(caption_text(read(files["txt"])), place=files["txt"])
         return [caption, *(DeclaredImage(extension, files[extension]) for extension in images)]
     if "json" in files:
-        return _interleaved(read(files["json"]), files)
+        return _record(files, read)
     raise SampleError("no caption" if images else "neither image nor text", ", ".join(files))
 
 
@@ -75,40 +50,15 @@ def caption_text(data: bytes) -> str:
     return text
 
 
-def _interleaved(data: bytes, files: Mapping[str, Member]) -> list[Declared]:
+def _record(files: Mapping[str, Member], read: Callable[[Member], bytes]) -> list[Declared]:
+    def locate(where: str, name: Any) -> Member:
+        if not isinstance(name, str):
+            raise invalid(where, "the extension of a file", name)
+        if name.lower() not in files:
+            raise SampleError("image of a document is missing", f"{where}: no file with extension {name!r}")
+        return files[name.lower()]
+
     try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise SampleError("broken JSON", f"json: {error}") from error
-    match document:
-        case {"items": [_, *_] as entries}:
-            return [_item(f"json: items[{number}]", entry, files) for number, entry in enumerate(entries)]
-    raise SampleError("invalid document", 'json: expected {"items": [...]} with at least one item')
-
-
-def _item(where: str, entry: Any, files: Mapping[str, Member]) -> Declared:
-    match entry:
-        case {"type": "text", "text": str(text), **rest}:
-            role = _role(where, rest, get_args(TextRole))
-            if not text.strip() or _SURROGATE.search(text):
-                raise SampleError("invalid document", f"{where}.text: expected a text, got {text!r:.80}")
-            return DeclaredText(text, role)
-        case {"type": "image", "name": str(name), **rest}:
-            role = _role(where, rest, get_args(ImageRole))
-            if name.lower() not in files:
-                raise SampleError("image of a document is missing", f"{where}.name: no file with extension {name!r}")
-            return DeclaredImage(name, files[name.lower()], role)
-    raise SampleError(
-        "invalid document",
-        f'{where}: expected {{"type": "text", "text": ...}} or {{"type": "image", "name": ...}}, got {entry!r:.80}',
-    )
-
-
-def _role(where: str, rest: Mapping[Any, Any], roles: tuple[str, ...]) -> Any:
-    unknown = rest.keys() - {"role"}
-    if unknown:
-        raise SampleError("invalid document", f"{where}: unknown field {min(unknown)!r}")
-    role = rest.get("role")
-    if role is not None and role not in roles:
-        raise SampleError("invalid document", f"{where}.role: expected one of {', '.join(roles)}, got {role!r}")
-    return role
+        return declare(parse(read(files["json"])), locate, files["json"])
+    except SampleError as error:
+        raise SampleError(error.reason, f"json: {error.detail}") from error

@@ -16,14 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megabagel.config.schema import DataConfig
+from megabagel.data.bpe import train_bpe
 from megabagel.data.figures import COLOURS, PLACES, SHAPES, Figure, draw, encode, pick, random_figure
 from megabagel.data.files import staging, write_atomic
 from megabagel.data.shards import write_shards
 from megabagel.errors import UserError
-from megabagel.sequence.items import SPECIAL_TOKENS
 from megabagel.sequence.keys import generator
 
 logger = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ def _write(folder: Path, samples: int, size: int, seed: int) -> None:
         made = [(f"{i:06d}", make(generator(seed, kind, i), size)) for i in range(count)]
         write_shards(folder, kind, made, SAMPLES_PER_SHARD)
         texts += [text for _, files in made for text in _texts(files)]
-    (folder / "tokenizer.json").write_text(_train_tokenizer(texts))
+    (folder / "tokenizer.json").write_text(train_bpe(texts, VOCABULARY))
 
 
 def _scene(rng: np.random.Generator, size: int) -> Files:
@@ -179,18 +178,3 @@ def _texts(files: Files) -> list[str]:
     if "txt" in files:
         return [files["txt"].decode()]
     return [item["text"] for item in json.loads(files["json"])["items"] if item["type"] == "text"]
-
-
-def _train_tokenizer(texts: list[str]) -> str:
-    """`tokenizer.json` of a byte-level BPE; the special tokens have ids 0 to 3."""
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator(texts, trainer)
-    return model.to_str(pretty=True)

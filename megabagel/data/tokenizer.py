@@ -103,6 +103,7 @@ class JsonTokenizer:
     """A `tokenizer.json` of Hugging Face `tokenizers` (for example the byte-level BPE of Qwen2.5)."""
 
     def __init__(self, data: bytes) -> None:
+        self._data = data
         self._model = tokenizers.Tokenizer.from_buffer(data)
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         # Special or merely added: both are matched in text, unless they are special and this switch is on.
@@ -112,6 +113,10 @@ class JsonTokenizer:
         self._model.no_padding()
         self._fingerprint = f"tokenizers-{hashlib.sha256(data).hexdigest()}"
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+
+    def __reduce__(self) -> tuple[type, tuple[bytes]]:
+        """Pickled as its file: the library's own pickle forgets `encode_special_tokens`."""
+        return JsonTokenizer, (self._data,)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; never a special token."""

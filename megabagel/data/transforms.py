@@ -1,11 +1,14 @@
 """Pixels before the model: what an image file means in RGB, and which size it is brought to."""
 
+from functools import lru_cache
+
 import numpy as np
 from PIL import Image, ImageOps
 
 from megabagel.config.schema import ResizeConfig
 
 
+@lru_cache(2**14)
 def resize_target(width: int, height: int, rule: ResizeConfig, stride: int, images: int = 1) -> tuple[int, int]:
     """Width and height, multiples of `stride`, that an image of `width` x `height` pixels is resized to.
 

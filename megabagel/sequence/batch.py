@@ -1,12 +1,22 @@
 """The packed batch: one micro-batch as the data side hands it to the model side."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megabagel.sequence.images import shares, vae_images, vit_images
 from megabagel.sequence.layout import Layout
 from megabagel.sequence.pack import Pack
+
+
+@dataclass(frozen=True)
+class AttentionPlans:
+    """What this run's attention engine needs for the masks of a batch, on the CPU (see `parallel.plans`)."""
+
+    layers: Any
+    vit: Any
+    """None on ranks without the ViT tower."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,10 @@ class PackedBatch:
     """fp32 [n, patch * patch * 3] in [-1, 1] per ViT image that this rank encodes."""
     pixels: list[torch.Tensor]
     """fp32 [3, height, width] in [-1, 1] per image whose latents this rank encodes."""
+    moments: list[torch.Tensor] | None = None
+    """From a latent cache, instead of pixels: fp32 [M, h, w] of the codec (see `model.vae.Codec`) per such image."""
+    plans: AttentionPlans | None = None
+    """None: who builds the inputs makes them."""
 
 
 @dataclass(frozen=True)

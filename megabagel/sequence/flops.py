@@ -1,4 +1,4 @@
-"""FLOP count of a pack, from sizes alone, in the two conventions in use.
+"""FLOP count of packs, from sizes alone, in the two conventions in use.
 
 official: what the released trainer reports (bagel-reference section 19): 6 x parameters of one branch, embedding and
 head per token, attention by the square of each sample's length, no credit for the mask.
@@ -8,15 +8,16 @@ Both are forward plus backward of the language model. ViT and VAE work is counte
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from megabagel.config.schema import ModelConfig, VaeConfig
-from megabagel.sequence.images import vae_images
 from megabagel.sequence.pack import Pack
-from megabagel.sequence.sample import VIT
+from megabagel.sequence.sizes import Size, pack_size
 
 TRAIN = 3
 """Forward plus backward, in forwards."""
+
+ATTENTION_SPEED, VIT_SPEED, VAE_SPEED = 0.5, 0.7, 0.4
+"""Assumed FLOP/s of masked attention, the tower and the codec as shares of the language model's matrix products.
+They decide which rank runs a pack, never what it computes."""
 
 
 @dataclass(frozen=True)
@@ -44,35 +45,47 @@ def branch_parameters(model: ModelConfig) -> int:
     return model.layers * (attention + biases + 3 * width * model.ffn + 2 * width) + width
 
 
-def count_flops(pack: Pack, model: ModelConfig) -> Flops:
-    """FLOPs of one training step on one pack."""
-    dense = 2 * TRAIN * (branch_parameters(model) + 2 * model.vocab * model.hidden) * pack.tokens
+def count_flops(size: Size, model: ModelConfig) -> Flops:
+    """FLOPs of one training step on one pack, or on all that `size` sums up."""
+    dense = 2 * TRAIN * (branch_parameters(model) + 2 * model.vocab * model.hidden) * size.tokens
     per_pair = 4 * TRAIN * model.heads * model.kv_channels * model.layers
-    squares = sum(float(sample.tokens) ** 2 for sample in pack.samples)
-    visible = float(pack.visible_S.sum())
-    vae = sum(vae_flops(model.vae, image.tokens * model.latent_stride**2) for image in vae_images(pack))
-    return Flops(dense + per_pair * squares, dense + per_pair * visible, _vit_flops(pack, model), vae)
+    pixels = model.latent_stride**2
+    vae = vae_flops(model.vae, pixels * size.encoded, pixels**2 * size.encoded_squares)
+    return Flops(dense + per_pair * size.squares, dense + per_pair * size.visible, _vit_flops(size, model), vae)
+
+
+def relative_time(size: Size, model: ModelConfig) -> float:
+    """Estimated time of a pack beyond what every pack takes, to balance ranks by, in FLOPs of matrix products.
+
+    The layers' matrix products run on all rows of the layout, padding included, so they do not tell packs apart; what
+    does is attention, the head on rows with cross-entropy, the ViT tower and the codec.
+    """
+    flops = count_flops(size, model)
+    attention = 4 * TRAIN * model.heads * model.kv_channels * model.layers * size.visible
+    head = 2 * TRAIN * model.vocab * model.hidden * size.ce_tokens
+    return head + attention / ATTENTION_SPEED + flops.vit / VIT_SPEED + flops.vae / VAE_SPEED
 
 
 def needed_flops(pack: Pack, model: ModelConfig) -> float:
     """Matrix products that a training step on one pack cannot do without: `masked` and `vit`, but the head on rows with
     cross-entropy alone and no products for the word embedding. To set beside a machine's matmul rate."""
-    flops, of_head = count_flops(pack, model), 2 * TRAIN * model.vocab * model.hidden
+    flops, of_head = count_flops(pack_size(pack), model), 2 * TRAIN * model.vocab * model.hidden
     return flops.masked + flops.vit - of_head * (2 * pack.tokens - pack.ce_tokens)
 
 
-def _vit_flops(pack: Pack, model: ModelConfig) -> float:
+def _vit_flops(size: Size, model: ModelConfig) -> float:
     """Tower and connector, forward and backward; full attention inside each image."""
     vit = model.vit
-    patches = np.array([image.rows * image.cols for sample in pack.samples for image in sample.vits], np.float64)
-    assert patches.sum() == (pack.kind_S == VIT).sum()
     layer = 4 * vit.hidden**2 + 2 * vit.hidden * vit.ffn
     weights = 3 * vit.patch**2 * vit.hidden + vit.layers * layer + (vit.hidden + model.hidden) * model.hidden
-    return float(TRAIN * (2 * weights * patches.sum() + 4 * vit.hidden * vit.layers * (patches**2).sum()))
+    return float(TRAIN * (2 * weights * size.patches + 4 * vit.hidden * vit.layers * size.patch_squares))
 
 
-def vae_flops(vae: VaeConfig, pixels: int) -> float:
-    """Encoding one image of `pixels` pixels: convolutions and the middle attention of the FLUX encoder, or the DCT."""
+def vae_flops(vae: VaeConfig, pixels: int, squares: int) -> float:
+    """Encoding images: convolutions and the middle attention of the FLUX encoder, or the DCT.
+
+    pixels: of all images. squares: the pixels of each image squared, summed.
+    """
     if vae.codec == "blocks":
         return 3 * 2 * 2 * vae.downsample * float(pixels)  # two passes of 8 multiply-adds over three channels
     widths = [vae.width * multiplier for multiplier in vae.width_multipliers]
@@ -82,8 +95,8 @@ def vae_flops(vae: VaeConfig, pixels: int) -> float:
         blocks = 9 * (before + width) * width + shortcut + (vae.res_blocks - 1) * 18 * width**2
         total += blocks * pixels
         if level + 1 < len(widths):
-            pixels //= 4
+            pixels, squares = pixels // 4, squares // 16
             total += 9 * width**2 * pixels
         before = width
-    middle = 2 * 18 * before**2 + 4 * before**2 + 2 * before * pixels
-    return 2.0 * (total + (middle + 9 * before * 2 * vae.channels) * pixels)
+    middle = 2 * 18 * before**2 + 4 * before**2
+    return 2.0 * (total + (middle + 9 * before * 2 * vae.channels) * pixels + 2 * before * squares)

@@ -37,3 +37,23 @@ def deal(loads: Sequence[float], bins: int, capacity: int | None = None) -> list
         content[target].append(int(index))
         weight[target] += float(loads[index])
     return [sorted(items) for items in content]
+
+
+def turns(loads: Sequence[float], ranks: int) -> list[list[int]]:
+    """Packs for `ranks` (which divides their number) to run at the same time, turn by turn: [turn][rank].
+
+    Packs of like load share a turn, so that few wait for others inside it. Within a turn the heaviest goes to the rank
+    with the least so far, so that ranks finish a step together; for two turns that is the best there is. Turns follow
+    one another by their first pack: a single rank runs all packs in the order given. Deterministic: ties go to the
+    earlier pack and the lower rank.
+    """
+    heaviest_first = np.argsort(-np.asarray(loads, np.float64), kind="stable").tolist()
+    rank_loads, dealt = [0.0] * ranks, []
+    for start in range(0, len(loads), ranks):
+        turn = [0] * ranks
+        lightest_first = sorted(range(ranks), key=rank_loads.__getitem__)
+        for pack, rank in zip(heaviest_first[start : start + ranks], lightest_first, strict=True):
+            turn[rank] = pack
+            rank_loads[rank] += loads[pack]
+        dealt.append(turn)
+    return sorted(dealt, key=min)

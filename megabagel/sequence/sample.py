@@ -81,12 +81,16 @@ class SamplePlan:
 
 def plan_sample(items: list[Item], key: SampleKey, dropout: Dropout, advance_dropped: bool = True) -> SamplePlan:
     """Lay out one sample. Every droppable item is dropped on its own keyed draw."""
-    dropped = {
+    return lay_out(items, key, dropped_items(items, key, dropout), advance_dropped)
+
+
+def dropped_items(items: list[Item], key: SampleKey, dropout: Dropout) -> set[int]:
+    """Numbers of the items that conditioning dropout leaves out (bagel-reference section 13)."""
+    return {
         index
         for index, item in enumerate(items)
-        if dropout.of(item) > 0 and key.generator("drop", index).random() < dropout.of(item)
+        if (probability := dropout.of(item)) > 0 and key.uniform("drop", index) < probability
     }
-    return lay_out(items, key, dropped, advance_dropped)
 
 
 def lay_out(items: list[Item], key: SampleKey, dropped: Collection[int], advance_dropped: bool = True) -> SamplePlan:

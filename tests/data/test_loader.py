@@ -4,7 +4,7 @@ import io
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,20 @@ import torch
 from PIL import Image
 
 from megabagel.config.schema import Config
-from megabagel.data.decode import decode
+from megabagel.data.decode import Request
+from megabagel.data.decode.host import HostEngine
 from megabagel.data.documents import ImageItem, Member, TextItem
+from megabagel.data.fill import Filled
 from megabagel.data.loader import Loader
 from megabagel.data.plan import GlobalPlan
 from megabagel.data.tokenizer import TextTokenizer, load_tokenizer
+from megabagel.data.visits import PackPlan
 from megabagel.data.words import Writer
 from megabagel.errors import UserError
 from megabagel.sequence.batch import Encoders, PackedBatch
 from megabagel.sequence.images import vae_images, vit_images
 from megabagel.sequence.items import Clip, Latent, Text, Vit
+from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.pack import Pack
 from megabagel.sequence.sample import LATENT, TEXT, VIT, SamplePlan
 from tests.config.tree import change
@@ -48,9 +52,8 @@ def tokenizer(config: Config) -> TextTokenizer:
 
 def loader(config: Config, encoders: Encoders = ALL, dp: tuple[int, int] = (0, 1), **options: Any) -> Loader:
     tokenizer = load_tokenizer(config.data.tokenizer)
-    return Loader(
-        GlobalPlan(sources_of(config), config), tokenizer, options.get("decode", decode), config, encoders, dp
-    )
+    options = {"decode": HostEngine()} | options
+    return Loader(GlobalPlan(sources_of(config), config), tokenizer, config=config, encoders=encoders, dp=dp, **options)
 
 
 def filled(config: Config, steps: int = 4) -> tuple[Loader, list[PackedBatch]]:
@@ -161,22 +164,26 @@ def test_batches_are_those_of_the_plan(config: Config) -> None:
     for number, step in enumerate(loader(config).steps(3)):
         expected = plan.next_step()
         assert step.plan.number == number
-        assert [_keys(batch.pack) for batch in step.batches] == [_keys(pack) for pack in expected.packs]
+        assert [_keys(batch.pack) for batch in step.batches] == [_planned(pack) for pack in expected.packs]
         assert step.plan.state == expected.state and not step.lost
 
 
 def test_data_parallel_ranks_take_their_share(config: Config) -> None:
     steps = [list(loader(config, dp=(rank, 2)).steps(3)) for rank in range(2)]
     for one, two in zip(*steps, strict=True):
-        assert [_keys(pack) for pack in one.plan.packs] == [_keys(pack) for pack in two.plan.packs]
+        assert one.plan.packs == two.plan.packs
         for rank, step in enumerate((one, two)):
             share = step.plan.share(rank, 2)
-            assert [_keys(batch.pack) for batch in step.batches] == [_keys(step.plan.packs[n]) for n in share]
+            assert [_keys(batch.pack) for batch in step.batches] == [_planned(step.plan.packs[n]) for n in share]
         assert {*one.plan.share(0, 2), *two.plan.share(1, 2)} == {0, 1, 2, 3}
 
 
 def _keys(pack: Pack) -> list[Any]:
     return [sample.key for sample in pack.samples]
+
+
+def _planned(pack: PackPlan) -> list[Any]:
+    return [visit.key for visit in pack.visits]
 
 
 def test_ranks_of_a_stage_share_the_images(config: Config) -> None:
@@ -185,20 +192,23 @@ def test_ranks_of_a_stage_share_the_images(config: Config) -> None:
     whole = loader(grid)
     ranks = {(tp, cp): loader(grid, Encoders(True, cp, 2, cp * 2 + tp, 4)) for tp in range(2) for cp in range(2)}
     later = loader(grid, Encoders(False, 0, 2, 0, 4))
-    for pack in whole.plan.next_step().packs:
-        everything = whole.batch(pack)
-        batches = {place: rank.batch(pack) for place, rank in ranks.items()}
-        idle = later.batch(pack)
+    step = whole.plan.next_step()
+    for number in range(len(step.packs)):
+        task = whole.plan.task(step, number)
+        everything = whole.filler(task).batch
+        pack = everything.pack
+        batches = {place: rank.filler(task).batch for place, rank in ranks.items()}
+        idle = later.filler(task).batch
         assert idle.patches == [] and idle.pixels == []
         for batch in (*batches.values(), idle):
             assert torch.equal(batch.words, everything.words)
             assert batch.layout.cp == 2 and np.array_equal(batch.layout.token_R, everything.layout.token_R)
         for tp in range(2):
-            dealt = [ranks[tp, cp].encoders.vit(pack) for cp in range(2)]
+            dealt = [ranks[tp, cp].filler.encoders.vit(pack) for cp in range(2)]
             assert sorted(dealt[0] + dealt[1]) == list(range(len(vit_images(pack))))
             _assert_dealt(everything.patches, dealt, [batches[tp, cp].patches for cp in range(2)])
         order = [(tp, cp) for cp in range(2) for tp in range(2)]
-        dealt = [ranks[place].encoders.vae(pack) for place in order]
+        dealt = [ranks[place].filler.encoders.vae(pack) for place in order]
         assert sorted(number for part in dealt for number in part) == list(range(len(vae_images(pack))))
         _assert_dealt(everything.pixels, dealt, [batches[place].pixels for place in order])
 
@@ -220,54 +230,61 @@ def only(config: Config, root: Path, source: str) -> Config:
     return change(config, {"data.root": str(root), "data.sources": sources, "data.drop_vit": 0.0})
 
 
-def damage(made: Loader, sample: SamplePlan, slot: int) -> None:
+def damage(made: Loader, key: SampleKey, slot: int) -> None:
     """Overwrite the bytes of an image where they lie."""
-    index = made.plan.sources[sample.key.source].index
-    item = index.documents[sample.key.sample].items[slot]
-    assert isinstance(item, ImageItem)
+    index = made.plan.sources[key.source].index
+    item = index.documents[key.sample].items[slot]
+    assert isinstance(item, ImageItem) and isinstance(item.member, Member)
     with index.reader.shards[item.member.shard].open("r+b") as file:
         file.seek(item.member.offset)
         file.write(bytes(item.member.size))
 
 
-def lost(made: Loader, pack: Pack, slot: int) -> tuple[PackedBatch, PackedBatch]:
-    """The batch of a pack before and after the second sample's image was damaged."""
-    before = made.batch(pack)
-    damage(made, pack.samples[1], slot)
-    return before, made.batch(pack)
+def lost(made: Loader, slot: int) -> tuple[PackedBatch, Filled]:
+    """The batch of the first pack before and after the second sample's image was damaged."""
+    task = made.plan.task(made.plan.next_step(), 0)
+    before = made.filler(task)
+    assert before.lost == ()
+    damage(made, task.plan.visits[1].key, slot)
+    return before.batch, made.filler(task)
 
 
 def _differing(before: list[torch.Tensor], after: list[torch.Tensor]) -> list[int]:
     return [number for number, (a, b) in enumerate(zip(before, after, strict=True)) if not torch.equal(a, b)]
 
 
-def test_a_damaged_target_becomes_nan(config: Config, own: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_target_becomes_nan(config: Config, own: Path) -> None:
     made = loader(only(config, own, "draw"))
-    before, after = lost(made, made.plan.next_step().packs[0], slot=1)
+    before, filled = lost(made, slot=1)
+    after, (image,) = filled.batch, filled.lost
     assert _differing(before.pixels, after.pixels) == [1]
     assert after.pixels[1].shape == before.pixels[1].shape and after.pixels[1].isnan().all()
     assert torch.equal(before.words, after.words)
-    assert len(made.lost) == 1
-    name = made.plan.document(after.pack.samples[1].key).key
-    assert f"source draw, sample {name}: image lost: not an image" in caplog.text
+    key = after.pack.samples[1].key
+    assert (image.key, image.slot) == (key, 1)
+    assert image.message == f"source draw, sample {made.plan.document(key).key}: image lost: not an image"
 
 
 def test_a_damaged_image_to_look_at_becomes_grey(config: Config, own: Path) -> None:
-    made = loader(only(config, own, "caption"))
-    before, after = lost(made, made.plan.next_step().packs[0], slot=0)
+    before, filled = lost(loader(only(config, own, "caption")), slot=0)
+    after = filled.batch
     assert _differing(before.patches, after.patches) == [1]
     assert after.patches[1].shape == before.patches[1].shape and (after.patches[1] == 0).all()
-    assert len(made.lost) == 1
+    assert len(filled.lost) == 1
 
 
-def test_the_run_goes_on_past_damaged_images(config: Config, own: Path) -> None:
-    made = loader(only(config, own, "draw"))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_run_goes_on_past_damaged_images(
+    config: Config, own: Path, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    made = loader(change(only(config, own, "draw"), {"data.workers": workers}))
     plan = GlobalPlan(list(made.plan.sources.values()), made.config)
     packs = [pack for _ in range(3) for pack in plan.next_step().packs]
-    for sample in (packs[0].samples[0], packs[9].samples[1]):
-        damage(made, sample, slot=1)
+    for visit in (packs[0].visits[0], packs[9].visits[1]):
+        damage(made, visit.key, slot=1)
     steps = list(made.steps(3))
     assert [len(step.lost) for step in steps] == [1, 0, 1]
+    assert caplog.text.count("image lost: not an image") == 2
     batches = [batch for step in steps for batch in step.batches]
     broken = [
         (number, place)
@@ -281,12 +298,12 @@ def test_the_run_goes_on_past_damaged_images(config: Config, own: Path) -> None:
 def test_errors_of_the_background_thread_surface(config: Config) -> None:
     calls = 0
 
-    def failing(blob: bytes, sizes: Any) -> list[torch.Tensor]:
+    def failing(requests: Sequence[Request]) -> Any:
         nonlocal calls
         calls += 1
-        if calls > 60:
+        if calls > 20:
             raise ZeroDivisionError("planted")
-        return decode(blob, sizes)
+        return HostEngine()(requests)
 
     seen = []
     with pytest.raises(ZeroDivisionError, match="planted"):

@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megabagel.config.schema import Config
@@ -17,7 +18,9 @@ from megabagel.data.shards import list_files, write_shards
 from megabagel.data.tokenizer import load_tokenizer
 from megabagel.errors import UserError
 from megabagel.sequence.items import item_tokens
-from megabagel.sequence.keys import SampleKey
+from megabagel.sequence.keys import SampleKey, generator
+from megabagel.sequence.sample import SamplePlan
+from megabagel.sequence.sizes import pack_size, total
 from tests.config.tree import change
 from tests.small_run import small_config, sources_of
 
@@ -41,17 +44,22 @@ def visit(key: SampleKey) -> Visit:
     return key.source, key.sample, key.epoch
 
 
-def contents(step: StepPlan) -> list[Any]:
-    """Everything that a step's packs are made of: keys, what dropout left, and the draws for every latent image."""
-    return [(sample.key, sample.items, sample.latents) for pack in step.packs for sample in pack.samples]
+def contents(plan: GlobalPlan, steps: list[StepPlan]) -> list[Any]:
+    """Everything that packs are made of: keys, what dropout left, and the draws for every latent image."""
+    packs = [plan.lay_out(pack) for step in steps for pack in step.packs]
+    return [(sample.key, sample.items, sample.latents) for pack in packs for sample in pack.samples]
+
+
+def laid_out(plan: GlobalPlan, key: SampleKey) -> SamplePlan:
+    return plan.rules._lay_out(key, plan.document(key))
 
 
 def sizes(step: StepPlan) -> list[int]:
-    return [len(pack.samples) for pack in step.packs]
+    return [len(pack.visits) for pack in step.packs]
 
 
 def visits(steps: list[StepPlan]) -> list[Visit]:
-    return [visit(sample.key) for step in steps for pack in step.packs for sample in pack.samples]
+    return [visit(v.key) for step in steps for pack in step.packs for v in pack.visits]
 
 
 def run(plan: GlobalPlan, steps: int = STEPS) -> list[StepPlan]:
@@ -64,8 +72,9 @@ def one_pack_steps(config: Config, **changes: Any) -> Config:
 
 
 def test_same_inputs_give_the_same_plan(config: Config, sources: list[Source]) -> None:
-    first, second = run(GlobalPlan(sources, config)), run(GlobalPlan(sources_of(config), config))
-    assert [contents(step) for step in first] == [contents(step) for step in second]
+    plans = GlobalPlan(sources, config), GlobalPlan(sources_of(config), config)
+    first, second = (run(plan) for plan in plans)
+    assert contents(plans[0], first) == contents(plans[1], second)
     assert [sizes(step) for step in first] == [sizes(step) for step in second]
     assert [step.flops for step in first] == [step.flops for step in second]
     assert [step.number for step in first] == list(range(STEPS))
@@ -76,15 +85,16 @@ def test_another_seed_gives_another_plan(config: Config, sources: list[Source]) 
     first, second = visits(run(GlobalPlan(sources, config), 3)), visits(run(other, 3))
     assert [source for source, _, _ in first[:20]] != [source for source, _, _ in second[:20]]
     assert len(set(first) & set(second)) < len(first) / 2
-    mine, theirs = ([other._lay_out(SampleKey(seed, "edit", i, 0)) for i in range(30)] for seed in (5, 6))
+    mine, theirs = ([laid_out(other, SampleKey(seed, "edit", i, 0)) for i in range(30)] for seed in (5, 6))
     assert [len(plan.items) for plan in mine] != [len(plan.items) for plan in theirs], "one dropout for all seeds"
     assert all(a.latents != b.latents for a, b in zip(mine, theirs, strict=True))
 
 
 def test_the_grid_has_no_say(config: Config, sources: list[Source]) -> None:
     split = change(config, {"parallel.tp": 2, "parallel.cp": 2, "parallel.pp": 2})
-    first, second = run(GlobalPlan(sources, config), 3), run(GlobalPlan(sources, split), 3)
-    assert [contents(step) for step in first] == [contents(step) for step in second]
+    plans = GlobalPlan(sources, config), GlobalPlan(sources, split)
+    first, second = (run(plan, 3) for plan in plans)
+    assert contents(plans[0], first) == contents(plans[1], second)
 
 
 def test_a_state_goes_on_as_if_nothing_had_happened(config: Config, sources: list[Source]) -> None:
@@ -100,7 +110,8 @@ def test_a_state_goes_on_as_if_nothing_had_happened(config: Config, sources: lis
         plan.load_state(json.loads(json.dumps(steps[k].state)))
         rest = run(plan, STEPS - k - 1)
         assert [step.number for step in rest] == list(range(k + 1, STEPS))
-        assert [contents(step) for step in rest] == [contents(step) for step in steps[k + 1 :]]
+        assert contents(plan, rest) == contents(plan, steps[k + 1 :])
+        assert [step.packs for step in rest] == [step.packs for step in steps[k + 1 :]]
         assert [sizes(step) for step in rest] == [sizes(step) for step in steps[k + 1 :]]
         assert [step.state for step in rest] == [step.state for step in steps[k + 1 :]]
         assert [step.skipped for step in rest] == [step.skipped for step in steps[k + 1 :]]
@@ -155,6 +166,16 @@ def test_mixture_follows_the_weights(config: Config, sources: list[Source]) -> N
         assert abs(drawn[source.name] - plan.draws * share) < 3 * deviation, (source.name, drawn)
 
 
+def test_draws_are_those_of_numpy_by_weight(config: Config, sources: list[Source]) -> None:
+    """With a window of one sample, sources come in the order in which they are drawn."""
+    drawn = [
+        source for source, _, _ in visits(run(GlobalPlan(sources, one_pack_steps(config, data__lookahead=1)), 400))
+    ]
+    shares = np.array([source.weight for source in sources]) / sum(source.weight for source in sources)
+    draws = (generator(config.train.seed, "mixture", number).choice(len(sources), p=shares) for number in range(400))
+    assert drawn == [sources[int(number)].name for number in draws]
+
+
 def test_a_source_without_weight_is_never_drawn(config: Config, sources: list[Source]) -> None:
     idle = [replace(source, weight=0.0) if source.name == "edit" else source for source in sources]
     plan = GlobalPlan(idle, config)
@@ -172,17 +193,18 @@ def test_packs_are_as_full_as_the_window_allows(
     full = short = 0
     for _ in range(60):
         (pack,) = plan.next_step().packs
-        mine = [visit(sample.key) for sample in pack.samples]
-        assert pack.tokens == sum(sample.tokens for sample in pack.samples) <= high
+        mine = [visit(v.key) for v in pack.visits]
+        tokens = [v.size.tokens for v in pack.visits]
+        assert pack.size.tokens == sum(tokens) <= high
         assert not window or mine[0] == window[0], "the oldest sample waits"
-        left = [visit(sample.key) for sample in plan.window]
+        left = [visit(v.key) for v in plan.window]
         assert len(mine) + len(left) == lookahead
         assert [v for v in left if v in window] == [v for v in window if v not in mine], "the window lost its order"
-        if pack.tokens < low:
-            assert all(pack.tokens + sample.tokens > high for sample in plan.window)
+        if sum(tokens) < low:
+            assert all(sum(tokens) + v.size.tokens > high for v in plan.window)
             short += 1
         else:
-            assert pack.tokens - pack.samples[-1].tokens < low, "the pack was full without its last sample"
+            assert sum(tokens[:-1]) < low, "the pack was full without its last sample"
             full += 1
         window = left
     assert full > 0
@@ -193,7 +215,7 @@ def test_overlong_samples_are_counted_and_left_out(config: Config, sources: list
     limit = 70
     plan = GlobalPlan(sources, change(config, {"data.max_sample_tokens": limit, "data.drop_latent": 0.0}))
     steps = run(plan, 30)
-    assert max(sample.tokens for step in steps for pack in step.packs for sample in pack.samples) <= limit
+    assert max(v.size.tokens for step in steps for pack in step.packs for v in pack.visits) <= limit
     overlong: Counter[str] = Counter()
     used = set(visits(steps)) | {(source, sample, epoch) for source, sample, epoch in steps[-1].state["window"]}
     for source in sources:
@@ -201,7 +223,7 @@ def test_overlong_samples_are_counted_and_left_out(config: Config, sources: list
         drawn = [(e, i) for e in range(epochs) for i in range(len(source.index.documents))]
         drawn += [(epochs, int(i)) for i in plan._order(source.name, epochs)[:place]]
         for epoch, sample in drawn:
-            kept = plan._lay_out(SampleKey(config.train.seed, source.name, sample, epoch)).items
+            kept = laid_out(plan, SampleKey(config.train.seed, source.name, sample, epoch)).items
             long = sum(map(item_tokens, kept)) > limit
             overlong[source.name] += long
             assert ((source.name, sample, epoch) in used) != long
@@ -217,7 +239,7 @@ def test_samples_that_dropout_empties_are_counted(config: Config, sources: list[
     empty = [replace(d, items=tuple(replace(i, role="condition") for i in d.items)) for d in notes.index.documents[:5]]
     index = replace(notes.index, documents=(*empty, *notes.index.documents[5:]))
     plan = GlobalPlan([replace(notes, index=index)], change(config, {"data.drop_text": 1.0}))
-    plan.expander = _Droppable(plan.expander)
+    plan.rules = replace(plan.rules, expander=_Droppable(plan.rules.expander))
     steps = run(plan, 3)
     assert not {sample for _, sample, _ in visits(steps)} & set(range(5))
     epochs, place = plan.cursors["notes"]
@@ -235,6 +257,21 @@ class _Droppable:
         return [replace(item, droppable=not item.loss) for item in self.inner.items(*args)]
 
 
+def test_sizes_are_those_of_packs_laid_out(config: Config, sources: list[Source]) -> None:
+    plan = GlobalPlan(sources, config)
+    for pack in (pack for step in run(plan) for pack in step.packs):
+        assert pack.size == pack_size(plan.lay_out(pack))
+
+
+def test_epochs_say_how_far_a_source_has_been_gone_through(config: Config, sources: list[Source]) -> None:
+    plan = GlobalPlan(sources, config)
+    assert set(plan.epochs().values()) == {0.0}
+    drawn = Counter(source for source, _, _ in visits(run(plan, 20)))
+    drawn += Counter(v.key.source for v in plan.window)
+    counts = {source.name: len(source.index.documents) for source in sources}
+    assert plan.epochs() == pytest.approx({name: drawn[name] / counts[name] for name in counts})
+
+
 @pytest.mark.parametrize(("packs", "dp"), [(4, 1), (4, 2), (4, 4), (6, 3), (6, 2)])
 def test_shares_partition_and_balance_the_packs(config: Config, sources: list[Source], packs: int, dp: int) -> None:
     plan = GlobalPlan(sources, change(config, {"train.packs_per_step": packs}))
@@ -243,16 +280,18 @@ def test_shares_partition_and_balance_the_packs(config: Config, sources: list[So
         shares = [step.share(rank, dp) for rank in range(dp)]
         assert sorted(number for share in shares for number in share) == list(range(packs))
         assert {len(share) for share in shares} == {packs // dp}
-        loads = [flops.masked + flops.vit for flops in step.flops]
-        heaviest = max(sum(loads[number] for number in share) for share in shares)
+        assert [list(turn) for turn in zip(*shares, strict=True)] == step.turns(dp)
+        assert step.micro_steps(dp) == [[step.packs[number].size for number in turn] for turn in step.turns(dp)]
+        assert dp > 1 or shares == [list(range(packs))], "one rank runs the packs in their order"
+        heaviest = _heaviest(step.loads, shares)
         if packs // dp <= 2:  # the heaviest with the lightest, and so on, is as good as it gets
-            assert heaviest == pytest.approx(min(_heaviest(loads, groups) for groups in partitions(packs, dp)))
+            assert heaviest == pytest.approx(min(_heaviest(step.loads, groups) for groups in partitions(packs, dp)))
         naive = [list(range(rank, packs, dp)) for rank in range(dp)]
-        gained += _heaviest(loads, naive) - heaviest
+        gained += _heaviest(step.loads, naive) - heaviest
     assert gained > 0 or dp in (1, packs)
 
 
-def _heaviest(loads: list[float], groups: list[list[int]]) -> float:
+def _heaviest(loads: Sequence[float], groups: list[list[int]]) -> float:
     return max(sum(loads[number] for number in group) for group in groups)
 
 
@@ -271,16 +310,18 @@ def partitions(count: int, parts: int) -> Iterator[list[list[int]]]:
 
 
 def test_counters_of_a_step(config: Config, sources: list[Source]) -> None:
-    step = run(GlobalPlan(sources, config), 3)[2]
+    plan = GlobalPlan(sources, config)
+    step = run(plan, 3)[2]
     ce, mse = Counter[str](), Counter[str]()
-    for sample in (sample for pack in step.packs for sample in pack.samples):
+    for sample in (sample for pack in step.packs for sample in plan.lay_out(pack).samples):
         for image in sample.latents:
             mse[sample.key.source] += image.rows * image.cols if image.noised else 0
         ce[sample.key.source] += sum(item.length + 1 for item in sample.items if getattr(item, "loss", False))
     assert step.tokens_by_source() == {name: (ce[name], mse[name]) for name in ce}
-    found = sum(pack.ce_tokens for pack in step.packs), sum(pack.mse_tokens for pack in step.packs)
+    found = step.size.ce_tokens, step.size.mse_tokens
     assert found == (ce.total(), mse.total())
     assert min(found) > 0
+    assert step.size.samples == len(visits([step])) and step.size == total(step.size_by_source().values())
 
 
 def test_a_source_of_which_nothing_fits_is_named(config: Config, sources: list[Source]) -> None:
@@ -326,6 +367,6 @@ def test_samples_that_no_longer_fit_leave_the_window(config: Config, sources: li
     state = run(GlobalPlan(sources, config), 3)[-1].state
     plan = GlobalPlan(sources, change(config, {"data.max_sample_tokens": 70}))
     plan.load_state(json.loads(json.dumps(state)))
-    left = {(source, sample, epoch) for source, sample, epoch in state["window"]} - {visit(p.key) for p in plan.window}
+    left = {(source, sample, epoch) for source, sample, epoch in state["window"]} - {visit(v.key) for v in plan.window}
     assert 0 < len(left) == plan.skipped.total()
-    assert max(sample.tokens for sample in plan.window) <= 70
+    assert max(v.size.tokens for v in plan.window) <= 70

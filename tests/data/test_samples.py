@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from megabagel.data.documents import Member, SampleError
-from megabagel.data.samples import Declared, DeclaredImage, DeclaredText, declared_items
+from megabagel.data.documents import Member, Passage, SampleError
+from megabagel.data.records import Declared, DeclaredImage, DeclaredText
+from megabagel.data.samples import declared_items
 
 
 def declare(**contents: bytes) -> list[Declared]:
@@ -38,9 +39,9 @@ def test_an_interleaved_document_keeps_order_text_and_roles() -> None:
     )
     assert declare(json=declared, **{"1_jpg": b"", "0_png": b""}) == [
         DeclaredImage("0.PNG", Member(0, 2, 1), "condition"),
-        DeclaredText(" make it blue "),
+        DeclaredText(" make it blue ", place=Passage(Member(0, 0, 1), 0)),
         DeclaredImage("1.jpg", Member(0, 1, 1), "look"),
-        DeclaredText("done", "target"),
+        DeclaredText("done", "target", Passage(Member(0, 0, 1), 1)),
     ]
 
 
@@ -54,21 +55,26 @@ FAULTS = [
     ({"json": b'{"items": [' + b"["}, "broken JSON", "json: Expecting value"),
     ({"json": b"\xff\xfe\xfd"}, "broken JSON", "json: "),
     ({"json": b"[" * 100_000}, "broken JSON", "json: "),
-    ({"json": b"[]"}, "invalid document", 'json: expected {"items"'),
-    ({"json": b'{"items": []}'}, "invalid document", "at least one item"),
-    ({"json": b'{"items": "ab"}'}, "invalid document", "at least one item"),
-    ({"json": document(TEXT, 7)}, "invalid document", "json: items[1]: expected"),
-    ({"json": document({"type": "audio", "name": "0.ogg"})}, "invalid document", "json: items[0]: expected"),
-    ({"json": document({"type": "text", "text": 3})}, "invalid document", "json: items[0]: expected"),
-    ({"json": document({"type": "text", "text": " "})}, "invalid document", "json: items[0].text: expected a text"),
-    ({"json": document({"type": "text", "text": "\ud800"})}, "invalid document", "json: items[0].text"),
-    ({"json": document(TEXT | {"rôle": "target"})}, "invalid document", "json: items[0]: unknown field 'rôle'"),
+    ({"json": b"[]"}, "invalid record", "json: expected an object, got []"),
+    ({"json": b'{"items": []}'}, "invalid record", "json: items: expected a list that is not empty, got []"),
+    ({"json": b'{"items": "ab"}'}, "invalid record", "json: items: expected a list that is not empty, got 'ab'"),
+    (
+        {"json": b'{"captions": "ab"}'},
+        "unknown layout",
+        "json: fields ['captions']; expected one of items, conversations",
+    ),
+    ({"json": document(TEXT, 7)}, "invalid record", "json: items[1]: expected"),
+    ({"json": document({"type": "audio", "name": "0.ogg"})}, "invalid record", "json: items[0]: expected"),
+    ({"json": document({"type": "text", "text": 3})}, "invalid record", "json: items[0].text: expected a text, got 3"),
+    ({"json": document({"type": "text", "text": " "})}, "invalid record", "json: items[0].text: expected a text"),
+    ({"json": document({"type": "text", "text": "\ud800"})}, "invalid record", "json: items[0].text"),
+    ({"json": document(TEXT | {"rôle": "target"})}, "invalid record", "json: items[0]: unknown field 'rôle'"),
     (
         {"json": document(TEXT | {"role": "look"})},
-        "invalid document",
+        "invalid record",
         "role: expected one of condition, target",
     ),
-    ({"json": document(TEXT | {"role": ["target"]})}, "invalid document", "items[0].role: expected one of"),
+    ({"json": document(TEXT | {"role": ["target"]})}, "invalid record", "items[0].role: expected one of"),
     (
         {"json": document({"type": "image", "name": "0.png"})},
         "image of a document is missing",

@@ -142,7 +142,7 @@ def test_a_complete_data_set_is_left_alone(root: Path) -> None:
 
 def test_an_interrupted_data_set_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shapes, "_train_tokenizer", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(shapes, "train_bpe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         write_shapes(tmp_path, samples=8, size=32, seed=0)
     assert not list(tmp_path.iterdir())
     write_shapes(tmp_path, samples=8, size=32, seed=0)

@@ -9,6 +9,7 @@ from hypothesis import given
 from megabagel.config.schema import ModelConfig, VitConfig
 from megabagel.sequence.flops import Flops, branch_parameters, count_flops
 from megabagel.sequence.items import Item, Latent, Text, Vit
+from megabagel.sequence.sizes import pack_size
 from tests.sequence.definition import mask_of, places_of
 from tests.sequence.draws import examples, lay_end_to_end, packs
 
@@ -65,7 +66,7 @@ def test_the_official_convention_at_7b():
     pack = lay_end_to_end([items, [Text(0, 498)]]).pack
     per_token = 6 * (6_525_628_928 + 544_997_376 + 544_997_376)
     expected = per_token * 1502 + 12 * 28 * 128 * 28 * (1002**2 + 500**2)
-    assert count_flops(pack, BAGEL_7B).official == pytest.approx(expected, rel=1e-12)
+    assert count_flops(pack_size(pack), BAGEL_7B).official == pytest.approx(expected, rel=1e-12)
 
 
 @examples(100)
@@ -75,7 +76,7 @@ def test_any_pack_from_its_shapes(drawn):
     weights = model.layers * sizes(branch(model)) + model.hidden + 2 * model.vocab * model.hidden
     dense = product(drawn.pack.tokens, weights, 1)
     per_pair = model.layers * model.heads * 2 * product(1, model.kv_channels, 1)  # scores, and their sum over values
-    flops = count_flops(drawn.pack, model)
+    flops = count_flops(pack_size(drawn.pack), model)
     squares = sum(len(sample) ** 2 for sample in drawn.tokens)
     assert flops.official == pytest.approx(dense + per_pair * squares, rel=1e-12)
     assert flops.masked == pytest.approx(dense + per_pair * mask_of(places_of(drawn.tokens)).sum(), rel=1e-12)
@@ -98,7 +99,7 @@ def _tower(item: Item, model: ModelConfig) -> float:
 
 def test_masked_pairs_never_exceed_squares():
     pack = lay_end_to_end([[Text(0, 10), Latent(1, 2, 2, noised=True), Text(2, 3)]]).pack
-    flops = count_flops(pack, SMALL)
+    flops = count_flops(pack_size(pack), SMALL)
     assert 0 < flops.masked < flops.official
 
 

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 
 import numpy as np
 
-from megabagel.sequence.keys import SampleKey, generator, seed64
+from megabagel.sequence.keys import SampleKey, generator, seed64, uniform
 
 KEY = SampleKey(seed=1, source="pairs", sample=2, epoch=3)
 
@@ -35,6 +36,17 @@ def test_the_same_key_gives_the_same_stream_whatever_was_drawn_before():
     KEY.generator("timestep", 1).standard_normal(1000)
     assert np.array_equal(KEY.generator("timestep", 0).standard_normal(3), first)
     assert np.array_equal(generator(1, "pairs", 2, 3, "timestep", 0).standard_normal(3), first)
+
+
+def test_uniform_is_the_first_draw_of_the_generator_bit_for_bit():
+    """Also between other draws, and in several threads at once."""
+    keys = [replace(KEY, sample=sample, epoch=epoch) for sample in range(400) for epoch in range(3)]
+    expected = [key.generator("drop", 7).random() for key in keys]
+    assert [key.uniform("drop", 7) for key in keys] == expected
+    assert uniform(1, "mixture", 5) == generator(1, "mixture", 5).random()
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: [key.uniform("drop", 7) for key in keys], range(8)):
+            assert found == expected
 
 
 def test_seeds_are_signed_64_bit_and_use_all_of_them():

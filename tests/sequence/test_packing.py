@@ -1,13 +1,14 @@
 """Which samples form a pack, and which packs a rank gets (bagel-reference sections 12 and 19: what must not happen)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabagel.sequence.packing import choose_pack, deal
+from megabagel.sequence.packing import choose_pack, deal, turns
 from tests.sequence.draws import examples
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=30)
@@ -117,3 +118,23 @@ def test_without_a_limit_on_counts_no_bin_exceeds_the_mean_by_more_than_one_item
     parts = deal(loads, bins, capacity=len(loads))
     heaviest = max(sum(loads[index] for index in part) for part in parts)
     assert heaviest <= sum(loads) / bins + max(loads) * (1 - 1 / bins) + 1e-9  # Graham's bound for list scheduling
+
+
+@examples(200)
+@given(st.integers(1, 6), st.integers(1, 5), st.data())
+def test_turns_give_every_rank_as_many_packs_and_like_loads_share_a_turn(ranks, count, data):
+    loads = data.draw(st.lists(st.floats(0, 100), min_size=ranks * count, max_size=ranks * count))
+    dealt = turns(loads, ranks)
+    assert sorted(pack for turn in dealt for pack in turn) == list(range(ranks * count))
+    assert [len(turn) for turn in dealt] == [ranks] * count
+    assert [min(turn) for turn in dealt] == sorted(min(turn) for turn in dealt)
+    spans = sorted((min(loads[pack] for pack in turn), max(loads[pack] for pack in turn)) for turn in dealt)
+    assert all(before[1] <= after[0] for before, after in pairwise(spans))
+    totals = [sum(loads[turn[rank]] for turn in dealt) for rank in range(ranks)]
+    assert max(totals) - min(totals) <= max(loads) + 1e-9, "one pack more than another rank at most"
+
+
+def test_turns_of_one_rank_keep_the_order_and_ties_go_to_the_first():
+    assert turns([3, 9, 1], 1) == [[0], [1], [2]]
+    assert turns([5, 5, 5, 5], 2) == [[0, 1], [2, 3]]
+    assert turns([1, 9, 8, 2], 2) == [[0, 3], [1, 2]], "the heaviest pack goes with the lightest"

@@ -1,0 +1,77 @@
+"""A sample in words: one line per split, as plain cells for every way of showing it, and as text."""
+
+from megabagel.data.inspect.view import ImageView, SampleView, SplitView, TextView
+from megabagel.sequence.items import Clip, Text
+from megabagel.sequence.sample import LATENT, VIT
+
+HEADER = ("#", "split", "item", "grid", "mode", "tokens", "loss", "RoPE", "noise group", "draw", "dropout")
+NUMERIC = frozenset(("#", "tokens", "loss", "draw"))
+"""Columns that are set flush right."""
+PRINTED = 80
+"""Tokens of a text that are printed."""
+
+
+def heading(view: SampleView) -> str:
+    """Which sample this is."""
+    return f"{view.name}   source {view.key.source}, task {view.task}, sample {view.key.sample} of {view.of}"
+
+
+def summary(view: SampleView) -> str:
+    """What it amounts to."""
+    pack = view.pack
+    vit, latent = (int((pack.kind_S == kind).sum()) for kind in (VIT, LATENT))
+    text = pack.tokens - vit - latent
+    share = pack.visible_S.sum() / pack.tokens**2
+    return (
+        f"{pack.tokens} tokens: {text} text and delimiters, {vit} ViT, {latent - pack.mse_tokens} clean and "
+        f"{pack.mse_tokens} noised latents. Loss: {pack.ce_tokens} cross-entropy, {pack.mse_tokens} flow. "
+        f"The mask lets {share:.0%} of all pairs through. Seed {view.key.seed}, epoch {view.key.epoch}."
+    )
+
+
+def cells(number: int, split: SplitView) -> tuple[str, ...]:
+    """One line of the table, in the order of HEADER."""
+    slots = split.slots
+    place = f"{slots[0]}" if len(slots) == 1 else f"{slots[0]}-{slots[-1]}"
+    chance = f"{split.probability:g}" if split.probability else ""
+    if split.dropped:
+        return (str(number), split.kind.value, place, _grid(split), "", "0", "", "", "", "", f"dropped ({chance})")
+    first, last = split.rope
+    draw = "" if split.timestep is None else f"{split.timestep:+.2f}"
+    rope = str(first) if first == last else f"{first}-{last}"
+    loss = str(split.loss) if split.loss else ""
+    counts = (split.mode, str(split.tokens), loss, rope, split.group, draw, f"kept ({chance})" if chance else "")
+    return (str(number), split.kind.value, place, _grid(split), *counts)
+
+
+def as_text(view: SampleView) -> str:
+    """The whole sample for a terminal."""
+    lines = [HEADER, *(cells(number, split) for number, split in enumerate(view.splits))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join(_flush(*cell) for cell in zip(HEADER, line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([heading(view), summary(view), "", *table, "", *map(_content, view.contents)])
+
+
+def _grid(split: SplitView) -> str:
+    item = split.item
+    if isinstance(item, Text):
+        return ""
+    frame = item.frames[0] if isinstance(item, Clip) else item
+    times = f"{len(item.frames)} x " if isinstance(item, Clip) else ""
+    return f"{times}{frame.rows} x {frame.cols}"
+
+
+def _flush(column: str, cell: str, width: int) -> str:
+    return cell.rjust(width) if column in NUMERIC else cell.ljust(width)
+
+
+def _content(content: TextView | ImageView) -> str:
+    if isinstance(content, TextView):
+        rest = len(content.tokens) - PRINTED
+        text = "|".join(content.tokens[:PRINTED]) + (f"| and {rest} more" if rest > 0 else "")
+        return f"item {content.slot} ({content.role}), {len(content.tokens)} ids: {text!r}"
+    height, width = content.size
+    views = ", ".join(
+        f"{branch.name} {branch.pixels.shape[0]} x {branch.pixels.shape[1]}" for branch in content.branches
+    )
+    return f"item {content.slot} ({content.role}), image of {height} x {width} pixels (height x width): {views}"

@@ -1,0 +1,203 @@
+"""Documents as records of fixed size, what an index holds in memory and on disk: 37 bytes per item, 8 per document.
+
+D: documents, I: items of all documents one after another, B: bytes of all keys or texts one after another.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from megabagel.data.documents import Cell, Document, ImageItem, Item, Loose, Member, Passage, Place, Role, TextItem
+
+DOCUMENT = np.dtype([("items", "<i4"), ("key_bytes", "<i4")])
+"""A document: how many items it has, and how long its key is."""
+
+ITEM = np.dtype(
+    [
+        ("kind", "<u1"),  # type, role and flags, see below
+        ("high", "<i4"),  # token ids of a text, height of an image
+        ("wide", "<i4"),  # width of an image
+        ("crc", "<u4"),  # CRC-32 of the bytes of an image, or of a text in UTF-8
+        ("file", "<i4"),  # number of the shard (0 in a table of one shard), or _INLINE or _LOOSE
+        ("at", "<i8"),  # byte in the shard or in texts_B; of a cell: row group and row
+        ("size", "<i8"),  # bytes there
+        (
+            "part",
+            "<i4",
+        ),  # of a cell: column; then 1 + element of the cell or number of the passage; of a path: 1 + length
+    ]
+)
+"""An item: what it is and where it lies."""
+
+TYPES = {"documents_D": DOCUMENT, "items_I": ITEM, "keys_B": np.dtype("<u1"), "texts_B": np.dtype("<u1")}
+"""Types of the arrays of a table."""
+
+_ROLES: tuple[Role | None, ...] = (None, "condition", "target", "look")
+IMAGE = 1
+"""The bit of a kind that tells images from texts."""
+_FURTHER, _CELL = 8, 64
+_ROLE_SHIFT, _JOINED_SHIFT = 1, 4
+MEANING = _CELL - 1
+"""The bits of a kind that say what an item is; the other one says where it lies."""
+
+_INLINE, _LOOSE = -1, -2
+_COLUMN_SHIFT, _GROUP_SHIFT = 20, 32
+
+Row = tuple[int, int, int, int, int, int, int, int]
+"""An item as plain numbers, in the order of `ITEM`."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The documents of one shard, or of several, see `joined`."""
+
+    documents_D: np.ndarray
+    items_I: np.ndarray
+    keys_B: np.ndarray
+    texts_B: np.ndarray
+    """Short texts, and paths of images that are files of their own."""
+
+    def __len__(self) -> int:
+        return len(self.documents_D)
+
+    @cached_property
+    def first_D(self) -> np.ndarray:
+        """[D + 1] int64: the first item of every document."""
+        return _starts(self.documents_D["items"])
+
+    @cached_property
+    def key_at_D(self) -> np.ndarray:
+        """[D + 1] int64: the first byte of every key."""
+        return _starts(self.documents_D["key_bytes"])
+
+    def document(self, number: int) -> Document:
+        """One document; roles are as declared."""
+        return Document(self.key(number), tuple(self.item(row, declared_role(row)) for row in self.rows(number)))
+
+    def rows(self, number: int) -> list[Row]:
+        """The items of one document as numbers."""
+        return self.items_I[self.first_D[number] : self.first_D[number + 1]].tolist()
+
+    def key(self, number: int) -> str:
+        """The key of one document."""
+        return self.keys_B[self.key_at_D[number] : self.key_at_D[number + 1]].tobytes().decode()
+
+    def item(self, row: Row, role: Role | None) -> Item:
+        """An item in a role."""
+        kind, high, wide, _, file, at, size, part = row
+        further = bool(kind & _FURTHER)
+        number = (part & (1 << _COLUMN_SHIFT) - 1) - 1
+        if kind & IMAGE:
+            place: Place
+            if kind & _CELL:
+                place = _cell(file, at, size, part, number)
+            else:
+                place = Member(file, at, size) if file >= 0 else Loose(self._text(at, number), size)
+            return ImageItem(high, wide, place, role, further)
+        source: str | Member | Passage
+        if file == _INLINE:
+            source = self._text(at, size)
+        elif kind & _CELL:
+            source = Passage(_cell(file, at, size, part, -1), number)
+        else:
+            source = Member(file, at, size) if number < 0 else Passage(Member(file, at, size), number)
+        return TextItem(high, source, role, further, kind >> _JOINED_SHIFT & 3)  # type: ignore[arg-type]
+
+    def _text(self, at: int, size: int) -> str:
+        return self.texts_B[at : at + size].tobytes().decode()
+
+
+def declared_role(row: Row) -> Role | None:
+    """The role that the sample itself declares."""
+    return _ROLES[row[0] >> _ROLE_SHIFT & 3]
+
+
+def _cell(file: int, at: int, size: int, part: int, element: int) -> Cell:
+    group, row = at >> _GROUP_SHIFT, at & (1 << _GROUP_SHIFT) - 1
+    return Cell(file, group, row, part >> _COLUMN_SHIFT, element, size)
+
+
+class TableBuilder:
+    """Takes the documents of one shard, one after another."""
+
+    def __init__(self) -> None:
+        self._documents: list[tuple[int, int]] = []
+        self._items: list[Row] = []
+        self._keys, self._texts = bytearray(), bytearray()
+
+    def add(self, key: str, items: Sequence[Item], checksums: Iterable[int]) -> None:
+        """Append a document; `checksums` holds the CRC-32 of every item."""
+        name = key.encode()
+        self._documents.append((len(items), len(name)))
+        self._keys += name
+        for item, checksum in zip(items, checksums, strict=True):
+            role = _ROLES.index(item.role) << _ROLE_SHIFT
+            if isinstance(item, TextItem):
+                kind = role | item.alternative * _FURTHER | item.joined << _JOINED_SHIFT
+                place, high, wide = self._text_place(item.source), item.n_ids, 0
+            else:
+                kind = role | IMAGE | item.frame * _FURTHER
+                place, high, wide = self._image_place(item.member), item.height, item.width
+            cell, where = place
+            self._items.append((kind | cell, high, wide, checksum, *where))
+
+    def table(self) -> Table:
+        """The documents so far."""
+        documents, items = np.array(self._documents, DOCUMENT), np.array(self._items, ITEM)
+        return Table(documents, items, np.frombuffer(self._keys, np.uint8), np.frombuffer(self._texts, np.uint8))
+
+    def _text_place(self, source: str | Member | Passage) -> "_Placed":
+        match source:
+            case str():
+                at, size = self._keep(source)
+                return 0, (_INLINE, at, size, 0)
+            case Passage(place, part):
+                return _placed(place, part)
+            case Member():
+                return _placed(source, -1)
+
+    def _image_place(self, place: Place) -> "_Placed":
+        match place:
+            case Loose(path, size):
+                at, length = self._keep(path)
+                return 0, (_LOOSE, at, size, length + 1)
+            case Cell(element=element):
+                return _placed(place, element)
+            case Member():
+                return _placed(place, -1)
+
+    def _keep(self, text: str) -> tuple[int, int]:
+        """Append to the texts; returns first byte and length."""
+        at, data = len(self._texts), text.encode()
+        self._texts += data
+        return at, len(data)
+
+
+_Placed = tuple[int, tuple[int, int, int, int]]
+"""The bit for cells; file, at, size and part."""
+
+
+def _placed(place: Member | Cell, number: int) -> _Placed:
+    if isinstance(place, Cell):
+        at, part = place.group << _GROUP_SHIFT | place.row, place.column << _COLUMN_SHIFT | number + 1
+        return _CELL, (0, at, place.size, part)
+    return 0, (0, place.offset, place.size, number + 1)
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """One table of the documents of several shards, whose numbers enter it."""
+    parts = {name: [getattr(table, name) for table in tables] for name in TYPES}
+    joint = Table(**{name: np.concatenate(arrays) for name, arrays in parts.items()})
+    counts = [len(table.items_I) for table in tables]
+    shard_I = np.repeat(np.arange(len(tables), dtype=np.int32), counts)
+    texts_I = np.repeat(_starts([len(table.texts_B) for table in tables])[:-1], counts)
+    in_shard_I = joint.items_I["file"] == 0
+    joint.items_I["file"][in_shard_I] = shard_I[in_shard_I]
+    joint.items_I["at"][~in_shard_I] += texts_I[~in_shard_I]
+    return joint
+
+
+def _starts(counts: np.ndarray | Sequence[int]) -> np.ndarray:
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))

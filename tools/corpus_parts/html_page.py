@@ -1,0 +1,140 @@
+"""A web page as a document: the text and the images of its main content, in order.
+
+Tolerant as browsers are: tags that are never closed, stray end tags and unknown elements lose no text.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from html.parser import HTMLParser
+
+from corpus_parts.draft import Draft, Picture, Text, joined, tidy
+
+LEFT_OUT = frozenset((
+    "aside", "button", "footer", "form", "head", "header", "iframe", "nav", "noscript", "script", "select", "style",
+    "svg", "template",
+))  # fmt: skip
+"""Elements without main content."""
+LEFT_OUT_CLASSES = frozenset((
+    "breadcrumbs", "index", "legalnotice", "navbar", "navfooter", "navheader", "sidebar", "toc",
+))  # fmt: skip
+"""Classes of blocks without main content, DocBook's among them."""
+BLOCKS = frozenset((
+    "address", "article", "blockquote", "body", "center", "dd", "details", "div", "dl", "dt", "fieldset", "figcaption",
+    "figure", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "main", "ol", "p", "pre", "section", "summary", "table",
+    "tbody", "tfoot", "thead", "tr", "ul",
+))  # fmt: skip
+"""Elements that begin and end a paragraph."""
+VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
+"""Elements without an end tag."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page holds: its main content, and how many images it has in all, those of navigation included."""
+
+    draft: Draft
+    images: int
+
+
+def read_page(key: str, html: str, load: Callable[[str], bytes | None]) -> Page:
+    """Read one page; `load` gives the file behind the `src` of an image, None if there is none."""
+    reader = _Reader(load)
+    reader.feed(html)
+    reader.close()
+    reader.flush()
+    return Page(Draft(key, joined(reader.items)), reader.images)
+
+
+class _Reader(HTMLParser):
+    """Collects `items`; `text` is the text since the last image."""
+
+    def __init__(self, load: Callable[[str], bytes | None]) -> None:
+        super().__init__(convert_charrefs=True)
+        self.load = load
+        self.items: list[Text | Picture] = []
+        self.images = 0
+        self.text = ""
+        self.skipping: list[str] = []  # the element that is left out, and elements of the same name inside it
+        self.preformatted = 0
+        self.lists: list[int | None] = []  # per open list: the next number, None if it has bullets
+        self.row_begins = False
+
+    def flush(self) -> None:
+        """Close the current text."""
+        if self.text:
+            self.items.append(Text(tidy(self.text)))
+        self.text = ""
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """<br/> and its like; other empty elements, such as <a id="x"/>, say nothing."""
+        if tag in VOID:
+            self.handle_starttag(tag, attrs)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Begin an element."""
+        self.images += tag == "img"
+        values = dict(attrs)
+        if self.skipping:
+            self.skipping += [tag] * (tag == self.skipping[0])
+        elif tag not in VOID and (tag in LEFT_OUT or LEFT_OUT_CLASSES & set((values.get("class") or "").split())):
+            self.skipping = [tag]
+        elif tag == "img":
+            source = values.get("src") or ""
+            self.flush()
+            self.items.append(Picture(source, self.load(source)))
+        elif tag == "br":
+            self.text += "\n"
+        else:
+            self._begin(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        """End an element."""
+        if self.skipping:
+            if tag == self.skipping[0]:
+                self.skipping.pop()
+            return
+        if tag in ("ul", "ol") and self.lists:
+            self.lists.pop()
+        elif tag == "pre":
+            self.preformatted = max(0, self.preformatted - 1)
+        if tag in BLOCKS:
+            self._paragraph()
+
+    def handle_data(self, data: str) -> None:
+        """Text: white space collapses, except in <pre>."""
+        if self.skipping:
+            return
+        if not self.preformatted:
+            data = re.sub(r"\s+", " ", data)
+            if not self.text[-1:].strip():  # at the beginning, or after white space
+                data = data.lstrip() if self.text or not self.items else data
+        self.text += data
+
+    def _begin(self, tag: str) -> None:
+        if tag in BLOCKS:
+            self._paragraph()
+        if tag in ("ul", "ol"):
+            self.lists.append(1 if tag == "ol" else None)
+        elif tag == "li":
+            self.text = self.text.rstrip() + "\n" + self._marker()
+        elif tag == "tr":
+            self.row_begins = True
+        elif tag in ("td", "th"):
+            if not self.row_begins and self.text.strip():
+                self.text = self.text.rstrip() + " | "
+            self.row_begins = False
+        elif tag == "pre":
+            self.preformatted += 1
+
+    def _marker(self) -> str:
+        number = self.lists[-1] if self.lists else None
+        if number is None:
+            return "- "
+        self.lists[-1] = number + 1
+        return f"{number}. "
+
+    def _paragraph(self) -> None:
+        """End a paragraph; the mark of a list entry and the border of a cell are no paragraphs of their own."""
+        if not re.search(r"(^|\n)(- |\d+\. )$|\| $", self.text):
+            self.text += "\n\n"

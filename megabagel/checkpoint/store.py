@@ -1,157 +1,100 @@
-"""Checkpoint folders: written aside, completed by a manifest, renamed, then named by `latest`.
+"""The checkpoints of a run: which one to go on from, what it says, and its tensors; `Saver` writes them.
 
-    RUN/checkpoints/step_00000100/state.json      data plan and other JSON state; written first
-    RUN/checkpoints/step_00000100/manifest.json   step, grid, model, versions, size of every file; written last
-    RUN/checkpoints/latest                        name of the newest complete checkpoint
-
-A crash at any moment leaves a folder without manifest under a temporary name, and `latest` as it was. A disk that
-refuses leaves not even that folder.
+RUN/checkpoints/step_00000100/   what is in it: manifest.py
+RUN/checkpoints/latest           name of the newest complete checkpoint
 """
 
 import json
 import logging
-import os
-import pickle
-import queue
-import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import is_main_replica
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from torch.distributed.checkpoint.api import CheckpointException
 
+from megabagel.checkpoint.manifest import KEYS, STATE, Manifest, leaves, read_json, read_manifest
+from megabagel.checkpoint.saver import LATEST, Saver, save, take_back
+from megabagel.checkpoint.stored import Stored, verify
+from megabagel.checkpoint.strategy import LoadBoxes, NothingCommon
 from megabagel.config.schema import Config, ModelConfig
 from megabagel.errors import UserError
 from megabagel.model.freezing import is_frozen
-from megabagel.parallel import host
-from megabagel.parallel.agree import once
+from megabagel.parallel.agree import everywhere
 from megabagel.parallel.topology import Topology
+
+__all__ = ["Manifest", "Saver", "find", "load", "read", "save", "weights_of"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
-_ELSE = "Name another checkpoint with run.resume, or remove this one: run.resume=auto then takes the one before it."
-_BOX_OVERHEAD = 4096
-"""Bytes that a box takes on disk beside its numbers, at most: headers, and its entry in the list of all boxes."""
 
-logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)  # its errors are raised as well
+def find(config: Config, topology: Topology) -> Path | None:
+    """The checkpoint to resume from by `run.resume`, or None for a fresh start. Called on every rank.
 
-
-def save(
-    config: Config, topology: Topology, step: int, tensors: dict[str, ShardedTensor], state: dict[str, Any]
-) -> Path:
-    """Write a checkpoint of `step` finished steps; returns its folder. Called on every rank.
-
-    Raises UserError on every rank when the disk refuses; what was there before stays.
-    """
-    root = Path(config.run.dir) / "checkpoints"
-    final = root / f"step_{step:08d}"
-    partial = root / f".{final.name}.partial"
-    size = _disk_size(tensors)
-
-    def prepare() -> None:
-        with _writing(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            (partial / STATE).write_text(json.dumps(state))
-            free = shutil.disk_usage(partial).free
-            if free < size:
-                raise OSError(f"it takes up to {size >> 10:,} KiB, {free >> 10:,} KiB are free")
-
-    def complete() -> None:
-        with _writing(partial):
-            train = config.train
-            write_manifest(
-                partial, config.model, step=step, grid=topology.describe(), ema=train.ema, freeze=train.freeze
-            )
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            _replace(root / LATEST, final.name)
-            _forget_old(final, config.checkpoint.keep)
-
-    once(topology, prepare)
-    # Saving is synchronous here, so results need no manager process, which would outlive a killed rank.
-    filesystem_async._results_queue = queue.SimpleQueue()
-    with _writing(partial):
-        dist_checkpointing.save(dict(tensors), str(partial))
-    dist.barrier()
-    once(topology, complete)
-    logger.info("checkpoint %s", final)
-    return final
-
-
-def find(config: Config) -> Path | None:
-    """The checkpoint to resume from by `run.resume`, or None for a fresh start.
-
-    Raises UserError when a named checkpoint is not complete.
+    `auto` takes the newest that is whole; the ranks share the work of comparing every checksum, and a damaged one is
+    named in a warning. Raises UserError, on every rank, when a named checkpoint is damaged or `auto` finds damaged ones
+    only.
     """
     if config.run.resume == "none":
         return None
     if config.run.resume != "auto":
         folder = Path(config.run.resume)
-        if not (folder / MANIFEST).is_file():
-            raise UserError(
-                f"run.resume={folder}: no complete checkpoint there (expected {MANIFEST} in it). Name a folder such as "
-                "RUN/checkpoints/step_00000100, or use run.resume=auto or none."
-            )
+        try:
+            _check(folder, topology)
+        except UserError as error:
+            raise UserError(f"run.resume={folder}: {error}") from error
         return folder
     root = Path(config.run.dir) / "checkpoints"
-    complete = sorted(path.parent for path in root.glob(f"step_*/{MANIFEST}"))
-    with suppress(OSError):  # `latest` may name a lower step than another run left behind
+    if topology.world.first:
+        take_back(root)
+    candidates: list[list[Path]] = [_candidates(root)]
+    dist.broadcast_object_list(candidates)  # a shared disk may show them later elsewhere
+    damage = None
+    for folder in candidates[0]:
+        try:
+            _check(folder, topology)
+            return folder
+        except UserError as error:
+            damage = damage or error
+            logger.warning("not resuming from %s: %s", folder, error)
+    if damage is not None:
+        raise UserError(
+            f"run.resume=auto: none of {len(candidates[0])} checkpoints in {config.run.dir}/checkpoints is whole. The "
+            f"newest: {damage} To start anew, set run.resume=none."
+        )
+    return None
+
+
+def _candidates(root: Path) -> list[Path]:
+    """Checkpoints in the order in which to try them: what `latest` names, then those before it, then all others."""
+    folders = sorted((path for path in root.glob("step_*") if path.is_dir()), reverse=True)
+    with suppress(OSError, ValueError):  # `latest` may name a lower step than another run left behind
         named = root / (root / LATEST).read_text().strip()
-        return named if named in complete else complete[-1] if complete else None
-    return complete[-1] if complete else None
+        if named in folders:
+            return folders[folders.index(named) :]
+    return folders
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself."""
-
-    step: int
-    """Finished steps; 0 where weights were imported."""
-    ema: float
-    """`train.ema` of the run; 0: it holds no averaged weights."""
-    freeze: tuple[str, ...]
-    """`train.freeze` of the run; frozen weights have neither moments nor averages."""
-    model: dict[str, Any]
-    """The model's config by dotted key."""
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest and check that all of its files are there, as long as they were written.
-
-    Raises UserError.
-    """
-    manifest = _read_json(folder / MANIFEST)
-    try:
-        written, files = manifest["format"], dict(manifest["files"])
-        model = _leaves(asdict(ModelConfig())) | _leaves(manifest["model"])  # fields that are younger than the file
-        found = Manifest(int(manifest["step"]), manifest["ema"], tuple(manifest.get("freeze", ())), model)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / MANIFEST}: no manifest of a checkpoint ({error!r}). {_ELSE}") from error
-    if written != FORMAT:
-        raise UserError(f"{folder}: checkpoint format {written}, this version reads {FORMAT}. {_ELSE}")
-    for name, size in files.items():
-        path = folder / name
-        there = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-        if there != f"{size} bytes":
-            raise UserError(f"{path}: {there}, expected {size} bytes by {MANIFEST}. {_ELSE}")
-    return found
+def _check(folder: Path, topology: Topology) -> None:
+    """Compare every checksum of a checkpoint, together. Raises UserError on every rank."""
+    everywhere(topology, lambda: verify(folder, topology.world.rank, topology.world.size))
 
 
 def read(folder: Path, config: Config) -> tuple[int, dict[str, Any]]:
-    """(finished steps, JSON state) of a checkpoint, after checking that it is whole and of the same run."""
-    manifest, state = read_manifest(folder), _read_json(folder / STATE)
+    """(finished steps, JSON state) of a checkpoint, after checking that it is whole and of the same run.
+
+    Raises UserError.
+    """
+    manifest = read_manifest(folder)
+    state = read_json(folder, STATE, manifest)
+    if manifest.seed is None:
+        raise UserError(
+            f"run.resume: {folder} holds no run to go on with (weights that were imported, or left by reshard without "
+            f"the optimizer): start one with run.init_from={folder}"
+        )
     for key, mine, theirs in _differences(config.model, manifest):
         raise UserError(
             f"model.{key}={mine!r}, but {folder} was trained with {theirs!r}: use the model it was trained with, or "
@@ -167,6 +110,12 @@ def read(folder: Path, config: Config) -> tuple[int, dict[str, Any]]:
             f"train.freeze={list(config.train.freeze)}, but {folder} was written with {list(manifest.freeze)}, so "
             "other weights have moments. Go on with the same set, or start the next stage in a run.dir of its own with "
             f"run.init_from={folder}."
+        )
+    if (manifest.seed, manifest.keys) != (config.train.seed, KEYS):
+        raise UserError(
+            f"train.seed={config.train.seed} (draws of version {KEYS}), but {folder} was trained with seed "
+            f"{manifest.seed} (version {manifest.keys}), so order, noise and dropout would not go on as they began. "
+            f"Use the same seed and version, or start a run.dir of its own with run.init_from={folder}."
         )
     return manifest.step, state
 
@@ -208,105 +157,22 @@ def _differences(
     model: ModelConfig, manifest: Manifest, but: Collection[str] = ()
 ) -> Iterator[tuple[str, object, object]]:
     """(dotted key, value here, value there) of fields that differ. Where the codec's weights lie may always change."""
-    mine = _leaves(json.loads(json.dumps(asdict(model))))
+    mine = leaves(json.loads(json.dumps(asdict(model))))
     theirs = json.loads(json.dumps(manifest.model))
     for key in sorted((mine.keys() | theirs.keys()) - {"vae.path", *but}):
         if mine.get(key) != theirs.get(key):
             yield key, mine.get(key), theirs.get(key)
 
 
-def _leaves(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """The values of a nested mapping by dotted key."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _leaves(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
-    return found
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). {_ELSE}") from error
-
-
 def load(folder: Path, tensors: dict[str, ShardedTensor]) -> None:
-    """Fill this rank's tensors in place. The checkpoint may come from any grid.
+    """Fill this rank's tensors in place. The checkpoint may come from any grid; no other rank is asked.
 
-    Raises UserError when its content is damaged.
+    Raises UserError when what is read is damaged or does not fit.
     """
-    targets = {label: tensor.data for label, tensor in tensors.items()}
+    stored = Stored(folder)
     try:
-        loaded = dist_checkpointing.load(dict(tensors), str(folder), strict="raise_unexpected")
-    except (OSError, ValueError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
-        raise UserError(f"{folder}: cannot be loaded ({_reason(error)}). {_ELSE}") from error
-    for label, target in targets.items():
-        if loaded[label].data_ptr() != target.data_ptr():
-            target.copy_(loaded[label].view_as(target))
-
-
-def _disk_size(tensors: dict[str, ShardedTensor]) -> int:
-    """Bytes that a checkpoint with these tensors of every rank takes on disk, and a little more."""
-    mine = [tensor.data.nbytes + _BOX_OVERHEAD for tensor in tensors.values() if is_main_replica(tensor.replica_id)]
-    total = torch.tensor(sum(mine), device=host.device())
-    dist.all_reduce(total)
-    return int(total)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turns what a disk refuses into a user's error that names the folder, and gives back the room taken so far.
-
-    megatron-core's writers tell every rank of theirs as CheckpointException, which is no Exception.
-    """
-    try:
-        yield
-    except (OSError, CheckpointException) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(
-            f"{folder}: checkpoint cannot be written ({_reason(error)}). The previous checkpoint is untouched; make "
-            "room or mend permissions, or set run.dir elsewhere, and start again."
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong; of the failures of several ranks, which rank 0 knows, rather one that the system explains."""
-    if not isinstance(error, CheckpointException):
-        return str(error)
-    failures = sorted(error.failures.items(), key=lambda failure: "Errno" not in str(failure[1][0]))
-    return next((f"rank {rank}: {cause}" for rank, (cause, _) in failures), "see the message of rank 0")
-
-
-def write_manifest(folder: Path, model: ModelConfig, **about: Any) -> None:
-    """Complete a checkpoint folder: flush its files and list them; `about` are step, grid, ema and the like."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[str(path.relative_to(folder))] = path.stat().st_size
-    manifest = {
-        "format": FORMAT,
-        **about,
-        "model": asdict(model),
-        "versions": {name: version(name) for name in ("torch", "megatron-core", "numpy")},
-        "files": files,
-    }
-    _replace(folder / MANIFEST, json.dumps(manifest, indent=1))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a small file so that it is either the old or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _forget_old(newest: Path, keep: int) -> None:
-    """Remove all but `keep` checkpoints up to the newest. Those of later steps are another run's, and are left."""
-    complete = sorted(newest.parent.glob(f"step_*/{MANIFEST}"))
-    for manifest in [path for path in complete if path.parent <= newest][:-keep] if keep else []:
-        manifest.unlink()  # incomplete from here on, whatever happens next
-        shutil.rmtree(manifest.parent, ignore_errors=True)
+        dist_checkpointing.load(
+            dict(tensors), str(folder), LoadBoxes(stored), NothingCommon(), validate_access_integrity=False
+        )
+    finally:
+        stored.close()

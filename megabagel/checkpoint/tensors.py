@@ -75,12 +75,12 @@ def sharded_tensors(
     for shard in shards:
         for piece in pieces(names[shard.parameter], shard.parameter):
             for kind, flat in shard.states.items():
-                for number, tensor in enumerate(_tensors(shard, piece, kind, flat.detach(), topology.tp.rank)):
+                for number, tensor in enumerate(boxes_of(shard, piece, kind, flat.detach(), topology.tp.rank)):
                     found[f"{kind}/{piece.name}/{number}"] = tensor
     return found | frozen_tensors(stages, topology)
 
 
-def _tensors(shard: Shard, piece: Piece, kind: str, flat: torch.Tensor, tp_rank: int) -> Iterator[ShardedTensor]:
+def boxes_of(shard: Shard, piece: Piece, kind: str, flat: torch.Tensor, tp_rank: int) -> Iterator[ShardedTensor]:
     """The boxes of a piece that a shard covers."""
     shape = list(shard.parameter.shape)
     row = 1

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from megabagel.checkpoint.index import TYPES
+from megabagel.checkpoint.manifest import model_of
 from megabagel.checkpoint.official.config import llm_fields, llm_json, vit_config, vit_json
-from megabagel.checkpoint.official.files import TYPES
 from megabagel.checkpoint.official.folder import (
     LLM_CONFIG,
     TOKENIZER_FILES,
@@ -25,10 +26,9 @@ from megabagel.checkpoint.official.folder import (
 from megabagel.checkpoint.official.importer import ASSETS, TABLE_TYPES, Summary, fresh, summary
 from megabagel.checkpoint.official.names import model_shapes, official_name, table_sides
 from megabagel.checkpoint.official.writer import write_safetensors
-from megabagel.checkpoint.store import STATE, Manifest, read_manifest
-from megabagel.checkpoint.stream import LazyTensor, Stored
+from megabagel.checkpoint.stored import Stored
+from megabagel.checkpoint.stream import LazyTensor
 from megabagel.config.schema import ModelConfig, VitConfig
-from megabagel.config.typed import Problems, build
 from megabagel.errors import UserError
 from megabagel.model.freezing import is_frozen
 from megabagel.model.positions import sincos_table
@@ -49,9 +49,9 @@ def export(
     Raises UserError.
     """
     began = time.monotonic()
-    manifest = read_manifest(checkpoint)
-    model = _model(checkpoint, manifest)
-    tensors = _tensors(checkpoint, manifest, model, weights, dtype)
+    stored = Stored(checkpoint)
+    model = model_of(checkpoint, stored.manifest)
+    tensors = _tensors(stored, model, weights, dtype)
     copied = _assets(checkpoint, model, beside)
     room = sum(tensor.nbytes for tensor in tensors.values()) + sum(file.stat().st_size for file in copied.values())
     with new_folder(out, room) as folder:
@@ -62,34 +62,15 @@ def export(
     return summary(out, tensors, began, notes)
 
 
-def _model(checkpoint: Path, manifest: Manifest) -> ModelConfig:
-    """The checkpoint's model from the dotted keys of its manifest."""
-    tree: dict[str, Any] = {}
-    for key, value in manifest.model.items():
-        *above, name = key.split(".")
-        node = tree
-        for part in above:
-            node = node.setdefault(part, {})
-        node[name] = list(value) if isinstance(value, tuple) else value
-    problems = Problems()
-    model = build(ModelConfig, tree, problems, "model")
-    if problems.found:
-        lines = [text for _, text in problems.found]
-        raise UserError("\n  ".join((f"{checkpoint}: its model is not understood", *lines)))
-    return model
-
-
-def _tensors(
-    checkpoint: Path, manifest: Manifest, model: ModelConfig, weights: str | None, dtype: str
-) -> dict[str, LazyTensor]:
+def _tensors(stored: Stored, model: ModelConfig, weights: str | None, dtype: str) -> dict[str, LazyTensor]:
     """Every tensor of the published file, by its name there."""
+    checkpoint, manifest = stored.folder, stored.manifest
     averaged = manifest.ema > 0 if weights is None else weights == "ema"
     if averaged and not manifest.ema:
         raise UserError(
             f"--weights ema, but {checkpoint} holds no averaged weights (train.ema=0): use --weights trained, or name "
             "another checkpoint"
         )
-    stored = Stored(checkpoint)
     tensors = {}
     for name, shape in model_shapes(model).items():
         learns = not is_frozen(name, model, manifest.freeze)  # what does not learn has no average but itself
@@ -97,17 +78,12 @@ def _tensors(
         if key not in stored or stored.shape(key) != shape:
             found = f"is {list(stored.shape(key))}" if key in stored else "is missing"
             raise UserError(f"{checkpoint}: tensor {key} {found}, expected {list(shape)}. Name another checkpoint.")
-        kind = DTYPES.get(dtype) or stored.dtype(key)
-        tensors[official_name(name)] = LazyTensor(shape, kind, partial(_whole, stored, key, kind))
-    types = read_json(checkpoint / STATE).get(TABLE_TYPES, {})
+        tensors[official_name(name)] = stored.whole(key, DTYPES.get(dtype))
+    types = stored.state().get(TABLE_TYPES, {})
     for name, side in table_sides(model).items():
         kind = DTYPES.get(dtype) or TYPES[types.get(name, "F32")]
         tensors[name] = fresh(partial(sincos_table, model.hidden, side), (side * side, model.hidden), kind)
     return tensors
-
-
-def _whole(stored: Stored, key: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    yield stored.read(key, dtype)
 
 
 def _assets(checkpoint: Path, model: ModelConfig, beside: Path | None) -> dict[str, Path]:

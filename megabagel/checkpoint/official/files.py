@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
+from megabagel.checkpoint.index import TYPES
 from megabagel.checkpoint.stream import LazyTensor, row_ranges
 from megabagel.errors import UserError
 
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types that weights may have."""
 INDEX_SUFFIX = ".safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # the library's own limit
 _AGAIN = "Copy or download the file again."

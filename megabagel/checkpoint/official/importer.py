@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from megabagel.checkpoint import stream
+from megabagel.checkpoint.index import TYPES
+from megabagel.checkpoint.manifest import STATE, write_manifest
 from megabagel.checkpoint.official.deduce import deduce
-from megabagel.checkpoint.official.files import INDEX_SUFFIX, TYPES, TensorFiles
+from megabagel.checkpoint.official.files import INDEX_SUFFIX, TensorFiles
 from megabagel.checkpoint.official.folder import VAE_WEIGHTS, assets, copy_into, new_folder
 from megabagel.checkpoint.official.names import LATENT_TABLE, model_shapes, official_name, official_shapes, table_sides
 from megabagel.checkpoint.official.tokens import check_tokenizer
 from megabagel.checkpoint.official.vae import vae_config
-from megabagel.checkpoint.store import STATE, write_manifest
 from megabagel.checkpoint.stream import LazyTensor
 from megabagel.config.load import to_dict, write_yaml
 from megabagel.config.schema import ModelConfig, VaeConfig
@@ -120,8 +121,8 @@ def write_checkpoint(
     with new_folder(out, sum(tensor.nbytes for tensor in tensors.values()) + _ROOM) as folder:
         (folder / STATE).write_text(json.dumps({TABLE_TYPES: tables}))
         add(folder)
-        stream.write(folder, {f"weight/{name}": tensor for name, tensor in tensors.items()})
-        write_manifest(folder, model, step=0, grid="imported", ema=0.0, freeze=())
+        sums = stream.write(folder, {f"weight/{name}": tensor for name, tensor in tensors.items()})
+        write_manifest(folder, model, sums, step=0, grid={}, ema=0.0, freeze=())
 
 
 def write_model(folder: Path, out: Path, model: ModelConfig) -> None:

@@ -9,10 +9,9 @@ from typing import BinaryIO
 import torch
 from safetensors import safe_open
 
-from megabagel.checkpoint.official.files import TYPES
+from megabagel.checkpoint.index import NAMES
 from megabagel.checkpoint.stream import LazyTensor
 
-NAMES = {dtype: name for name, dtype in TYPES.items()}
 _ORDER = ("F64", "F32", "BF16", "F16")
 """Types as the library orders them: the widest first, so that every tensor is aligned."""
 

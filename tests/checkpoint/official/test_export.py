@@ -14,7 +14,7 @@ from megabagel.checkpoint.official.importer import import_folder
 from megabagel.checkpoint.official.names import official_name, table_sides
 from megabagel.errors import UserError
 from megabagel.model.positions import sincos_table
-from tests.checkpoint import test_reshard
+from tests.checkpoint import states
 from tests.checkpoint.official.published import MODEL, publish, weights
 from tests.parallel.pool import RankPool
 from tests.parallel.scenario import base_config
@@ -25,11 +25,11 @@ Trained = tuple[Path, dict[str, np.ndarray]]
 
 @pytest.fixture(scope="module")
 def trained(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Three steps on tensor-parallel ranks, which hold rows of some weights and columns of others."""
+    """Some steps on tensor-parallel ranks, which hold rows of some weights and columns of others."""
     folder = tmp_path_factory.mktemp("trained")
-    config, size = test_reshard._config((2, 1, 1, 1, 1), folder)
-    results = ranks.run(size, test_reshard.write, config)
-    return folder / "checkpoints" / "step_00000003", test_reshard._whole([boxes for boxes, _ in results])
+    config, size = states.config_on((2, 1, 1, 1, 1), folder)
+    lives = ranks.run(size, states.write, config)
+    return folder / "checkpoints" / "step_00000002", states.whole(lives)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_types_can_be_changed(tmp_path: Path) -> None:
         assert torch.equal(tensor, source[name].float())
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "manifest.json"])
+@pytest.mark.parametrize("file", ["rank_00000.safetensors", "index.json", "manifest.json"])
 def test_damage(tmp_path: Path, file: str) -> None:
     """Of the same length, so that only reading finds it."""
     import_folder(publish(tmp_path / "source", weights()), tmp_path / "checkpoint")

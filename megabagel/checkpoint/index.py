@@ -1,0 +1,153 @@
+"""The index of a checkpoint: which box of which tensor lies in which file, as JSON.
+
+    {"weight/heads.lm_head.weight": {"dtype": "F32", "shape": [264, 32], "boxes": [
+        ["rank_00000.safetensors", [0, 0], [132, 32], 0], ["rank_00001.safetensors", [132, 0], [132, 32], 0]]}}
+
+A box is (file, offset in the tensor, shape, first byte among the file's numbers). The boxes of a tensor tile it: each
+number is in exactly one. Every file is a safetensors file of its own, whose header says the same of its boxes.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megabagel.checkpoint.blocks import ANOTHER, Sums
+from megabagel.errors import UserError
+
+TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types that weights may have, by their name in safetensors files."""
+NAMES = {dtype: name for name, dtype in TYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredBox:
+    """A box of a tensor in a file."""
+
+    file: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: int
+    """First byte, counted from the end of the file's header."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the whole model."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    boxes: tuple[StoredBox, ...]
+
+    def nbytes(self, box: StoredBox) -> int:
+        """Bytes of a box."""
+        return prod(box.shape) * self.dtype.itemsize
+
+
+Index = dict[str, Entry]
+"""By key: `<kind>/<name>`."""
+
+
+def box_name(key: str, offset: tuple[int, ...]) -> str:
+    """What a box is called in its file: `weight/heads.lm_head.weight@132,0`."""
+    return f"{key}@{','.join(map(str, offset))}"
+
+
+def header_entry(entry: Entry, box: StoredBox) -> dict[str, Any]:
+    """What the header of its file says of a box."""
+    place = [box.start, box.start + entry.nbytes(box)]
+    return {"dtype": NAMES[entry.dtype], "shape": list(box.shape), "data_offsets": place}
+
+
+def merged(parts: Iterable[Index]) -> Index:
+    """The index of all ranks from those of single ranks."""
+    whole: dict[str, Entry] = {}
+    for key, entry in (item for part in parts for item in part.items()):
+        boxes = whole[key].boxes if key in whole else ()
+        whole[key] = Entry(entry.dtype, entry.shape, boxes + entry.boxes)
+    for key, entry in whole.items():
+        assert (problem := untiled(entry)) is None, (key, problem)
+    return whole
+
+
+def to_json(index: Index) -> str:
+    """A line per tensor."""
+    lines = [
+        f"{json.dumps(key)}: "
+        + json.dumps({
+            "dtype": NAMES[entry.dtype],
+            "shape": entry.shape,
+            "boxes": [[box.file, box.offset, box.shape, box.start] for box in entry.boxes],
+        })
+        for key, entry in sorted(index.items())
+    ]  # fmt: skip
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def from_json(path: Path, content: Any, files: Mapping[str, Sums]) -> Index:
+    """The index from parsed JSON. Raises UserError unless it makes sense for these files, whoever wrote it."""
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path}: no index of tensors, expected a JSON object with some. {ANOTHER}")
+    index = {}
+    for key, about in content.items():
+        try:
+            boxes = tuple(
+                StoredBox(file, _sizes(at, 0), _sizes(shape, 1), start) for file, at, shape, start in about["boxes"]
+            )
+            entry = index[key] = Entry(TYPES[about["dtype"]], _sizes(about["shape"], 1), boxes)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: its entry of {key} cannot be understood ({error!r}). {ANOTHER}") from error
+        problem = next((p for box in boxes if (p := _misplaced(entry, box, files))), None) or untiled(entry)
+        if problem:
+            raise UserError(f"{path}: tensor {key} {list(entry.shape)}: {problem}. {ANOTHER}")
+    return index
+
+
+def _sizes(values: Any, least: int) -> tuple[int, ...]:
+    if not isinstance(values, list) or not values or not all(type(v) is int and v >= least for v in values):
+        raise ValueError(f"{values!r} are no whole numbers of at least {least}")
+    return tuple(values)
+
+
+def _misplaced(entry: Entry, box: StoredBox, files: Mapping[str, Sums]) -> str | None:
+    """What is wrong with a box by itself."""
+    if not isinstance(box.file, str) or box.file not in files:
+        return f"a box lies in {box.file!r}, which the manifest does not list"
+    if type(box.start) is not int or box.start < 0 or box.start + entry.nbytes(box) > files[box.file].size:
+        return f"a box lies at bytes {box.start!r} and following of {box.file}, which has {files[box.file].size:,}"
+    if not len(box.offset) == len(box.shape) == len(entry.shape):
+        return f"a box at {list(box.offset)} has shape {list(box.shape)}"
+    if any(at + size > end for at, size, end in zip(box.offset, box.shape, entry.shape, strict=True)):
+        return f"the box at {list(box.offset)} of shape {list(box.shape)} lies outside"
+    return None
+
+
+def untiled(entry: Entry) -> str | None:
+    """Why the boxes of a tensor do not tile it, if so; each is known to lie inside."""
+    active: list[StoredBox] = []
+    for box in sorted(entry.boxes, key=lambda box: box.offset):
+        active = [other for other in active if other.offset[0] + other.shape[0] > box.offset[0]]
+        for other in active:
+            if overlap(other.offset, other.shape, box.offset, box.shape):
+                return f"the boxes at {list(other.offset)} and {list(box.offset)} overlap"
+        active.append(box)
+    held, whole = sum(prod(box.shape) for box in entry.boxes), prod(entry.shape)
+    return None if held == whole else f"its boxes hold {held:,} numbers of {whole:,}"
+
+
+Range = tuple[int, int]
+
+
+def overlap(
+    offset: tuple[int, ...], shape: tuple[int, ...], other: tuple[int, ...], extent: tuple[int, ...]
+) -> list[Range] | None:
+    """[start, stop) along every dimension of what two boxes share, or None."""
+    ranges = [
+        (max(at, to), min(at + size, to + length))
+        for at, size, to, length in zip(offset, shape, other, extent, strict=True)
+    ]
+    return ranges if all(start < stop for start, stop in ranges) else None

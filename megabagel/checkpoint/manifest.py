@@ -1,0 +1,251 @@
+"""What a checkpoint says of itself, and which of its files are safe to open.
+
+    step_00000100/rank_00000.safetensors   boxes of tensors, a file per rank that wrote (stored.py, index.py)
+    step_00000100/index.json               which box of which tensor lies where
+    step_00000100/state.json               data plan and other JSON state
+    step_00000100/config.yaml              the resolved config of the run
+    step_00000100/metadata.json            the format's name, as megatron-core's dist_checkpointing looks for it
+    step_00000100/manifest.json            step, grid, model, versions; size and checksums of every file; written last
+
+No file is ever unpickled: all are JSON, YAML or safetensors, and a folder with a pickle in it is refused by name.
+"""
+
+import json
+import os
+import subprocess
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from megabagel.checkpoint.blocks import ANOTHER, BLOCK, SummedReader, Sums, checksum, sums_of_file
+from megabagel.config.schema import ModelConfig
+from megabagel.config.typed import Problems, build
+from megabagel.errors import UserError
+
+FORMAT = 2
+BACKEND = "megabagel"
+MANIFEST, STATE, INDEX, CONFIG, METADATA = (
+    "manifest.json",
+    "state.json",
+    "index.json",
+    "config.yaml",
+    "metadata.json",
+)
+KEYS = 1
+"""Version of what sequence/keys.py derives from a seed: the same seed means the same draws only with the same one."""
+_PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".distcp", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself."""
+
+    step: int
+    """Finished steps; 0 where weights were imported."""
+    grid: dict[str, int]
+    """Sizes of the axes tp, pp, vpp, cp and dp that wrote it; empty where weights were imported."""
+    ema: float
+    """`train.ema` of the run; 0: it holds no averaged weights."""
+    freeze: tuple[str, ...]
+    """`train.freeze` of the run; frozen weights have neither moments nor averages."""
+    seed: int | None
+    """`train.seed` of the run, which all its draws come from; None where weights were imported."""
+    keys: int
+    model: dict[str, Any]
+    """The model's config by dotted key."""
+    versions: dict[str, str]
+    """Of this package, its commit and its libraries."""
+    files: dict[str, Sums]
+    """Every other file, by path in the folder."""
+
+
+def write_manifest(folder: Path, model: ModelConfig, sums: dict[str, Sums], **about: Any) -> None:
+    """Complete a checkpoint folder whose files lie on the disk: list them; `about` are step, grid, ema and the like.
+
+    sums: of files that were summed up when they were written; the others are read. Raises OSError.
+    """
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name not in sums:
+            flush(path)
+        files[name] = sums.get(name) or sums_of_file(path)
+    for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
+        flush(path)
+    content = {
+        "format": FORMAT,
+        "seed": None,
+        "keys": KEYS,
+        **about,
+        "model": asdict(model),
+        "versions": versions(),
+        "files": {name: asdict(sum) for name, sum in files.items()},
+    }
+    replace_file(folder / MANIFEST, json.dumps({"checksum": own_checksum(content), **content}, indent=1))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest and check that all of its files are there, as long as they were written.
+
+    Raises UserError.
+    """
+    refuse_pickles(folder)
+    content = parse_json(folder / MANIFEST, _text(folder / MANIFEST))
+    written = content.get("format") if isinstance(content, dict) else None
+    if isinstance(written, int) and written != FORMAT:
+        raise UserError(f"{folder}: checkpoint format {written}, this version reads {FORMAT}. {ANOTHER}")
+    try:
+        expected = content.pop("checksum")
+        model = leaves(asdict(ModelConfig())) | leaves(content["model"])  # fields that are younger than the file
+        found = Manifest(
+            int(content["step"]),
+            {axis: int(size) for axis, size in content["grid"].items()},
+            float(content["ema"]),
+            tuple(content["freeze"]),
+            content["seed"],
+            int(content["keys"]),
+            model,
+            dict(content["versions"]),
+            {name: _sums(of) for name, of in content["files"].items()},
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / MANIFEST}: no manifest of a checkpoint ({error!r}). {ANOTHER}") from error
+    if expected != own_checksum(content):
+        raise UserError(f"{folder / MANIFEST}: was changed: it does not fit its own checksum. {ANOTHER}")
+    for name, sums in found.files.items():
+        _check_there(folder, name, sums.size)
+    return found
+
+
+def _sums(about: dict[str, Any]) -> Sums:
+    """Size and checksums of a file. Raises ValueError unless there is one for every block."""
+    sums = Sums(int(about["size"]), tuple(about["blocks"]))
+    if len(sums.blocks) != -(-sums.size // BLOCK):
+        raise ValueError(f"{len(sums.blocks)} checksums for {sums.size} bytes")
+    return sums
+
+
+def model_of(folder: Path, manifest: Manifest) -> ModelConfig:
+    """The checkpoint's model. Raises UserError when this version does not know it."""
+    tree: dict[str, Any] = {}
+    for key, value in manifest.model.items():
+        *above, name = key.split(".")
+        node = tree
+        for part in above:
+            node = node.setdefault(part, {})
+        node[name] = list(value) if isinstance(value, tuple) else value
+    problems = Problems()
+    model = build(ModelConfig, tree, problems, "model")
+    if problems.found:
+        raise UserError("\n  ".join((f"{folder}: its model is not understood", *(text for _, text in problems.found))))
+    return model
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise UserError if a file of the folder is a pickle by its name, as those of older formats are."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name == ".metadata" or path.suffix in _PICKLES:
+            raise UserError(
+                f"{path}: a pickle, which can run any code when it is opened, so this version opens none; expected a "
+                f"checkpoint of format {FORMAT}. If the folder is a checkpoint of format 1, write it as published "
+                "weights with the version that made it (megabagel export-hf) and import those (megabagel import-hf); "
+                "else remove the file."
+            )
+
+
+def read_json(folder: Path, name: str, manifest: Manifest) -> Any:
+    """A JSON file of a checkpoint, its checksum compared. Raises UserError."""
+    sums = manifest.files.get(name)
+    if sums is None:
+        raise UserError(f"{folder / MANIFEST}: lists no {name}, which every checkpoint has. {ANOTHER}")
+    reader = SummedReader(folder / name, sums)
+    try:
+        return parse_json(folder / name, reader.read(0, sums.size))
+    finally:
+        reader.close()
+
+
+def parse_json(path: Path, content: bytes) -> Any:
+    """JSON as the standard has it, without NaN and infinities. Raises UserError."""
+    try:
+        return json.loads(content, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}). {ANOTHER}") from error
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _text(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {ANOTHER}") from error
+
+
+def _check_there(folder: Path, name: str, size: int) -> None:
+    """Raise UserError unless a listed file is a plain file inside the folder, as long as it was written."""
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"{folder / MANIFEST}: lists {name!r}, expected files inside the folder. {ANOTHER}")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path}: a link to {path.resolve()}, expected a file inside the folder. {ANOTHER}")
+    there = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+    if there != f"{size} bytes":
+        raise UserError(f"{path}: {there}, expected {size} bytes by {MANIFEST}. {ANOTHER}")
+
+
+def leaves(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """The values of a nested mapping by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= leaves(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return found
+
+
+def own_checksum(content: dict[str, Any]) -> str:
+    """Of a manifest, over all but this checksum."""
+    return checksum(json.dumps(content, sort_keys=True).encode())
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file so that it is either the old or the new one, whatever happens. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@lru_cache
+def versions() -> dict[str, str]:
+    """Of what wrote a checkpoint: the package, the commit of a checkout, torch, megatron-core and numpy."""
+    found = {name: version(name) for name in ("torch", "megatron-core", "numpy")}
+    try:
+        found["megabagel"] = version("megabagel")
+    except PackageNotFoundError:
+        found["megabagel"] = "checkout"
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        try:
+            found["commit"] = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout[
+                :-1
+            ]
+        except (OSError, subprocess.SubprocessError):
+            found["commit"] = "unknown"
+    return found

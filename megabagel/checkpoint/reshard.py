@@ -1,0 +1,173 @@
+"""Rewrites a checkpoint as another grid would have written it, without ranks and in little memory.
+
+Any grid loads any checkpoint; this is for storage tuned to a grid (each rank then reads its own file from front to
+back), and for leaving out what is no longer needed.
+"""
+
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megabagel.checkpoint.blocks import check_files
+from megabagel.checkpoint.manifest import INDEX, MANIFEST, METADATA, Manifest, model_of, write_manifest
+from megabagel.checkpoint.official.folder import new_folder
+from megabagel.checkpoint.stored import Stored
+from megabagel.checkpoint.stream import Part, file_of, write_file, write_index
+from megabagel.checkpoint.tensors import MOMENTS, Shard, boxes_of
+from megabagel.config.checks import RULES
+from megabagel.config.schema import Config, ModelConfig, ParallelConfig
+from megabagel.errors import UserError
+from megabagel.model.bagel import Bagel
+from megabagel.model.factory import SingleDevice
+from megabagel.model.sharding import pieces, shard
+from megabagel.parallel.stages import layer_split
+
+KINDS = {"optimizer": MOMENTS, "ema": ("ema",)}
+"""What can be left out."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes of the axes."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    dp: int = 1
+
+    @property
+    def size(self) -> int:
+        """Ranks."""
+        return self.tp * self.pp * self.cp * self.dp
+
+
+def reshard(source: Path, out: Path, changes: Mapping[str, int], drop: Collection[str] = ()) -> Grid:
+    """Write checkpoint `source` as `out`, as its own grid with `changes` to some axes would; returns that grid.
+
+    drop: `optimizer`, `ema` or both; without optimizer it is a checkpoint to start from (run.init_from), not to resume.
+    Raises UserError.
+    """
+    stored = Stored(source)
+    model = model_of(source, stored.manifest)
+    grid = replace(Grid(**stored.manifest.grid), **changes)
+    _check(model, grid)
+    dropped = {kind for what in drop for kind in KINDS[what]}
+    size = sum(entry.nbytes(box) for entry in stored.index.values() for box in entry.boxes)
+    with new_folder(out, size + (1 << 20)) as folder:
+        _copy_files(stored, folder)
+        found = [
+            (file_of(rank), *write_file(folder / file_of(rank), parts))
+            for rank in range(grid.size)
+            if (parts := list(_parts(stored, model, grid, rank, dropped)))
+        ]
+        write_index(folder, [index for _, index, _ in found])
+        sums = {name: sums for name, _, sums in found}
+        write_manifest(folder, model, sums, **_about(stored.manifest, drop), grid=asdict(grid))
+    stored.close()
+    return grid
+
+
+def _check(model: ModelConfig, grid: Grid) -> None:
+    """Raise UserError where the model does not split like this."""
+    config = Config(model=model, parallel=ParallelConfig(tp=grid.tp, pp=grid.pp, vpp=grid.vpp, cp=grid.cp))
+    rules = [rule for rule in RULES if all(key.startswith(("model.", "parallel.")) for key in rule.keys)]
+    lines = [line for rule in rules for line in rule.messages(config)]
+    if lines:
+        raise UserError("\n  ".join(("the checkpoint's model does not fit this grid", *lines)))
+
+
+def _about(manifest: Manifest, drop: Collection[str]) -> dict[str, object]:
+    """What the new manifest says as the old one did. Without optimizer it belongs to no run any more."""
+    resumable = "optimizer" not in drop
+    return {
+        "step": manifest.step,
+        "ema": 0.0 if "ema" in drop else manifest.ema,
+        "freeze": manifest.freeze,
+        "seed": manifest.seed if resumable else None,
+    }
+
+
+def _copy_files(stored: Stored, folder: Path) -> None:
+    """State, config, and what an import kept beside the weights."""
+    stored.state()
+    written = {box.file for entry in stored.index.values() for box in entry.boxes} | {INDEX, METADATA, MANIFEST}
+    files = {name: sums for name, sums in stored.manifest.files.items() if name not in written}
+    check_files({stored.folder / name: sums for name, sums in files.items()})
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(stored.folder / name, folder / name)
+
+
+def _parts(stored: Stored, model: ModelConfig, grid: Grid, rank: int, dropped: Collection[str]) -> Iterator[Part]:
+    """The boxes of one rank: its share of the flat parameters of its stages, as the distributed optimizer has it."""
+    tp, copy, pp = rank % grid.tp, rank // grid.tp % (grid.cp * grid.dp), rank // (grid.tp * grid.cp * grid.dp)
+    named = [named for stage in stages(model, grid, tp, pp) for named in stage.named_parameters()]
+    whole = sum(parameter.numel() for _, parameter in named)
+    first, last = (whole * part // (grid.cp * grid.dp) for part in (copy, copy + 1))
+    at = 0
+    for name, parameter in named:
+        start, stop = max(first - at, 0), min(last - at, parameter.numel())
+        at += parameter.numel()
+        if start >= stop:
+            continue
+        for piece in pieces(name, parameter):
+            for kind in ("weight", *MOMENTS, "ema"):
+                key = f"{kind}/{piece.name}"
+                if key not in stored or kind in dropped or (piece.replicated and tp):
+                    continue
+                flat = torch.empty(stop - start, dtype=stored.dtype(key), device="meta")
+                for box in boxes_of(Shard(parameter, start, stop, {}), piece, kind, flat, tp):
+                    shape, offset = tuple(box.local_shape), tuple(box.global_offset)
+                    yield Part(key, piece.shape, offset, stored.part(key, offset, shape, stored.dtype(key)))
+
+
+def stages(model: ModelConfig, grid: Grid, tp: int, pp: int) -> list[Bagel]:
+    """The model chunks of a rank, with shapes and no numbers."""
+    split = layer_split(Config(model=model, parallel=ParallelConfig(pp=grid.pp, vpp=grid.vpp)))
+    mine = [chunk * grid.pp + pp for chunk in range(grid.vpp)]
+    with torch.device("meta"):
+        return [
+            Bagel(model, Plan(tp, grid.tp), split[stage], first=stage == 0, last=stage == len(split) - 1)
+            for stage in mine
+        ]
+
+
+class Plan(SingleDevice):
+    """Layers as a tensor-parallel rank has them, to be looked at."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.shards = rank, size
+
+    def column(self, inputs: int, blocks: Mapping[str, int], *, bias: bool, rows_split: bool) -> nn.Module:
+        """Split by outputs."""
+        linear = nn.Linear(inputs, sum(blocks.values()) // self.shards, bias=bias)
+        for parameter in linear.parameters():
+            shard(parameter, 0, blocks, self.rank, self.shards)
+        return linear
+
+    def row(self, inputs: int, outputs: int, *, bias: bool, rows_split: bool) -> nn.Module:
+        """Split by inputs."""
+        linear = nn.Linear(inputs // self.shards, outputs, bias=bias)
+        self._shard(linear, 1, inputs)
+        return linear
+
+    def embedding(self, vocabulary: int, width: int) -> nn.Module:
+        """Split by words."""
+        table = nn.Embedding(vocabulary // self.shards, width)
+        self._shard(table, 0, vocabulary)
+        return table
+
+    def head(self, width: int, vocabulary: int) -> nn.Module:
+        """Split by words."""
+        head = super().head(width, vocabulary // self.shards)
+        self._shard(head, 0, vocabulary)
+        return head
+
+    def _shard(self, module: nn.Module, dim: int, size: int) -> None:
+        shard(module.get_parameter("weight"), dim, {"": size}, self.rank, self.shards)

@@ -17,15 +17,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
+from megabagel.errors import STOP_PREFIX, BadStep, Preempted, RankLost
+
 ERROR_PREFIX = "megabagel: error: "
 """Opens the message of a `UserError` on stderr, which is the last thing its process says."""
 USER_ERROR = 2
 """Exit code of a user's mistake."""
+_VERDICTS = (USER_ERROR, Preempted.code, BadStep.code)
+"""Exit codes of ends that all ranks come to alike, with one message."""
+_NAMED = (*_VERDICTS, RankLost.code)
+"""Exit codes of ends whose message says everything."""
 
 _POLL_S = 0.05
 _SETTLE_S = 2.0
 """Time for the other ranks to end by themselves: with the same user's mistake, or because a rank has left them."""
-_LAST_WORDS = (ERROR_PREFIX, "Traceback (most recent call last)")
+_LAST_WORDS = (ERROR_PREFIX, STOP_PREFIX, "Traceback (most recent call last)")
 """Openings of what an ending process says."""
 _TERM_S = 10.0
 """Time between SIGTERM and SIGKILL."""
@@ -51,7 +57,8 @@ def spawn(command: Sequence[str], nproc: int) -> int:
     Ranks find their place in RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. SIGINT,
     SIGTERM and SIGUSR1 are passed on to them. When one fails, the others are stopped.
 
-    Returns 0, or the exit code of the rank that failed first (128 + n for signal n).
+    Returns 0, or the exit code of the rank that failed first (128 + n for signal n). A rank that ends because it lost
+    another is not to blame.
     """
     ranks: list[_Rank] = []
     with _forwarding(ranks):
@@ -158,19 +165,23 @@ def _wait(ranks: list[_Rank], seconds: float) -> None:
 
 
 def _cause(failed: _Rank, ranks: list[_Rank]) -> _Rank:
-    """The rank to blame: the first one with a user's mistake, which may break others sooner than it ends itself."""
+    """The rank to blame: the first one with a verdict of all, which may break others sooner than it ends itself; else
+    the first one that did not merely lose another."""
     _wait(ranks, _SETTLE_S)
-    return next((rank for rank in ranks if rank.process.poll() == USER_ERROR), failed)
+    ended = [rank for rank in ranks if rank.process.poll()]
+    verdicts = [rank for rank in ended if rank.process.returncode in _VERDICTS]
+    causes = [rank for rank in (failed, *ended) if rank.process.returncode != RankLost.code]
+    return [*verdicts, *causes, failed][0]
 
 
 def _report(failed: _Rank | None, ranks: list[_Rank]) -> None:
-    """Say why the run ends: a user's mistake alone (rank 0 has written its own), of anything else all that is held."""
+    """Say why the run ends: what names it once (rank 0 has written its own), of anything else all that is held."""
     code = failed.process.returncode if failed else 0
     alike = all(rank.process.poll() == code and not rank.held for rank in ranks)  # a verdict of them all
-    if failed and code != USER_ERROR and not alike:
+    if failed and code not in _NAMED and not alike:
         how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
         print(f"megabagel: rank {failed.index} ended with {how}; stopping the others", file=sys.stderr)
-    for rank in [failed] if failed and code == USER_ERROR else ranks:
+    for rank in [failed] if failed and code in _NAMED else ranks:
         if rank.process.poll() is not None:
             _drain(rank)
         for line in rank.held:
@@ -178,11 +189,12 @@ def _report(failed: _Rank | None, ranks: list[_Rank]) -> None:
 
 
 def _stop(ranks: list[_Rank]) -> None:
-    """End every rank that still runs, together with the processes it started."""
+    """End every rank that still runs, together with the processes it started; at once where others gave up on it."""
     for rank in ranks:
         if rank.process.poll() is None:
             rank.process.terminate()
-    _wait(ranks, _TERM_S)
+    given_up = any(rank.process.poll() == RankLost.code for rank in ranks)
+    _wait(ranks, 0 if given_up else _TERM_S)
     for rank in ranks:
         if rank.process.poll() is None:
             os.killpg(rank.process.pid, signal.SIGKILL)  # its session: start_new_session made it the leader

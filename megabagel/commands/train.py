@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megabagel.commands.words import positive, refuse_second_launcher
 from megabagel.launch import spawn
+from megabagel.train.signals import StopRequest
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -35,10 +36,12 @@ def _train(args: argparse.Namespace) -> int:
 
         check_world(config, args.nproc)
         return spawn([sys.executable, "-m", "megabagel", "train", str(args.config), *args.overrides], args.nproc)
-    from megabagel.parallel import host
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings about connections that end; ours name the rank
+    with StopRequest() as stop:  # from here on: importing takes seconds
+        from megabagel.parallel import host
 
-    host.install()  # before anything imports megatron
-    from megabagel.train.run import main as run
+        host.install()  # before anything imports megatron
+        from megabagel.train.run import main as run
 
-    run(config)
+        run(config, stop)
     return 0

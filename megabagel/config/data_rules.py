@@ -100,6 +100,13 @@ def _ordered(key: str, resize: ResizeConfig) -> Iterator[str]:
         yield f"Set {key}.min_size to {resize.max_size} or less."
 
 
+@rule("data.latents")
+def latents_name_a_cache(c: Config) -> Iterator[str]:
+    """A latent cache is the folder that `megabagel data latents` wrote, which has a manifest.json."""
+    if c.data.latents is not None and not (Path(c.data.latents) / "manifest.json").is_file():
+        yield f"Write it with `megabagel data latents CONFIG {c.data.latents}`, or set data.latents to null."
+
+
 _STRIDE = ("model.latent_patch", "model.vae.downsample")
 
 

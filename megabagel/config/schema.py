@@ -20,6 +20,13 @@ class RunConfig:
     """A fresh start takes its weights from this checkpoint (imported, or of an earlier stage): nothing else of it."""
     init_weights: Literal["trained", "ema"] = "trained"
     """Which weights of `init_from`: those in training, or the averaged ones (as fine-tuning from ema.safetensors)."""
+    start_timeout: float = 300.0
+    """Seconds that ranks wait for each other at the start; then the absent ones are named."""
+    timeout: float = 600.0
+    """Seconds without progress (a phase of a step, a checkpoint, the index at the start) after which the job ends,
+    naming the rank that the others wait for."""
+    heartbeat_timeout: float = 60.0
+    """Seconds without a sign of life after which a rank counts as dead."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +135,12 @@ class ParallelConfig:
     """Layers per stage, pp * vpp numbers; default: as even as can be."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none, attention and SwiGLU, or whole layers."""
-    attention: Literal["auto", "host", "triton", "flex"] = "auto"
+    attention: Literal["auto", "host", "triton", "flex", "fa4"] = "auto"
     """Engine. `triton`: our kernels, for GPUs; `flex`: torch's FlexAttention, fused on a GPU, forward only on a CPU;
-    `host`: exact attention on a CPU. `auto`: host on a CPU, triton on a GPU that it has kernels for, else flex."""
+    `fa4`: FlashAttention-4 through FlexAttention, where installed; `host`: exact attention on a CPU. `auto`: host on a
+    CPU, triton on a GPU that it has kernels for, else flex."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What computes norms, rotation, SwiGLU, noise and losses. `auto`: triton on a GPU that it has kernels for."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +149,11 @@ class SourceConfig:
 
     name: str = ""
     path: str = ""
-    """Glob of WebDataset tar shards, relative to data.root."""
+    """Glob of shards (WebDataset tars, parquet, JSONL) or a folder of them, relative to data.root."""
     task: Literal["t2i", "i2t", "edit", "video", "text", "interleave"] = "t2i"
     weight: float = 1.0
+    images: str = ""
+    """Folder of the images that JSONL files name, relative to data.root; default: the folder of the first file."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +171,8 @@ class DataConfig:
 
     root: str = "."
     """Folder that source paths are relative to."""
+    index_dir: str | None = None
+    """Folder of cached indexes; default: `.index` beside the shards."""
     builder: Literal["none", "shapes"] = "none"
     """`shapes`: write the project's shape dataset under data.root on first use."""
     sources: tuple[SourceConfig, ...] = ()
@@ -181,9 +195,19 @@ class DataConfig:
     inference leaves no such gap; bagel-reference sections 6 and 16). Dropped text never does."""
     vae_resize: ResizeConfig = field(default_factory=ResizeConfig)
     vit_resize: ResizeConfig = field(default_factory=lambda: ResizeConfig(max_size=518, min_size=224))
-    decode: Literal["auto", "host"] = "auto"
+    decode: Literal["auto", "host", "dali"] = "auto"
+    """Engine. `host`: Pillow, the reference; `dali`: NVIDIA DALI, on the GPU if there is one and no `workers`, else on
+    the CPU. `auto`: dali when training on a GPU with DALI installed, else host."""
+    decode_threads: int = 1
+    """CPU threads of the engine, in every process that decodes."""
+    latents: str | None = None
+    """Folder of `megabagel data latents`: the codec's view of every image, read instead of decoded and encoded."""
     prefetch: int = 2
-    """Steps prepared ahead in a background thread."""
+    """Steps prepared ahead; bounds the memory for them (docs/data.md)."""
+    workers: int = 0
+    """Processes of every rank that fill packs, beside one that plans; 0: a background thread does both."""
+    worker_timeout: float = 120.0
+    """Seconds that training waits for a worker before a warning names what it is at."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +248,18 @@ class TrainConfig:
     the tower (freeze_vit). `connector`: between tower and language model. `latent`: vae2llm, time embedder, llm2vae.
     `und`: the understanding stream from embedding, tower and connector to the final norm, so that only generation and
     lm_head learn (freeze_und). The connector alone learns with [llm, vit, latent]. The VAE never learns."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What becomes of a step whose loss or gradient is NaN or infinite: the run ends, or it goes on without that
+    update, or from the newest checkpoint with the data after this step (docs/faults.md)."""
+    on_spike: Literal["record", "stop", "skip", "rollback"] = "record"
+    """What becomes of a step whose loss or gradient norm leaps up: its samples are written out and no more, or as
+    above."""
+    spike_sigma: float = 6.0
+    """A leap is this many standard deviations above the mean of the `spike_window` steps before."""
+    spike_window: int = 128
+    """Steps; until there are so many, nothing is a leap."""
+    max_rollbacks: int = 3
+    """Rollbacks to one checkpoint; the next one ends the run."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +270,10 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only at the end of the run."""
     keep: int = 3
     """Newest complete checkpoints kept; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept for good as well; 0: none."""
+    async_save: bool = True
+    """Copy the state to host memory and write it beside the next steps; else training waits until it is written."""
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,15 @@ def once(topology: Topology, action: Callable[[], object]) -> None:
         raise UserError(mistakes[0])
 
 
+def largest(*mine: int) -> list[int]:
+    """The largest of each number over all ranks, on every rank: one small all-reduce."""
+    found = torch.tensor(mine, device=host.device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
 def union(topology: Topology, mine: frozenset[T]) -> frozenset[T]:
-    """What any rank holds, on every rank. One small all-reduce where all hold nothing."""
-    some = torch.tensor(int(bool(mine)), device=host.device())
-    dist.all_reduce(some, dist.ReduceOp.MAX)
-    if not some:
-        return frozenset()
+    """What any rank holds, on every rank."""
     parts: list[frozenset[T]] = [frozenset()] * topology.world.size
     dist.all_gather_object(parts, mine)
     return frozenset().union(*parts)

@@ -1,5 +1,6 @@
 """The grid of ranks: one value that knows this rank's place on every axis, handed to whoever needs it."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ import torch
 import torch.distributed as dist
 
 from megabagel.config.checks import check_world
-from megabagel.config.schema import Config
+from megabagel.config.schema import Config, RunConfig
 from megabagel.errors import UserError
 from megabagel.parallel import host
-from megabagel.parallel.launched import launch_facts, meeting_point
+from megabagel.parallel.heartbeat import watching
+from megabagel.parallel.launched import launch_facts
+from megabagel.parallel.rendezvous import meet
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def distributed(config: Config) -> Iterator[Topology]:
     Raises UserError when the world size does not fit the grid, on every rank alike.
     """
     check_world(config, launch_facts()[1])
-    with joined():
+    with joined(config.run):
         try:
             yield build(config, launch_facts()[2])
         finally:
@@ -71,41 +74,50 @@ def distributed(config: Config) -> Iterator[Topology]:
 
 
 @contextmanager
-def joined() -> Iterator[Axis]:
+def joined(run: RunConfig | None = None) -> Iterator[Axis]:
     """Join the job's process group, without a grid, and leave it at the end.
 
-    Who is who comes from torchrun's variables, from srun's or, alone, from nowhere (`launched.py`).
+    Who is who comes from torchrun's variables, from srun's or, alone, from nowhere (`launched.py`). `run` holds the
+    limits of waiting. Raises UserError when a rank does not start, RankLost when one dies or hangs.
     """
+    run = run or RunConfig()
     rank, size, local_rank = launch_facts()
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(device_of(local_rank, torch.cuda.device_count()))
     elif "OMP_NUM_THREADS" not in os.environ:  # torch has heeded it already
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", size)))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     host.install()
-    _rendezvous(rank, size)
-    try:
-        world = dist.group.WORLD
-        assert world is not None
-        yield Axis(rank, size, world)
-    finally:
-        dist.destroy_process_group()
+    store, signs = meet(rank, size, run)
+    with watching(signs, rank, size, run):
+        group = dist.PrefixStore("group", store)
+        dist.init_process_group(host.backend(), store=group, rank=rank, world_size=size, timeout=patience(run))
+        try:
+            world = dist.group.WORLD
+            assert world is not None
+            yield Axis(rank, size, world)
+        finally:
+            dist.destroy_process_group()
 
 
-def _rendezvous(rank: int, size: int) -> None:
-    if size == 1:
-        dist.init_process_group(host.backend(), store=dist.HashStore(), rank=0, world_size=1)
-        return
-    address, port = meeting_point()
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}  # for libraries that make groups of their own
-    try:
-        dist.init_process_group(host.backend(), rank=rank, world_size=size, timeout=timedelta(minutes=10))
-    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+def patience(run: RunConfig) -> timedelta:
+    """How long a collective may take: a little longer than the ranks take to find out whom it waits for."""
+    return timedelta(seconds=run.timeout + 60)
+
+
+def device_of(local_rank: int, visible: int) -> int:
+    """The GPU of a rank, of those that its process sees: the only one where each task was given its own.
+
+    Raises UserError when there are several, and fewer than ranks on the host.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
         raise UserError(
-            f"MASTER_ADDR={address}, MASTER_PORT={port}: rank {rank} of {size} cannot meet the others there "
-            f"({str(error).splitlines()[0]}): name a host that every rank reaches and a port free on it, and start all "
-            "ranks"
-        ) from error
+            f"local rank {local_rank}, but this process sees {visible} GPUs: expected a GPU per rank. Start as many "
+            "ranks per host as it has GPUs (--ntasks-per-node, --nproc-per-node, --nproc)."
+        )
+    return local_rank
 
 
 def build(config: Config, local_rank: int = 0) -> Topology:
@@ -118,6 +130,7 @@ def build(config: Config, local_rank: int = 0) -> Topology:
         pipeline_model_parallel_size=grid.pp,
         virtual_pipeline_model_parallel_size=grid.vpp if grid.vpp > 1 else None,
         context_parallel_size=grid.cp,
+        distributed_timeout_minutes=math.ceil(patience(config.run) / timedelta(minutes=1)),
         create_gloo_process_groups=False,
     )
 

@@ -11,6 +11,7 @@ COLUMNS = {
     "grad_norm": "grad {:.3f}",
     "lr": "lr {:.2e}",
     "seconds": "{:.2f} s",
+    "data_wait": "data {:.2f} s",
     "tokens_per_s_per_gpu": "{:,.0f} tok/s/rank",
     "mfu_official": "mfu {:.1%}",
 }

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megabagel.config.schema import TrainConfig
+from megabagel.parallel.progress import mark
 from megabagel.parallel.stages import PipelineStage
 from megabagel.parallel.topology import Axis, Topology
 
@@ -57,7 +59,7 @@ class Optimizer:
         return isinstance(self.inner, torch.optim.AdamW)
 
     def after_load(self, step: int) -> None:
-        """Weights, moments and averages were filled in place: count `step` steps and hand the weights to the model."""
+        """Weights, moments, averages were filled in place: count `step` updates and hand the weights to the model."""
         for group in self.inner.param_groups:
             if not self._counts_per_shard:
                 group["step"] = step
@@ -78,15 +80,28 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self._chained.zero_grad()
 
-    @torch.no_grad()
     def step(self, learning_rate: float) -> float:
         """Clip and update with the gradients at hand; returns their global L2 norm before clipping."""
+        norm = self.gradient_norm()
+        self.update(learning_rate, norm)
+        return norm
+
+    def gradient_norm(self) -> float:
+        """Global L2 norm of the gradients at hand, equal on all ranks. What a checkpoint holds is not touched."""
+        self._chained.prepare_grads()
+        return float(self._chained.get_grad_norm())
+
+    @torch.no_grad()
+    def update(self, learning_rate: float, norm: float) -> None:
+        """Clip by the norm that `gradient_norm` found, then update weights, moments and averaged weights."""
         for group in self._chained.param_groups:
             group["lr"] = learning_rate
-        _, norm, _ = self._chained.step()
+        parameters = self.distributed.get_parameters()
+        if parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip, total_norm=norm)
+        self._chained.step_with_ready_grads()
         if self.ema:
             torch._foreach_lerp_(list(self.ema.values()), list(self.ema), 1 - self.config.ema)
-        return float(norm)
 
 
 def _optimizer_config(config: TrainConfig, megatron: TransformerConfig) -> OptimizerConfig:
@@ -107,6 +122,7 @@ def _optimizer_config(config: TrainConfig, megatron: TransformerConfig) -> Optim
 
 def finish_gradients(chunks: list[DistributedDataParallel], tp: Axis) -> None:
     """Sum gradients over data- and context-parallel ranks, then partial ones over tensor-parallel ranks."""
+    mark("gradients")
     for chunk in chunks:
         chunk.finish_grad_sync()
     if tp.size == 1:

@@ -16,7 +16,7 @@ from megabagel.errors import UserError
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turns what the operating system refuses into a user's error."""
     try:
         yield
@@ -33,7 +33,7 @@ class MetricsFile:
     def __init__(self, path: Path, step: int) -> None:
         """Open for steps after `step`; later lines, and one that a crash cut off, are dropped."""
         self._path = path
-        with _writing(path):
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file():
                 _keep_lines(path, step)
@@ -41,13 +41,13 @@ class MetricsFile:
 
     def write(self, record: Mapping[str, float | int]) -> None:
         """Append one line."""
-        with _writing(self._path):
+        with writing(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        with _writing(self._path):
+        with writing(self._path):
             self._file.close()
 
 
@@ -72,13 +72,18 @@ def _step_of(line: str) -> float:
 class SampleFiles:
     """A PNG per step with sample images."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
+        """Open for steps after `step`; the pictures of later ones are removed."""
         self._folder = folder
+        for path in folder.glob("step_*.png"):
+            if path.stem > f"step_{step:08d}":
+                with writing(path):
+                    path.unlink()
 
     def write(self, step: int, encoded: bytes) -> None:
         """Write the PNG of a step."""
         path = self._folder / f"step_{step:08d}.png"
-        with _writing(path):
+        with writing(path):
             self._folder.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encoded)
 
@@ -92,7 +97,7 @@ class TensorBoardFile:
     def __init__(self, folder: Path, step: int) -> None:
         """Open for steps after `step`; TensorBoard forgets what earlier files hold beyond it."""
         self._path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}"
-        with _writing(self._path):
+        with writing(self._path):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab")
         self._records = RecordWriter(self._file)
@@ -115,7 +120,7 @@ class TensorBoardFile:
 
     def close(self) -> None:
         """Close the file."""
-        with _writing(self._path):
+        with writing(self._path):
             self._file.close()
 
     def _summarise(self, step: int, values: Iterable[Summary.Value]) -> None:
@@ -123,6 +128,6 @@ class TensorBoardFile:
 
     def _append(self, event: Event) -> None:
         event.wall_time = time.time()
-        with _writing(self._path):
+        with writing(self._path):
             self._records.write(event.SerializeToString())
             self._records.flush()

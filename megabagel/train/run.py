@@ -1,39 +1,33 @@
-"""A training run from config to checkpoint: join the job, build everything, step until done."""
+"""A training run: join the job, build everything or go on from a checkpoint, step until done."""
 
 import logging
+import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from megabagel.checkpoint import store
-from megabagel.checkpoint.tensors import optimizer_shards, sharded_tensors
 from megabagel.config.load import dump
 from megabagel.config.schema import Config
-from megabagel.data.decode import choose_engine
-from megabagel.data.loader import Loader, Step
-from megabagel.data.plan import GlobalPlan, Source, open_sources
-from megabagel.data.shapes import ensure_dataset
-from megabagel.data.tokenizer import TextTokenizer, load_tokenizer
-from megabagel.errors import UserError
-from megabagel.generate.euler import EulerSampler
-from megabagel.model.vae import build_codec
+from megabagel.data.loader import Step
+from megabagel.errors import BadStep, Preempted, UserError
 from megabagel.parallel import host
-from megabagel.parallel.agree import everywhere, once, union
-from megabagel.parallel.attention import AttentionEngine, choose_attention
-from megabagel.parallel.inputs import InputBuilder
-from megabagel.parallel.linears import MegatronLayers
-from megabagel.parallel.megatron import megatron_config
-from megabagel.parallel.stages import build_stages
+from megabagel.parallel.agree import everywhere, largest, once, union
+from megabagel.parallel.progress import mark
 from megabagel.parallel.topology import Topology, distributed
-from megabagel.sequence.batch import Encoders
-from megabagel.train.optimizer import Optimizer
+from megabagel.train.build import build_trainer
+from megabagel.train.evidence import evidence_path, write_evidence
+from megabagel.train.judge import Fault
 from megabagel.train.schedule import learning_rate
-from megabagel.train.step import Losses, StepRunner, denominators
+from megabagel.train.signals import StopRequest
+from megabagel.train.step import Losses
 from megabagel.train.telemetry import Telemetry
 from megabagel.train.throughput import peak_flops, rates
+from megabagel.train.trainer import Outcome, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -41,115 +35,19 @@ SAID_ONCE = ("megabagel.data.index", "megabagel.data.index_cache", "megabagel.da
 """Loggers of what every rank finds alike: rank 0 speaks for all."""
 
 
-@dataclass
-class Trainer:
-    """Everything one rank needs to train, built from a config on a topology."""
+def main(config: Config, stop: StopRequest | None = None) -> None:
+    """Train `config` on the ranks of this job; called once per rank.
 
-    config: Config
-    topology: Topology
-    plan: GlobalPlan
-    loader: Loader
-    optimizer: Optimizer
-    runner: StepRunner
-    builder: InputBuilder
-    sampler: EulerSampler | None
-    step: int = 0
-    """Finished steps."""
-    lost_images: int = 0
-    """Images of the whole job that could not be decoded in them."""
-
-    def train_step(self, step: Step) -> tuple[Losses, float]:
-        """One optimizer step; returns (losses, gradient norm)."""
-        inputs = [self.builder.build(batch) for batch in step.batches]
-        counts = denominators(self.config.train, step.plan.micro_steps(self.topology.dp.size))
-        result = self.runner.train(inputs, counts, learning_rate(self.config.train, self.step))
-        self.step += 1
-        return result
-
-    def tensors(self) -> dict[str, Any]:
-        """This rank's shards, as a checkpoint holds them."""
-        stages = [chunk.module for chunk in self.optimizer.chunks]
-        shards = optimizer_shards(self.optimizer.distributed, self.optimizer.ema)
-        return sharded_tensors(stages, shards, self.topology)
-
-    def save(self, plan_state: dict[str, Any]) -> None:
-        """Write a checkpoint of the finished steps; `plan_state` is the data plan's after the last of them."""
-        store.save(
-            self.config, self.topology, self.step, self.tensors(), {"plan": plan_state, "lost_images": self.lost_images}
-        )
-
-    def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint, whatever grid wrote it."""
-        self.step, state = everywhere(self.topology, lambda: store.read(folder, self.config))
-        everywhere(self.topology, lambda: self.plan.load_state(state["plan"]))
-        store.load(folder, self.tensors())
-        self.optimizer.after_load(self.step)
-        self.lost_images = state["lost_images"]
-        logger.info("resumed from %s at step %d", folder, self.step)
-
-    def start_from(self, folder: Path) -> None:
-        """Take the weights of another run, or imported ones, for step 0; averages start from them."""
-        tensors = self.tensors()
-        store.load(folder, everywhere(self.topology, lambda: store.weights_of(folder, self.config, tensors)))
-        self.optimizer.after_load(0)
-        self.optimizer.start_averages()
-        logger.info("weights from %s (%s)", folder, self.config.run.init_weights)
-
-
-def build_trainer(config: Config, topology: Topology) -> Trainer:
-    """Open the data and build the model, optimizer and engines of this rank.
-
-    Raises UserError, the same on every rank, for whatever a user can mend.
+    Raises Preempted when `stop` was asked for on any rank, BadStep for a step that the config does not let pass.
     """
-    once(topology, lambda: ensure_dataset(config.data))
-    tokenizer = everywhere(topology, lambda: _tokenizer(config))
-    opened: list[list[Source]] = []
-    once(topology, lambda: opened.append(open_sources(config, tokenizer)))  # writes the cache that the others read
-    sources = everywhere(topology, lambda: opened[0] if opened else open_sources(config, tokenizer))
-    plan = everywhere(topology, lambda: GlobalPlan(sources, config))
-    codec = everywhere(topology, lambda: build_codec(config.model.vae, host.device()))
-    attention = everywhere(topology, lambda: _attention(config))
-    encoders = Encoders(topology.pp.first, topology.cp.rank, topology.cp.size, topology.tp_cp.rank, topology.tp_cp.size)
-    dp = (topology.dp.rank, topology.dp.size)
-    loader = Loader(plan, tokenizer, choose_engine(config.data.decode), config, encoders, dp)
-    megatron = megatron_config(config)
-    optimizer = Optimizer(config.train, megatron, build_stages(config, topology, megatron), topology)
-    runner = StepRunner(config, topology, optimizer)
-    builder = InputBuilder(config, topology, MegatronLayers(megatron, topology), codec, host.device(), attention)
-    sampler = None
-    if config.telemetry.sample_every:
-        sampler = everywhere(topology, lambda: EulerSampler(config, topology, builder, tokenizer, runner.evaluate))
-    return Trainer(config, topology, plan, loader, optimizer, runner, builder, sampler)
-
-
-def _attention(config: Config) -> AttentionEngine:
-    engine = choose_attention(config)
-    if not engine.has_backward:
-        raise UserError(
-            f"parallel.attention={engine.name} has no backward on a CPU, so nothing can be trained with it: use host"
-        )
-    return engine
-
-
-def _tokenizer(config: Config) -> TextTokenizer:
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab:
-        raise UserError(
-            f"model.vocab={config.model.vocab}, but data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} "
-            "tokens: set model.vocab to at least that, a multiple of parallel.tp"
-        )
-    return tokenizer
-
-
-def main(config: Config) -> None:
-    """Train `config` on the ranks of this job; called once per rank."""
     with distributed(config) as topology:
-        _configure_log(topology)
+        configure_log(topology)
         logger.info("grid: %s, %s on %s", topology.describe(), config.train.precision, host.backend())
         folder = Path(config.run.dir)
         once(topology, lambda: _prepare(config, folder))
         trainer = build_trainer(config, topology)
-        checkpoint = everywhere(topology, lambda: store.find(config))
+        mark("load")
+        checkpoint = store.find(config, topology)
         if checkpoint is not None:
             trainer.resume(checkpoint)
         elif config.run.init_from:
@@ -157,37 +55,79 @@ def main(config: Config) -> None:
         first = topology.world.first
         telemetry = everywhere(topology, lambda: Telemetry(config, first=first, step=trainer.step))
         try:
-            _loop(trainer, telemetry)
+            _loop(trainer, telemetry, stop or StopRequest())
         finally:
             telemetry.close()
 
 
-def _loop(trainer: Trainer, telemetry: Telemetry) -> None:
-    config = trainer.config
+def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> None:
+    config, topology = trainer.config, trainer.topology
     peak = peak_flops(config, host.device())
     logger.info("peak for MFU: %.3g FLOP/s per rank (%s)", *peak)
-    left = config.train.steps - trainer.step
-    for step in in_step(trainer.topology, trainer.loader.steps(left)):
+    for step in _steps(trainer):
         started = time.perf_counter()
-        losses, norm = trainer.train_step(step)
-        trainer.lost_images += len(union(trainer.topology, step.lost))
-        record = _record(trainer, step, losses, norm)
+        outcome = trainer.train_step(step)
+        lost, signalled = largest(len(step.lost), stop.number)
+        trainer.lost_images += len(union(topology, step.lost)) if lost else 0
         seconds = time.perf_counter() - started
+        mark("telemetry", trainer.step)
+        if outcome.fault and _heed(trainer, step, outcome, outcome.fault):
+            once(topology, partial(telemetry.rewind, trainer.step))
+            continue
+        record = _record(trainer, step, outcome.losses, outcome.norm)
         flops = sum(step.plan.flops[1:], step.plan.flops[0])
-        speed = rates(flops, record["tokens"], seconds, trainer.topology.world.size, peak)
-        record |= {"seconds": seconds, **speed, "mem": host.peak_memory()}
-        once(trainer.topology, partial(telemetry.log_step, record))
+        speed = rates(flops, record["tokens"], seconds, topology.world.size, peak)
+        record |= {"seconds": seconds, "data_wait": step.waited, **speed, "mem": host.peak_memory()}
+        once(topology, partial(telemetry.log_step, record))
         done = trainer.step == config.train.steps
         if trainer.sampler and (done or trainer.step % config.telemetry.sample_every == 0):
-            once(trainer.topology, partial(telemetry.log_images, trainer.step, trainer.sampler.draw()))
-        if done or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
+            mark("sampling")
+            once(topology, partial(telemetry.log_images, trainer.step, trainer.sampler.draw()))
+        trainer.saver.poll()
+        if done or signalled or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
             trainer.save(step.plan.state)
+        if signalled and not done:
+            trainer.saver.close()
+            raise Preempted(
+                f"{signal.Signals(signalled).name} after step {trainer.step} of {config.train.steps}; everything is "
+                f"saved in {trainer.newest}. Start the same command again to go on."
+            )
+    mark("checkpoint")
+    trainer.saver.close()
+
+
+def _steps(trainer: Trainer) -> Iterator[Step]:
+    """Steps until the last one is finished; a rollback makes it as many more as it undid."""
+    while (left := trainer.config.train.steps - trainer.step) > 0:
+        yield from in_step(trainer.topology, trainer.loader.steps(left))
 
 
 def in_step(topology: Topology, steps: Iterator[Step]) -> Iterator[Step]:
     """The steps while every rank has its share of the next one. A rank without (a shard is gone) ends all of them."""
+    mark("data")
+    started = time.perf_counter()
     while (step := everywhere(topology, lambda: next(steps, None))) is not None:
-        yield step
+        yield replace(step, waited=time.perf_counter() - started)
+        mark("data")
+        started = time.perf_counter()
+
+
+def _heed(trainer: Trainer, step: Step, outcome: Outcome, fault: Fault) -> bool:
+    """Write out the samples of a faulty step and do what its policy says; whether the run was rolled back."""
+    folder, topology = Path(trainer.config.run.dir), trainer.topology
+    path = evidence_path(folder, step.plan)
+    losses, norm = outcome.losses, outcome.norm
+    once(topology, lambda: write_evidence(path, fault, losses, norm, step.plan, topology.dp.size, trainer.plan))
+    logger.warning("step %d: %s; policy: %s; samples: %s", trainer.step, fault.what, fault.action, path)
+    if fault.action == "stop":
+        raise BadStep(
+            f"step {trainer.step}: {fault.what}. No update was made and no checkpoint written. {path} lists its "
+            "samples and has the command that replays it; train.on_nonfinite and train.on_spike (skip, rollback) make "
+            "a run go on."
+        )
+    if fault.action == "rollback":
+        trainer.roll_back(fault)
+    return fault.action == "rollback"
 
 
 def _record(trainer: Trainer, step: Step, losses: Losses, norm: float) -> dict[str, Any]:
@@ -200,27 +140,33 @@ def _record(trainer: Trainer, step: Step, losses: Losses, norm: float) -> dict[s
         ce_sum, mse_sum = losses.sums[:, :, number].sum(0).tolist()
         by_source |= {f"loss_ce/{source.name}": ce_sum / ce} if ce else {}
         by_source |= {f"loss_mse/{source.name}": mse_sum / mse} if mse else {}
-    tokens, gen = sum(pack.tokens for pack in plan.packs), sum(pack.tokens_gen for pack in plan.packs)
+    size = plan.size
     return {
         "step": trainer.step,
+        "updates": trainer.updates,
         "loss": losses.total,
         "loss_ce": losses.ce,
         "loss_mse": losses.mse,
         **by_source,
         "grad_norm": norm,
         "lr": learning_rate(trainer.config.train, trainer.step - 1),
-        "tokens": tokens,
-        "tokens_und": tokens - gen,
-        "tokens_gen": gen,
-        "samples": sum(len(pack.samples) for pack in plan.packs),
+        "tokens": size.tokens,
+        "tokens_und": size.tokens - size.tokens_gen,
+        "tokens_gen": size.tokens_gen,
+        "samples": size.samples,
         "skipped": sum(plan.skipped.values()),
         "lost_images": trainer.lost_images,
     }
 
 
 def _prepare(config: Config, folder: Path) -> None:
+    checkpoints = folder / "checkpoints"
     try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # rather now than at the first checkpoint
+        if config.run.resume == "none" and any(checkpoints.glob("step_*")):
+            aside = next(path for number in count(1) if not (path := folder / f"checkpoints-{number}").exists())
+            checkpoints.rename(aside)
+            logger.warning("run.resume=none: the checkpoints of an earlier run are now in %s", aside)
+        checkpoints.mkdir(parents=True, exist_ok=True)  # rather now than at the first checkpoint
         dump(config, folder / "config.yaml")
     except OSError as error:
         raise UserError(
@@ -228,7 +174,8 @@ def _prepare(config: Config, folder: Path) -> None:
         ) from error
 
 
-def _configure_log(topology: Topology) -> None:
+def configure_log(topology: Topology) -> None:
+    """Messages of rank 0, and warnings of all."""
     level = logging.INFO if topology.world.first else logging.WARNING
     logging.basicConfig(
         level=level, format=f"[rank {topology.world.rank}] %(message)s" if level > 20 else "%(message)s"

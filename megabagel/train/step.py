@@ -12,9 +12,11 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megabagel.config.schema import Config, TrainConfig
 from megabagel.model.inputs import Outputs, StageInputs
 from megabagel.parallel import host
+from megabagel.parallel.progress import mark
 from megabagel.parallel.topology import Topology
 from megabagel.sequence.layout import layout_rows
 from megabagel.sequence.pack import Pack
+from megabagel.sequence.sizes import Size
 from megabagel.train.optimizer import Optimizer
 
 
@@ -26,10 +28,10 @@ class Counts:
     mse: int
 
 
-def denominators(config: TrainConfig, micro_steps: Sequence[Sequence[Pack]]) -> list[Counts]:
+def denominators(config: TrainConfig, micro_steps: Sequence[Sequence[Pack | Size]]) -> list[Counts]:
     """What the summed losses of each micro-step are divided by (bagel-reference section 10).
 
-    micro_steps: the packs that all data-parallel ranks run at the same time, for each turn of a step.
+    micro_steps: the packs, or their sizes, that all data-parallel ranks run at the same time, for each turn of a step.
     """
     counts = [Counts(sum(p.ce_tokens for p in packs), sum(p.mse_tokens for p in packs)) for packs in micro_steps]
     if config.loss_normalization == "micro_step":
@@ -123,7 +125,10 @@ class StepRunner:
     def _schedule(self, micro_batches: Sequence[Fed], loss_func: Any, **options: Any) -> list[Any]:
         def forward_step(feed: Iterator[Fed], model: Any) -> tuple[Any, Any]:
             inputs, counts = next(feed)
-            return model(inputs), partial(loss_func, inputs=inputs, counts=counts)
+            mark("forward")
+            outputs = model(inputs)
+            mark("backward")  # and the exchange with neighbouring stages, up to the next forward
+            return outputs, partial(loss_func, inputs=inputs, counts=counts)
 
         chunks = self.optimizer.chunks
         feeds = [iter(micro_batches) for _ in chunks]
@@ -147,6 +152,7 @@ class StepRunner:
         if not grid.tp.first:
             found[:, 0] = 0
             found[:, 1] *= self.rows_split
+        mark("losses")
         dist.all_reduce(found)
         divided = found.sum(2).cpu() / torch.tensor([[max(c.ce, 1), max(c.mse, 1)] for c in counts])
         ce, mse = divided.sum(0).tolist()

@@ -26,14 +26,24 @@ class Telemetry:
     """
 
     def __init__(self, config: Config, first: bool = True, step: int = 0) -> None:
-        self._folder, self._active = Path(config.run.dir), first
-        if not first:
-            return
+        self._config, self._folder, self._active = config, Path(config.run.dir), first
+        if first:
+            self._open(step)
+
+    def _open(self, step: int) -> None:
         self._metrics = MetricsFile(self._folder / "metrics.jsonl", step)
-        self._samples = SampleFiles(self._folder / "samples")
-        self._board = TensorBoardFile(self._folder / "tensorboard", step) if config.telemetry.tensorboard else None
+        self._samples = SampleFiles(self._folder / "samples", step)
+        board = self._config.telemetry.tensorboard
+        self._board = TensorBoardFile(self._folder / "tensorboard", step) if board else None
         bar = sys.stdout.isatty()
-        self._console = (ProgressBar if bar else StepLines)(config.train.steps, config.telemetry.log_every, step)
+        steps, every = self._config.train.steps, self._config.telemetry.log_every
+        self._console = (ProgressBar if bar else StepLines)(steps, every, step)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded after `step`: the run was rolled back to it."""
+        if self._active:
+            self._close()
+            self._open(step)
 
     def log_step(self, record: Mapping[str, float | int]) -> None:
         """Record one finished step: plain numbers by name, among them `step`."""
@@ -55,11 +65,14 @@ class Telemetry:
     def close(self) -> None:
         """End the console output, close the files and say where everything is."""
         if self._active:
-            self._console.close()
-            self._metrics.close()
-            if self._board:
-                self._board.close()
+            self._close()
             print("\n".join(_left_behind(self._folder)), flush=True)
+
+    def _close(self) -> None:
+        self._console.close()
+        self._metrics.close()
+        if self._board:
+            self._board.close()
 
 
 def _left_behind(folder: Path) -> list[str]:

@@ -83,6 +83,7 @@ BREAKS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
         ("train.warmup to 99", "train.steps = 100"),
     ),
     ("resume_names_a_folder", {"run.resume": "no/such/step_00000100"}, ("run.resume = 'no/such/step_00000100'",)),
+    ("latents_name_a_cache", {"data.latents": "no/such"}, ("data.latents = 'no/such'", "data latents CONFIG no/such")),
     ("init_names_a_checkpoint", {"run.init_from": "no/such"}, ("run.init_from = 'no/such'", "checkpoints/step_")),
     ("init_names_a_checkpoint", {"run.init_from": str(Path(__file__).parent)}, ("manifest.json", "null")),
     ("init_is_for_fresh_starts", {"run.init_from": STORED, "run.resume": STORED}, ("Pick one",)),

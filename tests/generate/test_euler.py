@@ -65,7 +65,7 @@ def build(config: Config) -> tuple[Any, Callable[..., Any]]:
     from megabagel.data.tokenizer import load_tokenizer
     from megabagel.generate.euler import EulerSampler
     from megabagel.parallel import host, topology
-    from megabagel.train.run import build_trainer
+    from megabagel.train.build import build_trainer
 
     host.install()
     trainer = build_trainer(config, topology.build(config))

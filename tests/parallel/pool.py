@@ -161,13 +161,14 @@ def _serve(connection: Connection, log: str) -> None:
     """A worker's life: take a job, answer, clean up, until the pool is gone."""
     _redirect_output(log)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the pool, which ends its workers
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             rank, module, name, args, world_size, store = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
+        faulthandler.unregister(signal.SIGUSR1)  # the job before may have had a handler of its own
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
         try:
             function = functools.reduce(getattr, name.split("."), importlib.import_module(module))
             answer = (True, _in_process_group(rank, world_size, store, function, args))

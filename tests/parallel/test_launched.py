@@ -4,6 +4,7 @@ import pytest
 
 from megabagel.errors import UserError
 from megabagel.parallel.launched import PORTS, first_host, launch_facts, meeting_point
+from megabagel.parallel.topology import device_of
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
 SRUN = {
@@ -96,3 +97,10 @@ def test_no_meeting_point(env: dict[str, str], says: str) -> None:
 )
 def test_first_host(hosts: str, first: str) -> None:
     assert first_host(hosts) == first
+
+
+def test_device_of_a_rank() -> None:
+    assert [device_of(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    assert device_of(3, 1) == 0  # each task was given a GPU of its own
+    with pytest.raises(UserError, match="local rank 4, but this process sees 4 GPUs"):
+        device_of(4, 4)

@@ -21,7 +21,7 @@ from tests.small_run import small_config, sources_of
 
 STEPS, CUT = 6, 5
 """A checkpoint is written every two steps; a cut run has finished CUT steps, of which the last is lost."""
-TIMED = ("seconds", "tokens_per_s_per_gpu", "mfu_", "vit_flops", "vae_flops", "mem")
+TIMED = ("seconds", "data_wait", "tokens_per_s_per_gpu", "mfu_", "vit_flops", "vae_flops", "mem")
 """What a record says about the machine."""
 
 Grid = tuple[int, int, int, int, int]
@@ -204,7 +204,7 @@ def damage_an_image(config: Config) -> None:
     """Overwrite the image of the first sample of `draw` in the first step, unseen by the index."""
     sources = sources_of(config)
     plan = GlobalPlan(sources, config).next_step()
-    key = next(s.key for pack in plan.packs for s in pack.samples if s.key.source == "draw")
+    key = next(visit.key for pack in plan.packs for visit in pack.visits if visit.key.source == "draw")
     index = next(source.index for source in sources if source.name == key.source)
     shard, member = index.reader.shards[0], index.documents[key.sample].images[0].member
     times = shard.stat().st_atime_ns, shard.stat().st_mtime_ns

@@ -22,7 +22,7 @@ CONNECTOR_ALONE = ("llm", "vit", "latent")
 def weights_at_start(config: Config) -> tuple[Weights, Weights, int]:
     """(weights, averages, step) that a run begins with, of one rank that holds them all, in the optimizer's order."""
     from megabagel.parallel import host, topology
-    from megabagel.train.run import build_trainer
+    from megabagel.train.build import build_trainer
 
     host.install()
     trainer = build_trainer(config, topology.build(config))

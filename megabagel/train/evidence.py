@@ -1,0 +1,81 @@
+"""What a faulty step was made of, for a person to look at and a run to replay: RUN/faults/step_00000012.json."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megabagel.data.documents import Document, Loose, Passage, TextItem
+from megabagel.data.index import Index
+from megabagel.data.plan import GlobalPlan, StepPlan
+from megabagel.data.visits import Visit
+from megabagel.train.judge import Fault
+from megabagel.train.records import writing
+from megabagel.train.step import Losses
+
+
+def evidence_path(folder: Path, step: StepPlan) -> Path:
+    """The file of a faulty step of the run in `folder`, by its number in the order of the data."""
+    return folder / "faults" / f"step_{step.number + 1:08d}.json"
+
+
+def write_evidence(
+    path: Path, fault: Fault, losses: Losses, norm: float, step: StepPlan, replicas: int, plan: GlobalPlan
+) -> None:
+    """Write the file of a faulty step. replicas: data-parallel size, which says what packs ran at the same time."""
+    sums = losses.sums.sum(2).tolist()
+    content = {
+        "step": step.number + 1,
+        **asdict(fault),
+        "loss": losses.total,
+        "loss_ce": losses.ce,
+        "loss_mse": losses.mse,
+        "grad_norm": norm,
+        "replay": replay(path.parents[1]),
+        "micro_steps": [
+            {"ce_sum": ce, "mse_sum": mse, "packs": [_samples(step, number, plan) for number in turn]}
+            for (ce, mse), turn in zip(sums, step.turns(replicas), strict=True)
+        ],
+    }
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1))
+
+
+def replay(folder: Path) -> str:
+    """The command that runs up to the first faulty step since a checkpoint, in a folder of its own, and stops there."""
+    newest = sorted((folder / "checkpoints").glob("step_*/manifest.json"))
+    start = newest[-1].parent if newest else "none"
+    return (
+        f"megabagel train {folder}/config.yaml run.resume={start} run.dir={folder}/faults/replay "
+        "train.on_nonfinite=stop train.on_spike=stop checkpoint.every=0"
+    )
+
+
+def _samples(step: StepPlan, pack: int, plan: GlobalPlan) -> list[dict[str, Any]]:
+    return [_describe(visit, plan.sources[visit.key.source].index) for visit in step.packs[pack].visits]
+
+
+def _describe(visit: Visit, index: Index) -> dict[str, Any]:
+    """Name and place of a sample; its keyed randomness follows from source, sample number and epoch."""
+    key, document = visit.key, index.documents[visit.key.sample]
+    return {
+        "source": key.source,
+        "key": document.key,
+        "file": _file(document, index),
+        "sample": key.sample,
+        "epoch": key.epoch,
+        "tokens": visit.size.tokens,
+    }
+
+
+def _file(document: Document, index: Index) -> str | None:
+    """Where the first part of a sample lies that is not a short text, which the index holds itself."""
+    for item in document.items:
+        place = item.source if isinstance(item, TextItem) else item.member
+        place = place.place if isinstance(place, Passage) else place
+        if isinstance(place, Loose):
+            return place.path
+        if not isinstance(place, str):
+            return str(index.reader.shards[place.shard])
+    return None

@@ -1,0 +1,131 @@
+"""Everything one rank needs to train, and what it does: a step, a checkpoint, going on from one, going back to one."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megabagel.checkpoint import store
+from megabagel.checkpoint.saver import Saver
+from megabagel.checkpoint.tensors import optimizer_shards, sharded_tensors
+from megabagel.config.schema import Config
+from megabagel.data.loader import Loader, Step
+from megabagel.data.plan import GlobalPlan
+from megabagel.errors import BadStep
+from megabagel.generate.euler import EulerSampler
+from megabagel.parallel.agree import everywhere
+from megabagel.parallel.inputs import InputBuilder
+from megabagel.parallel.progress import mark
+from megabagel.parallel.topology import Topology
+from megabagel.train.judge import Fault, StepJudge
+from megabagel.train.optimizer import Optimizer
+from megabagel.train.schedule import learning_rate
+from megabagel.train.step import Losses, StepRunner, denominators
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to: losses, gradient norm before clipping, and what is wrong with it."""
+
+    losses: Losses
+    norm: float
+    fault: Fault | None
+
+
+@dataclass
+class Trainer:
+    """Everything one rank needs to train, built from a config on a topology."""
+
+    config: Config
+    topology: Topology
+    plan: GlobalPlan
+    loader: Loader
+    optimizer: Optimizer
+    runner: StepRunner
+    builder: InputBuilder
+    sampler: EulerSampler | None
+    saver: Saver
+    judge: StepJudge
+    step: int = 0
+    """Finished steps, those without an update among them."""
+    updates: int = 0
+    """Updates of the weights made in them."""
+    lost_images: int = 0
+    """Images of the whole job that could not be decoded in them."""
+    newest: Path | None = None
+    """The checkpoint that was written last, or that this run started from."""
+    rollbacks: int = 0
+    """To the newest checkpoint."""
+
+    def train_step(self, step: Step) -> Outcome:
+        """One step. A fault whose policy says so leaves weights, moments and averages as they were."""
+        inputs = [self.builder.build(batch) for batch in step.batches]
+        counts = denominators(self.config.train, step.plan.micro_steps(self.topology.dp.size))
+        losses = self.runner.backward(inputs, counts)
+        mark("optimizer")
+        norm = self.optimizer.gradient_norm()
+        fault = self.judge.judge(losses.total, norm)
+        if fault is None or fault.updates:
+            self.optimizer.update(learning_rate(self.config.train, self.step), norm)
+            self.updates += 1
+        self.step += 1
+        return Outcome(losses, norm, fault)
+
+    def tensors(self) -> dict[str, Any]:
+        """This rank's shards, as a checkpoint holds them."""
+        stages = [chunk.module for chunk in self.optimizer.chunks]
+        shards = optimizer_shards(self.optimizer.distributed, self.optimizer.ema)
+        return sharded_tensors(stages, shards, self.topology)
+
+    def save(self, plan_state: dict[str, Any]) -> None:
+        """Write a checkpoint of the finished steps, or begin to; `plan_state` is the data plan's after the last."""
+        mark("checkpoint")
+        state = {
+            "plan": plan_state,
+            "updates": self.updates,
+            "lost_images": self.lost_images,
+            "judge": self.judge.state(),
+        }
+        self.saver.save(self.step, self.tensors(), state)
+        self.newest, self.rollbacks = self.saver.folder(self.step), 0
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint, whatever grid wrote it."""
+        state = self._restore(folder)
+        everywhere(self.topology, lambda: self.plan.load_state(state["plan"]))
+        logger.info("resumed from %s at step %d", folder, self.step)
+
+    def roll_back(self, fault: Fault) -> None:
+        """Go on from the newest checkpoint, with the data that follows: what led to `fault` is not met again.
+
+        Skipping the data is what makes a rollback help (PaLM section 5.1). Raises BadStep when there is nothing to go
+        back to, or it was gone back to often enough.
+        """
+        limit = self.config.train.max_rollbacks
+        if self.newest is None or self.rollbacks == limit:
+            why = "there is no checkpoint yet" if self.newest is None else f"train.max_rollbacks={limit} is reached"
+            raise BadStep(f"step {self.step}: {fault.what}, and {why}, so the run cannot roll back")
+        self.saver.wait()
+        self._restore(self.newest)
+        self.rollbacks += 1
+        logger.warning("rolled back to %s, step %d; the data goes on", self.newest, self.step)
+
+    def _restore(self, folder: Path) -> dict[str, Any]:
+        """Fill everything but the data plan from a checkpoint; returns its JSON state."""
+        mark("load")
+        self.step, state = everywhere(self.topology, lambda: store.read(folder, self.config))
+        everywhere(self.topology, lambda: store.load(folder, self.tensors()))
+        self.updates, self.lost_images, self.newest = state["updates"], state["lost_images"], folder
+        self.judge.load_state(state["judge"])
+        self.optimizer.after_load(self.updates)
+        return state
+
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of another run, or imported ones, for step 0; averages start from them."""
+        tensors = everywhere(self.topology, lambda: store.weights_of(folder, self.config, self.tensors()))
+        everywhere(self.topology, lambda: store.load(folder, tensors))
+        self.optimizer.after_load(0)
+        self.optimizer.start_averages()
+        logger.info("weights from %s (%s)", folder, self.config.run.init_weights)

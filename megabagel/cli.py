@@ -1,15 +1,15 @@
 """The command `megabagel`.
 
 A command imports what it needs when it runs, so that `--help` answers at once. A user's mistake ends in one message on
-stderr and exit code 2, Ctrl-C in exit code 130.
+stderr and exit code 2, a run that has to stop in one with a code of its own (errors.py), Ctrl-C in exit code 130.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from megabagel.commands import convert, data, doctor, parity, train
-from megabagel.errors import UserError
+from megabagel.commands import bench, checkpoint, convert, data, doctor, parity, plan, train
+from megabagel.errors import STOP_PREFIX, Stopped, UserError
 from megabagel.launch import ERROR_PREFIX, USER_ERROR
 
 INTERRUPTED = 130
@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
         return USER_ERROR
+    except Stopped as error:
+        print(f"{STOP_PREFIX}{error}", file=sys.stderr)
+        return error.code
     except KeyboardInterrupt:
         print("megabagel: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -41,6 +44,6 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (train, parity, convert, data, doctor):
+    for group in (train, bench, plan, parity, convert, checkpoint, data, doctor):
         group.add(commands)
     return parser

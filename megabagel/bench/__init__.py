@@ -1,0 +1,1 @@
+"""How fast a config trains on a grid, and where the time goes: `megabagel bench`."""

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # A throw-away Slurm on one machine: real munged, slurmctld and slurmd, several nodes, no systemd, no database.
 #
-#   tools/local_slurm.sh install              Debian's packages, as root
-#   tools/local_slurm.sh up DIR [NODES CPUS]  start it in DIR (default 2 nodes of 4 processors); then: export SLURM_CONF=DIR/slurm.conf
-#   tools/local_slurm.sh down DIR             stop what `up` started there, and nothing else
+#   tools/local_slurm.sh install [PACKAGE ...]  Debian's packages of Slurm, and others on the way, as root
+#   tools/local_slurm.sh up DIR [NODES CPUS]    start it in DIR (default 2 nodes of 4 processors); then: export SLURM_CONF=DIR/slurm.conf
+#   tools/local_slurm.sh down DIR               end its jobs and stop what `up` started there, and nothing else
 #
 # Nodes are n0, n1, ... on ports of their own; their names resolve nowhere, so jobs export MASTER_ADDR=127.0.0.1.
 set -euo pipefail
 
 install() {
     apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge "$@"
 }
 
 # A port that nobody listens on, and the next $1 - 1 ports after it.
@@ -55,13 +55,14 @@ StateSaveLocation=$dir/state
 SlurmctldLogFile=$dir/log/slurmctld.log
 SlurmdLogFile=$dir/log/slurmd-%n.log
 ReturnToService=2
-KillWait=5
+KillWait=30
+MessageTimeout=60
 InactiveLimit=0
 CONF
     for ((i = 0; i < nodes; i++)); do
         echo "NodeName=n$i NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1 + i)) CPUs=$cpus RealMemory=4000 State=UNKNOWN"
     done >>"$dir/slurm.conf"
-    echo "PartitionName=local Nodes=ALL Default=YES MaxTime=60 State=UP OverSubscribe=FORCE:4" >>"$dir/slurm.conf"
+    echo "PartitionName=local Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4" >>"$dir/slurm.conf"
     echo >"$dir/cgroup.conf" # processes are tracked without cgroups
 }
 
@@ -98,19 +99,43 @@ up() {
     exit 1
 }
 
+# Jobs would outlive the daemons that started them.
+end_jobs() {
+    export SLURM_CONF=$1/slurm.conf
+    for ((try = 0; try < 200; try++)); do
+        scancel --quiet --user="$(id -un)" || return 0
+        [[ $(squeue --noheader) ]] || return 0
+        sleep 0.2
+    done
+    echo "local_slurm: jobs do not end:" >&2
+    squeue >&2
+}
+
+stop() {
+    kill "$1" 2>/dev/null || return 0
+    for ((try = 0; try < 200; try++)); do
+        grep -qs '^State:.[^Z]' "/proc/$1/status" || return 0 # gone, or dead and not yet collected by its parent
+        sleep 0.05
+    done
+    echo "local_slurm: process $1 does not end" >&2
+}
+
 down() {
-    local pid
-    for file in "$1"/slurmd-*.pid "$1"/slurmctld.pid "$1"/munge.pid; do
-        [[ -s $file ]] || continue
-        pid=$(<"$file")
-        if kill "$pid" 2>/dev/null; then
-            timeout 10 tail --pid="$pid" -f /dev/null || echo "local_slurm: process $pid does not end" >&2
+    local dir file
+    [[ -d $1 ]] || return 0
+    dir=$(cd "$1" && pwd)
+    if [[ -s $dir/slurmctld.pid ]] && kill -0 "$(<"$dir/slurmctld.pid")" 2>/dev/null; then
+        end_jobs "$dir"
+    fi
+    for file in "$dir"/slurmd-*.pid "$dir"/slurmctld.pid "$dir"/munge.pid; do
+        if [[ -s $file ]]; then
+            stop "$(<"$file")"
         fi
     done
 }
 
 case ${1:-} in
-install) install ;;
+install) install "${@:2}" ;;
 up) up "${@:2}" ;;
 down) down "$2" ;;
 *)

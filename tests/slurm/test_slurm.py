@@ -1,13 +1,13 @@
-"""The example scripts under a real Slurm on this machine: start, signal, requeue, chain.
+"""The example scripts under a real Slurm on this machine: start, time limit, requeue, cancel, chain, array, reshard.
 
 The suite takes its server down again; where Slurm is not installed, it says so and is skipped.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +15,16 @@ import pytest
 
 from megabagel.config.load import dump
 from tests.config.tree import change
-from tests.slurm.cluster import ROOT, SCRIPTS, SMALL, Cluster, running
+from tests.slurm.cluster import NO_GPUS, ROOT, SCRIPTS, TWO_NODES, Cluster, running
 from tests.small_run import small_config, write_data
 
 pytestmark = pytest.mark.slow
+STEPS = 60
+"""Enough that a run of two ranks is still under way when its first lines are seen."""
 TIMES = ("seconds", "per_s", "mfu", "mem", "wait")
 """Parts of the names of what a record measures, rather than computes."""
+QUICK = ("--synthetic", "--warmup", "1", "--steps", "1", "--phases", "1")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +35,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Long enough to be interrupted."""
     root = tmp_path_factory.mktemp("data")
     write_data(root)
     path = root / "small.yaml"
-    dump(change(small_config(root), {"train.steps": 60, "parallel.pp": 2}), path)
+    dump(change(small_config(root), {"train.steps": STEPS, "parallel.pp": 2}), path)
     return path
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
-    """What the run computes when nothing happens, without Slurm."""
+def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run when nothing happens, without Slurm."""
     run = tmp_path_factory.mktemp("undisturbed")
     command = [sys.executable, "-m", "megabagel", "train", str(config), f"run.dir={run}", "--nproc", "2"]
     subprocess.run(command, check=True, cwd=ROOT, timeout=300)
-    return computed(run)
+    return run
 
 
 def records(run: Path) -> list[dict[str, object]]:
@@ -60,66 +63,138 @@ def computed(run: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in line.items() if not any(x in key for x in TIMES)} for line in records(run)]
 
 
-def wait_for_step(run: Path, step: int, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while len(records(run)) < step:
-        assert time.monotonic() < end, f"{len(records(run))} steps after {seconds} s"
-        time.sleep(0.05)
+def train(cluster: Cluster, config: Path, run: Path, *options: str) -> str:
+    """Submit train.sbatch on two nodes."""
+    return cluster.submit(*TWO_NODES, *options, SCRIPTS / "train.sbatch", config, f"run.dir={run}")
 
 
-def test_job_of_two_nodes_trains(
-    cluster: Cluster, config: Path, undisturbed: list[dict[str, object]], tmp_path: Path
-) -> None:
-    job = cluster.submit(SCRIPTS / "train.sbatch", config, f"run.dir={tmp_path}")
-    assert cluster.ended(job, 180) == "COMPLETED", cluster.log(job)
-    assert computed(tmp_path) == undisturbed
+def reaches(cluster: Cluster, job: str, run: Path, step: int) -> None:
+    cluster.wait(job, lambda: len(records(run)) >= step)
+
+
+def test_job_of_two_nodes_trains(cluster: Cluster, config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    job = train(cluster, config, tmp_path)
+    assert cluster.ended(job) == "COMPLETED", cluster.log(job)
+    assert len(computed(tmp_path)) == STEPS
+    assert computed(tmp_path) == computed(undisturbed)
     log = (cluster.folder / f"logs/megabagel-{job}.log").read_text()
     assert "megatron-core" in log  # the doctor's report
-    assert "step 60/60" in log  # the end of rank 0's
+    assert f"step {STEPS}/{STEPS}" in log  # the end of rank 0's
     assert (cluster.folder / f"logs/megabagel-{job}/rank-1.log").is_file()
 
 
-def test_signalled_job_is_requeued_and_goes_on_exactly(
-    cluster: Cluster, config: Path, undisturbed: list[dict[str, object]], tmp_path: Path
+def test_time_limit_requeues_and_the_run_goes_on_exactly(
+    cluster: Cluster, config: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    job = cluster.submit(SCRIPTS / "train.sbatch", config, f"run.dir={tmp_path}")
-    wait_for_step(tmp_path, 5)
-    cluster.call("scancel", "--batch", "--signal=USR1", job)
-    assert cluster.ended(job, 240) == "COMPLETED", cluster.log(job)
+    """Slurm looks at time limits twice a minute: meanwhile the ranks stand still, as in a very long step."""
+    job = train(cluster, config, tmp_path, "--signal=B:USR1@30")
+    reaches(cluster, job, tmp_path, 5)
+    ranks = f"{job}.1"  # step 0 was the doctor
+    cluster.call("scancel", "--signal=STOP", ranks)
+    cluster.call("scontrol", "update", f"JobId={job}", "EndTime=now+60")  # the limit is a minute away
+    cluster.wait(job, lambda: "USR1: the ranks finish their step and save" in cluster.log(job))
+    seen = len(records(tmp_path))
+    cluster.call("scancel", "--signal=CONT", ranks)
+    cluster.wait(job, lambda: cluster.state(job) == "PENDING")
+    cut = len(records(tmp_path))
+    assert seen <= cut < STEPS
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    assert cluster.ended(job) == "COMPLETED", cluster.log(job)
     log = cluster.log(job)
-    assert "USR1: the ranks finish their step and save" in log
     assert "start 1, 2 nodes" in log  # Slurm's count of restarts
-    assert "resumed from" in log
-    assert computed(tmp_path) == undisturbed
+    assert f"resumed from {tmp_path}/checkpoints/step_{cut:08}" in log
+    assert computed(tmp_path) == computed(undisturbed)
+
+
+def test_cancelled_job_saves_and_stays_out_of_the_queue(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    job = train(cluster, config, tmp_path)
+    reaches(cluster, job, tmp_path, 2)
+    cluster.call("scancel", job)
+    cluster.wait(job, lambda: "ended with code 75" in cluster.log(job))
+    assert cluster.ended(job) == "CANCELLED"
+    assert "Restarts=0" in cluster.call("scontrol", "show", "job", job)
+    saved = [path.name for path in (tmp_path / "checkpoints").glob("step_*")]
+    assert saved == [f"step_{len(records(tmp_path)):08}"]
 
 
 def test_chain_continues_and_its_last_job_finds_nothing_to_do(
-    cluster: Cluster, config: Path, undisturbed: list[dict[str, object]], tmp_path: Path
+    cluster: Cluster, config: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    words = [SCRIPTS / "chain.sh", "3", *SMALL, SCRIPTS / "train.sbatch", config, f"run.dir={tmp_path}"]
+    words: list[str | Path] = [
+        SCRIPTS / "chain.sh",
+        "3",
+        *TWO_NODES,
+        SCRIPTS / "train.sbatch",
+        config,
+        f"run.dir={tmp_path}",
+    ]
     first, second, third = cluster.call(*words).split()
-    wait_for_step(tmp_path, 5)
+    reaches(cluster, first, tmp_path, 5)
     cluster.call("scancel", "--batch", "--signal=USR1", first)
-    assert [cluster.ended(job, 240) for job in (first, second, third)] == ["COMPLETED"] * 3, cluster.log(first)
+    assert [cluster.ended(job) for job in (first, second, third)] == ["COMPLETED"] * 3, cluster.log(first)
     assert "resumed from" in cluster.log(second)
-    assert computed(tmp_path) == undisturbed
+    assert computed(tmp_path) == computed(undisturbed)
 
 
-def test_a_failing_run_is_not_requeued(cluster: Cluster, config: Path, tmp_path: Path) -> None:
-    job = cluster.submit(SCRIPTS / "train.sbatch", config, f"run.dir={tmp_path}", "train.stops=3")
-    assert cluster.ended(job, 120) == "FAILED"
+def test_failing_run_is_not_requeued(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    job = cluster.submit(*TWO_NODES, SCRIPTS / "train.sbatch", config, f"run.dir={tmp_path}", "train.stops=3")
+    assert cluster.ended(job) == "FAILED"
     assert "train.steps" in cluster.log(job)  # the nearest name
     assert "start 1" not in cluster.log(job)
 
 
-def test_a_job_without_config_says_so(cluster: Cluster) -> None:
-    job = cluster.submit(SCRIPTS / "train.sbatch")
-    assert cluster.ended(job, 60) == "FAILED"
+def test_job_without_config_says_so(cluster: Cluster) -> None:
+    job = cluster.submit(*TWO_NODES, SCRIPTS / "train.sbatch")
+    assert cluster.ended(job) == "FAILED"
     assert "no config" in cluster.log(job)
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
+def test_array_measures_a_grid_per_job(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    grids = tmp_path / "grids"
+    grids.write_text("# two of them\nparallel.pp=2\n\nparallel.pp=1 parallel.tp=2\n")
+    options = ("--array=0-2", "--nodes=1", "--ntasks-per-node=2", *NO_GPUS)
+    array = cluster.submit(*options, SCRIPTS / "benchmark.sbatch", config, grids, *QUICK)
+    jobs = [f"{array}_{number}" for number in range(3)]
+    states = [cluster.ended(job) for job in jobs]
+    assert states == ["COMPLETED", "COMPLETED", "FAILED"], "\n".join(map(cluster.log, jobs))
+    assert "the file has 2 grids; --array=0-1" in cluster.log(jobs[2])
+    reports = [cluster.folder / f"runs/bench/{array}/grid-{number}/bench.json" for number in range(2)]
+    compared = cluster.call(cluster.program, "bench", "compare", *reports)
+    assert "small tp1 pp2 vpp1 cp1 dp1 -> small tp2 pp1 vpp1 cp1 dp1" in compared
+    assert "tokens/s per rank" in compared
+
+
+def test_reshard_job(cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
+    source, moved = undisturbed / "checkpoints" / f"step_{STEPS:08}", tmp_path / "moved"
+    job = cluster.submit(
+        *NO_GPUS, "--mem=1G", SCRIPTS / "reshard.sbatch", source, moved, "parallel.pp=1", "parallel.tp=2"
+    )
+    assert cluster.ended(job) == "COMPLETED", cluster.log(job)
+    assert f"{moved}: written as tp 2 x pp 1 x vpp 1 x cp 1 x dp 1" in cluster.log(job)
+    cluster.call(cluster.program, "checkpoint", "diff", source, moved)
+
+
+@pytest.mark.parametrize(
+    ("setting", "address", "says"),
+    [
+        ("parallel.tp=2", "127.0.0.1", "world size = 2, parallel.tp = 2, parallel.pp = 2"),
+        ("run.start_timeout=3", "192.0.2.1", "MASTER_ADDR=192.0.2.1"),  # of RFC 5737: reaches nobody
+    ],
+)
+def test_every_rank_names_a_mistake_and_ends(
+    cluster: Cluster, config: Path, tmp_path: Path, setting: str, address: str, says: str
+) -> None:
+    command = (cluster.program, "train", config, f"run.dir={tmp_path}", setting)
+    done = cluster.run("srun", "--label", "--nodes=2", "--ntasks=2", *command, MASTER_ADDR=address)
+    assert done.returncode == 2, done.stdout
+    for rank in range(2):
+        said = [line for line in done.stdout.splitlines() if line.startswith(f"{rank}: ")]
+        assert any(says in line for line in said), done.stdout
+        assert not any("Traceback" in line for line in said)
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="no shellcheck here: apt-get install shellcheck")
 def test_scripts_pass_shellcheck() -> None:
     scripts = [*SCRIPTS.iterdir(), *(ROOT / "tools").glob("*.sh"), ROOT / ".ci" / "run"]
-    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    done = subprocess.run([str(SHELLCHECK), *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -1,6 +1,7 @@
 # make help lists the targets. Everything happens in .venv; nothing outside this folder is changed.
 #
 # PYTHON       interpreter that makes .venv (default: the first of python3.11, python3 that is 3.10 to 3.12)
+# JOBS         processes that tests are spread over (default: 2)
 # TORCH_INDEX  extra pip index for torch alone, to choose its build. Empty: what pip is configured with.
 #              CPU build:   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #              CUDA 13.0:   make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130
@@ -20,7 +21,11 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint clean
+# Files of tests are spread over processes; ranks that a test starts come on top, hence a thread each.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: help setup demo test thorough lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -47,8 +52,11 @@ lint: $(READY) ## style, formatting and types
 	$(BIN)/mypy
 
 test: lint ## lint, then the fast tests, then the slow ones
-	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m "not slow and not thorough"
+	$(PYTEST) -m slow
+
+thorough: $(READY) ## the tests that `make test` only samples
+	$(PYTEST) -m thorough
 
 clean: ## remove .venv, caches and build output; runs and data stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

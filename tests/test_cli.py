@@ -11,7 +11,7 @@ import pytest
 from megabagel import cli
 from megabagel.config.load import dump
 from megabagel.config.schema import Config
-from megabagel.errors import UserError
+from megabagel.errors import Preempted, UserError
 from tests.config.tree import VALID, change
 
 HERE = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Configs that training was started with, instead of training."""
     started: list[Config] = []
     module = types.ModuleType("megabagel.train.run")
-    module.main = started.append  # type: ignore[attr-defined]
+    module.main = lambda config, stop: started.append(config)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "megabagel.train.run", module)
     return started
 
@@ -139,13 +139,14 @@ def test_a_rank_of_another_launcher_trains(valid: str, runs: list[Config], monke
     ("error", "code", "text"),
     [
         (UserError("a.tar: empty; expected a tar"), 2, "megabagel: error: a.tar: empty; expected a tar\n"),
+        (Preempted("saved; start again"), 75, "megabagel: stopped: saved; start again\n"),
         (KeyboardInterrupt(), 130, "megabagel: interrupted\n"),
     ],
 )
 def test_how_a_command_ends(
     valid: str, runs: Any, error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(_config: Config) -> None:
+    def fail(_config: Config, _stop: object) -> None:
         raise error
 
     sys.modules["megabagel.train.run"].main = fail  # type: ignore[attr-defined]
@@ -154,7 +155,7 @@ def test_how_a_command_ends(
 
 
 def test_our_own_errors_keep_their_traceback(valid: str, runs: Any) -> None:
-    def fail(_config: Config) -> None:
+    def fail(_config: Config, _stop: object) -> None:
         raise ZeroDivisionError
 
     sys.modules["megabagel.train.run"].main = fail  # type: ignore[attr-defined]

@@ -35,7 +35,10 @@ ROOMS = {
     "kernels": Room((), (*TENSORS, "triton")),
     "config": Room(("errors",), ("yaml",)),
     "sequence": Room(("errors", "config", "kernels"), TENSORS),
-    "data": Room(("errors", "config", "sequence"), (*TENSORS, "PIL", "tokenizers", "sentencepiece")),
+    "data": Room(
+        ("errors", "config", "sequence"),
+        (*TENSORS, "PIL", "tokenizers", "sentencepiece", "pyarrow", "nvidia", "safetensors"),
+    ),
     "model": Room(("errors", "config", "sequence", "kernels"), (*TENSORS, "safetensors")),
     "parallel": Room(("errors", "config", "sequence", "kernels", "model"), RANKS),
     "checkpoint": Room(("errors", "config", "sequence", "model", "parallel"), (*RANKS, "safetensors")),
@@ -44,9 +47,17 @@ ROOMS = {
         ("errors", "config", "sequence", "kernels", "data", "model", "parallel", "checkpoint", "generate"),
         (*RANKS, "PIL", "rich", "tensorboard"),
     ),
+    "plan": Room(
+        ("errors", "config", "sequence", "kernels", "data", "model", "parallel", "checkpoint", "train"),
+        (*RANKS, "yaml"),
+    ),
     "parity": Room(
         ("errors", "config", "sequence", "kernels", "data", "model", "parallel", "checkpoint", "train"),
         (*RANKS, "PIL", "safetensors"),
+    ),
+    "bench": Room(
+        ("errors", "config", "sequence", "data", "model", "parallel", "checkpoint", "train"),
+        (*RANKS, "psutil", "yaml"),
     ),
     "doctor": Room(("errors", "kernels", "parallel"), (*RANKS, "packaging", "psutil", "rich")),
 }

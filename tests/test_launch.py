@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megabagel import launch
+from megabagel.errors import STOP_PREFIX, RankLost
 
 HERE = Path(__file__).parents[1]
 PLACE = "import os, signal, sys, time; rank = int(os.environ['RANK'])"
@@ -204,6 +205,27 @@ def test_a_rank_that_ignores_sigterm_is_killed_with_what_it_started(
     )
     assert launch.spawn([sys.executable, "-c", f"{PLACE}\n{body}"], 2) == 5
     assert gone([int(pid) for pid in (tmp_path / "pids").read_text().split()], seconds=1)
+
+
+def test_a_rank_that_lost_another_is_not_to_blame() -> None:
+    body = f"if rank == 0: sys.exit({RankLost.code})\ntime.sleep(0.3)\nos.kill(os.getpid(), signal.SIGKILL)"
+    code, _, err = launched(body, 2)
+    assert code == 128 + signal.SIGKILL
+    assert err == "megabagel: rank 1 ended with signal SIGKILL; stopping the others\n"
+
+
+def test_ranks_that_others_gave_up_on_are_killed_at_once(tmp_path: Path) -> None:
+    """A stopped process does not heed SIGTERM; waiting for it would be in vain."""
+    body = (
+        f"open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').write(str(os.getpid()))\n"
+        f"if rank == 0: print('{STOP_PREFIX}rank 1 hangs', file=sys.stderr); sys.exit({RankLost.code})\n"
+        "os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    started = time.monotonic()
+    code, _, err = launched(body, 2)
+    assert code == RankLost.code and err == f"{STOP_PREFIX}rank 1 hangs\n"
+    assert time.monotonic() - started < launch._SETTLE_S + launch._TERM_S
+    assert gone([int((tmp_path / "1").read_text())], seconds=0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")

@@ -23,16 +23,26 @@ DOCUMENTS = (
     ROOT / "docs" / "architecture.md",
     ROOT / "docs" / "parity.md",
     ROOT / "docs" / "kernels.md",
+    ROOT / "docs" / "data.md",
+    ROOT / "docs" / "checkpoints.md",
+    ROOT / "docs" / "faults.md",
+    ROOT / "docs" / "planner.md",
+    ROOT / "docs" / "cluster.md",
 )
 COMMANDS = sorted({
     line.split("  #")[0].strip()
     for document in DOCUMENTS
     for line in document.read_text().splitlines()
-    if re.match(r"    (megabagel|torchrun|srun|make|python) ", line)
+    if re.match(r"    (megabagel|torchrun|srun|make|python) ", line) and "# cluster" not in line  # needs GPUs
 })  # fmt: skip
-TRAIN = [command for command in COMMANDS if "megabagel train" in command and "init_from" not in command]
+TRAIN = [command for command in COMMANDS if re.search("megabagel train(?!.*(init_from|data.latents))", command)]
 OFFICIAL = ("import-hf BAGEL", "import-hf --llm", "train CONFIG run.init_from", "export-hf", "parity")
 """Commands about the official model, in the order in which they can be run."""
+WORK = ("data index", "data stats", "data inspect", "doctor", "plan", "dryrun", "bench", "checkpoint", "reshard")
+"""Commands that need nothing but a config, or the checkpoint of a run."""
+LATENTS = ("data latents", "train CONFIG data.latents")
+RECIPE = {"CONFIG": ["bagel_7b_pt.yaml", "parallel.pp=4", "parallel.cp=2"]}
+"""What is planned and rehearsed."""
 SHORT = "train.steps=2 train.warmup=1 telemetry.sample_every=0 checkpoint.every=0"
 
 
@@ -138,11 +148,63 @@ def test_commands_about_the_official_model_run(data_root: Path, tmp_path: Path) 
     assert set(ran) >= set(OFFICIAL) - (set() if CASES.is_dir() else {"parity"})
 
 
+@pytest.fixture(scope="module")
+def finished(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of two steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    _run(folder, "train", _config("tiny.yaml"), *_options(data_root), f"run.dir={folder / 'RUN'}")
+    return folder
+
+
+def _config(name: str) -> str:
+    return str(ROOT / "examples" / "configs" / name)
+
+
+def _options(data: Path) -> list[str]:
+    return [f"data.root={data}", *SHORT.split()]
+
+
+def _run(folder: Path, *words: str) -> str:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "megabagel", *words]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(tuple(f"megabagel {word}" for word in WORK))])
+def test_working_commands_run(command: str, finished: Path, data_root: Path) -> None:
+    words = [word.replace("step_00000100", "step_00000002") for word in shlex.split(command)[1:]]
+    at = words.index("CONFIG") if "CONFIG" in words else None
+    if at is not None and words[0] in ("plan", "dryrun"):
+        words[at : at + 1] = [_config(RECIPE["CONFIG"][0]), *RECIPE["CONFIG"][1:]]
+    elif at is not None:
+        words[at : at + 1] = [_config("tiny.yaml"), *_options(data_root)]
+    assert _run(finished, *words)
+
+
+@pytest.mark.slow
+def test_latents_are_cached_and_trained_on(finished: Path, data_root: Path) -> None:
+    commands = [command for wanted in LATENTS for command in COMMANDS if wanted in command]
+    assert len(commands) == 2
+    for command in commands:
+        words = [word.replace("OUT", str(finished / "latents")) for word in shlex.split(command)[1:]]
+        words[words.index("CONFIG")] = _config("tiny.yaml")
+        _run(finished, *words, *_options(data_root), f"run.dir={finished / 'cached'}")
+    losses = [
+        [json.loads(line)["loss"] for line in (finished / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("RUN", "cached")
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_every_command_of_the_documents_is_run_by_a_test() -> None:
+    elsewhere = ("make ", "megabagel data prepare", "python tools/", "python benchmarks/")
+    mine = tuple(f"megabagel {word}" for word in (*WORK, *LATENTS))
     for command in COMMANDS:
-        known = [*TRAIN, *(c for c in COMMANDS if any(wanted in c for wanted in OFFICIAL))]
-        elsewhere = ("make ", "megabagel data prepare", "python tools/kernel_gate.py", "python tools/gpu_suite.py")
-        assert command in known or command.startswith(elsewhere), command
+        official = any(wanted in command for wanted in OFFICIAL)
+        assert command in TRAIN or official or command.startswith((*elsewhere, *mine)), command
 
 
 def test_data_prepare(tmp_path: Path) -> None:

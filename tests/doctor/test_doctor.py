@@ -14,6 +14,7 @@ from rich.console import Console
 from megabagel import cli
 from megabagel.doctor import machine, row, software
 from megabagel.doctor.row import Row, absent, ok, wrong
+from megabagel.parallel.launched import SRUN, TORCHRUN
 
 HERE = Path(__file__).parents[2]
 
@@ -114,14 +115,17 @@ def test_apex_of_pypi_is_wrong(tmp_path: Path) -> None:
     [
         ({}, "ok", "alone"),
         ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, "ok", "torchrun: rank 1 of 4"),
-        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}, "ok", "srun: rank 3 of 4, local rank 1"),
+        (
+            {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"},
+            "ok",
+            "srun: rank 3 of 4, local rank 1",
+        ),
         ({"RANK": "1"}, "wrong", "WORLD_SIZE"),
-        ({"SLURM_PROCID": "4", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, "wrong", "below the world size"),
+        ({"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}, "wrong", "below the world size"),
     ],
 )
 def test_launch_variables(env: dict[str, str], status: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    for name in names:
+    for name in (*TORCHRUN, *SRUN):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)

@@ -3,6 +3,7 @@
 import multiprocessing
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ def config(shapes: Path) -> Config:
     return small_config(shapes)
 
 
+@pytest.fixture(autouse=True)
+def nobody_stays() -> Iterator[None]:
+    """Workers end with the steps. Other tests of this process may keep processes of their own."""
+    others = set(multiprocessing.active_children())
+    yield
+    assert set(multiprocessing.active_children()) <= others
+
+
 @pytest.fixture
 def own(shapes: Path, tmp_path: Path) -> Path:
     """A copy of the data set that a test may harm."""
@@ -44,7 +53,6 @@ def test_batches_do_not_depend_on_who_fills_them(config: Config) -> None:
             for batch, other in zip(one.batches, two.batches, strict=True):
                 assert_same(other, batch)
         assert made.plan.state() == expected[-1].plan.state, "this process's plan has got there, too"
-        assert not multiprocessing.active_children()
 
 
 def test_errors_of_workers_surface_in_their_place(config: Config) -> None:
@@ -56,7 +64,6 @@ def test_errors_of_workers_surface_in_their_place(config: Config) -> None:
         for step in made.steps(4):
             seen.append(step.plan.number)
     assert seen == [number for number in range(3) if number < _first_use(made, expected, victim)]
-    assert not multiprocessing.active_children()
 
 
 def test_a_worker_that_dies_is_named_with_what_it_was_at(config: Config) -> None:
@@ -68,7 +75,6 @@ def test_a_worker_that_dies_is_named_with_what_it_was_at(config: Config) -> None
     with pytest.raises(UserError, match=message + r".*/000.*; files: .*-000000\.tar") as caught:
         list(made.steps(4))
     assert "data.workers" in str(caught.value)
-    assert not multiprocessing.active_children()
 
 
 def test_a_worker_that_is_late_is_named(config: Config, caplog: pytest.LogCaptureFixture) -> None:
@@ -98,7 +104,7 @@ def test_steps_with_workers_may_be_left_early_and_taken_up(config: Config) -> No
     steps = made.steps(100)
     assert next(steps).plan.number == 0 and next(steps).plan.number == 1
     steps.close()  # type: ignore[attr-defined]
-    assert made.plan.state() == expected[1].plan.state and not multiprocessing.active_children()
+    assert made.plan.state() == expected[1].plan.state
     assert [step.plan for step in made.steps(2)] == [step.plan for step in expected[2:]]
 
 

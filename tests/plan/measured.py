@@ -142,18 +142,26 @@ class Alive(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.known: set[int] = set()
+        self.known: dict[int, StorageWeakRef] = {}  # by address, which a later storage may take over
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, torch.Tensor) and _storage(tensor) not in self.made:
-                self.known.add(_storage(tensor))  # came from outside: weights, inputs
+            if isinstance(tensor, torch.Tensor) and not self._is_made(tensor):
+                self.known[_storage(tensor)] = StorageWeakRef(tensor.untyped_storage())  # from outside: weights, inputs
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and _storage(tensor) not in self.known:
+            if isinstance(tensor, torch.Tensor) and not self._is_known(tensor):
                 storage = tensor.untyped_storage()
                 self.made[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
         return result
+
+    def _is_made(self, tensor: torch.Tensor) -> bool:
+        reference, _ = self.made.get(_storage(tensor), (None, 0))
+        return reference is not None and not reference.expired()
+
+    def _is_known(self, tensor: torch.Tensor) -> bool:
+        reference = self.known.get(_storage(tensor))
+        return reference is not None and not reference.expired()
 
     def bytes(self) -> float:
         """Of the storages that are still alive."""

@@ -29,7 +29,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from megabagel.errors import UserError
     from megabagel.parallel import host
 
-    host.install()  # before anything imports megatron
+    host.quieten()  # and no more: what would end a run is a row here
     rows = [*software(), *machine(args.dir)]
     unknown = [name for name in args.require if name not in {row.name for row in rows}]
     if unknown:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -103,11 +104,13 @@ def test_transformer_engine_that_does_not_load(tmp_path: Path, monkeypatch: pyte
 def test_apex_of_pypi_is_wrong(tmp_path: Path) -> None:
     """In a process of its own: the impostor must not stay in this one's modules."""
     put_package(tmp_path, "apex")
-    code = "from megabagel.doctor.software import apex; print(apex())"
-    env = {"PYTHONPATH": f"{tmp_path}:{HERE}:{HERE}/kernels"}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=env)
-    assert "status='wrong'" in ran.stdout, ran.stderr
-    assert "pip uninstall apex" in ran.stdout
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{HERE}:{HERE}/kernels"}
+    command = [sys.executable, "-m", "megabagel", "doctor", "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env)
+    assert ran.returncode == 1, ran.stderr
+    (found,) = (entry for entry in json.loads(ran.stdout) if entry["name"] == "apex")
+    assert found["status"] == "wrong"
+    assert "pip uninstall apex" in found["advice"]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ WORK = ("data index", "data stats", "data inspect", "doctor", "plan", "dryrun", 
 WORKING = [c for c in COMMANDS if re.match(f"megabagel ({'|'.join(WORK)})", c) and "bench compare" not in c]
 """The comparison of two reports is in tests/slurm."""
 LATENTS = ("data latents", "train CONFIG data.latents")
-RECIPE = {"CONFIG": ["bagel_7b_pt.yaml", "parallel.pp=4", "parallel.cp=2"]}
+RECIPE = ("bagel_7b_pt.yaml", "parallel.pp=4", "parallel.cp=2")
 """What is planned and rehearsed."""
 SHORT = "train.steps=2 train.warmup=1 telemetry.sample_every=0 checkpoint.every=0"
 
@@ -180,7 +180,7 @@ def test_working_commands_run(command: str, finished: Path, data_root: Path) -> 
     words = [word.replace("step_00000100", "step_00000002") for word in shlex.split(command)[1:]]
     at = words.index("CONFIG") if "CONFIG" in words else None
     if at is not None and words[0] in ("plan", "dryrun"):
-        words[at : at + 1] = [_config(RECIPE["CONFIG"][0]), *RECIPE["CONFIG"][1:]]
+        words[at : at + 1] = [_config(RECIPE[0]), *RECIPE[1:]]
     elif at is not None:
         words[at : at + 1] = [_config("tiny.yaml"), *_options(data_root)]
     assert _run(finished, *words)

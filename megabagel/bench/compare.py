@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from megabagel.bench.report import Measurement
+from megabagel.checkpoint.manifest import leaves
 from megabagel.errors import UserError
 
 _RATIOS = (
@@ -41,15 +42,7 @@ def compare(a: Sequence[Measurement], b: Sequence[Measurement]) -> str:
 def _differences(a: Measurement, b: Measurement) -> list[str]:
     """What else differs: settings, versions, commit and device."""
     facts = [
-        {**_leaves(m.config), **m.versions, "commit": m.commit, "device": m.device, "batches": m.batches}
-        for m in (a, b)
+        {**leaves(m.config), **m.versions, "commit": m.commit, "device": m.device, "batches": m.batches} for m in (a, b)
     ]
     keys = [key for key in facts[0] | facts[1] if facts[0].get(key) != facts[1].get(key)]
     return [f"{key}: {facts[0].get(key)} -> {facts[1].get(key)}" for key in keys]
-
-
-def _leaves(tree: dict[str, object], path: str = "") -> dict[str, object]:
-    found: dict[str, object] = {}
-    for name, value in tree.items():
-        found |= _leaves(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
-    return found

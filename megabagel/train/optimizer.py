@@ -35,6 +35,7 @@ class Optimizer:
         (self.distributed,) = getattr(chained, "chained_optimizers", [chained])
         self._chained = chained
         self._allocate_moments()
+        self._fuse_on_cpu()
         self.ema = {shard: shard.detach().clone() for shard in self.shards()} if config.ema else {}
         megatron.finalize_model_grads_func = lambda chunks, *_, **__: finish_gradients(chunks, topology.tp)
 
@@ -57,6 +58,12 @@ class Optimizer:
     def _counts_per_shard(self) -> bool:
         """torch's AdamW counts steps per parameter; the fused optimizers of GPU machines per group."""
         return isinstance(self.inner, torch.optim.AdamW)
+
+    def _fuse_on_cpu(self) -> None:
+        """One pass over weights and moments. The alternative takes MKL's roots, whose last bits differ by processor."""
+        for group in self.inner.param_groups:
+            if self._counts_per_shard and all(shard.device.type == "cpu" for shard in group["params"]):
+                group["fused"] = True
 
     def after_load(self, step: int) -> None:
         """Weights, moments, averages were filled in place: count `step` updates and hand the weights to the model."""

@@ -71,15 +71,19 @@ class Cluster:
             time.sleep(0.1)
 
     def ended(self, job: str) -> str:
-        """The state in which a job ends. A requeued one need not wait out Slurm's two minutes."""
+        """The state in which a job ends."""
 
         def over() -> bool:
-            if "Reason=BeginTime" in self.call("scontrol", "show", "job", job):
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # it may have started just now
+            self.hurry(job)
             return self.state(job) not in UNDER_WAY
 
         self.wait(job, over)
         return self.state(job)
+
+    def hurry(self, job: str) -> None:
+        """Start a requeued job now: it need not wait out Slurm's two minutes."""
+        if "Reason=BeginTime" in self.call("scontrol", "show", "job", job):
+            self.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # it may have started just now
 
     def log(self, job: str) -> str:
         """What the job's script and its ranks said."""

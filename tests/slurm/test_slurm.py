@@ -5,10 +5,12 @@ The suite takes its server down again; where Slurm is not installed, it says so 
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,39 @@ def test_failing_run_is_not_requeued(cluster: Cluster, config: Path, tmp_path: P
     assert cluster.ended(job) == "FAILED"
     assert "train.steps" in cluster.log(job)  # the nearest name
     assert "start 1" not in cluster.log(job)
+
+
+def test_limit_that_leaves_no_time_to_start_is_not_requeued_for_ever(
+    cluster: Cluster, config: Path, tmp_path: Path
+) -> None:
+    slow = tmp_path / "megabagel"
+    slow.write_text("#!/bin/sh\nsleep 2\n")  # in place of doctor; it never gets as far as training
+    slow.chmod(0o755)
+    job = cluster.submit(*TWO_NODES, SCRIPTS / "train.sbatch", config, MEGABAGEL=str(slow))
+
+    def begun(start: int) -> bool:
+        cluster.hurry(job)
+        return f"start {start}, 2 nodes" in cluster.log(job)
+
+    for start in range(2):
+        cluster.wait(job, partial(begun, start))
+        cluster.call("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.ended(job) == "FAILED"
+    assert "submit again with a longer --time" in cluster.log(job)
+
+
+def test_limit_shorter_than_a_step_is_named_by_every_rank(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    """Slurm's signals at a limit, sent here without waiting for one: USR1 to the script, TERM to all, KILL."""
+    script = (SCRIPTS / "train.sbatch", config, f"run.dir={tmp_path}", "train.packs_per_step=3000")
+    job = cluster.submit(*TWO_NODES, *script)
+    cluster.wait(job, lambda: "peak for MFU" in cluster.log(job))
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    early, late = "USR1 .* before the first step is finished", "SIGTERM .* shorter than a start and a step"
+    cluster.wait(job, lambda: len(re.findall(early, cluster.log(job))) == 2)
+    cluster.call("scancel", "--signal=TERM", f"{job}.1")
+    cluster.wait(job, lambda: len(re.findall(late, cluster.log(job))) == 2)
+    cluster.call("scancel", "--signal=KILL", f"{job}.1")
+    assert cluster.ended(job) == "FAILED"
 
 
 def test_job_without_config_says_so(cluster: Cluster) -> None:

@@ -64,9 +64,11 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> None:
     config, topology = trainer.config, trainer.topology
     peak = peak_flops(config, host.device())
     logger.info("peak for MFU: %.3g FLOP/s per rank (%s)", *peak)
+    mark("data", trainer.step)
     for step in _steps(trainer):
         started = time.perf_counter()
         outcome = trainer.train_step(step)
+        stop.finished += 1
         lost, signalled = largest(len(step.lost), stop.number)
         trainer.lost_images += len(union(topology, step.lost)) if lost else 0
         seconds = time.perf_counter() - started

@@ -17,6 +17,9 @@ from megabagel.errors import UserError
 
 _COMMAND_LINE = "command line"
 
+_NO_YAML = (yaml.YAMLError, ValueError, OverflowError)
+"""What PyYAML raises on a faulty text; the last two where an escape such as "\\U00110000" names no character."""
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path`, apply `overrides` in order, check everything.
@@ -87,6 +90,14 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return node
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """The value of a node. What int() and datetime() say of 0b_ or of 30 February gets a place in the text."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:
+            problem = f"{show(node.value)} is no value ({error}); put quotes around it if it is a text"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+
 
 def _read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """(file name, content) of `path` and of the files it is based on, the outermost base first."""
@@ -109,7 +120,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read the config: {error.strerror}; expected a YAML file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8 text; expected a YAML file") from error
-    except yaml.YAMLError as error:
+    except _NO_YAML as error:
         raise UserError(f"{path}: {_syntax(error)}") from error
     if not isinstance(content, dict):
         raise UserError(
@@ -118,7 +129,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _syntax(error: yaml.YAMLError) -> str:
+def _syntax(error: Exception) -> str:
     """One line for an error of the YAML parser."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         mark = error.problem_mark
@@ -146,7 +157,7 @@ def _apply(tree: dict[str, Any], override: str, problems: Problems, origins: dic
         return
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except _NO_YAML as error:
         problems.add(key, f"{key} = {text!r}: {_syntax(error)}")
         return
     if pattern(key) not in set(known_keys()):

@@ -107,7 +107,7 @@ def describe(kind: Any) -> str:
     if get_origin(kind) in (Union, UnionType):
         return f"{describe(_without_none(kind))}, or null"
     if get_origin(kind) is Literal:
-        return "one of " + ", ".join("true" if choice is True else choice for choice in get_args(kind))
+        return "one of " + ", ".join(get_args(kind))
     if get_origin(kind) is tuple:
         first, *rest = get_args(kind)
         if get_origin(first) is Literal:

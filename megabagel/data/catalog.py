@@ -151,12 +151,10 @@ def _arrangement(task: Task, document: Document) -> Arrangement:
 
 def _digest(table: Table, numbers: np.ndarray) -> str:
     """SHA-256, shortened, of what the documents are, without where they lie."""
-    chosen_D = np.zeros(len(table), bool)
-    chosen_D[numbers] = True
-    documents_D = table.documents_D
-    items_I = table.items_I[np.repeat(chosen_D, documents_D["items"])]
-    digest = hashlib.sha256(documents_D[chosen_D].tobytes())
+    chosen = table.chosen(numbers)
+    items_I = chosen.items_I
+    digest = hashlib.sha256(chosen.documents_D.tobytes())
     for column in (items_I["kind"] & MEANING, items_I["high"], items_I["wide"], items_I["crc"]):
         digest.update(column.tobytes())
-    digest.update(table.keys_B[np.repeat(chosen_D, documents_D["key_bytes"])].tobytes())
+    digest.update(chosen.keys_B.tobytes())
     return digest.hexdigest()[:32]

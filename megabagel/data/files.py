@@ -1,10 +1,41 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and how many may be open."""
 
+import errno
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from megabagel.data.documents import SampleError
+from megabagel.errors import UserError
+
+OPEN_FILES = 2**16
+"""As many open files as a process asks for: some systems allow so many that a library that goes through all is slow."""
+
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
+
+def allow_open_files() -> None:
+    """Raise the soft limit of open files towards the hard one.
+
+    The usual soft limit of 1024 is soon met: by the shards of many sources, and by results of workers on their way, of
+    which Linux allows all processes of a user together no more than this limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < (most := min(hard, OPEN_FILES)):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def image_fault(path: Path, detail: str, error: OSError) -> SampleError | UserError:
+    """What to raise where an image file cannot be read: the sample's fault if there is no such file.
+
+    Otherwise (no rights, a disk or network that fails, too many open files) it is nothing that may be kept on record.
+    """
+    if error.errno in _ABSENT:
+        return SampleError("image is missing", detail)
+    return UserError(f"{path}: cannot be read ({error.strerror}). Mend its rights or its disk, and start again.")
 
 
 @contextmanager

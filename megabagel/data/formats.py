@@ -65,14 +65,16 @@ def format_of(shard: Path) -> Format:
     """
     try:
         with shard.open("rb") as file:
-            start = file.read(512).removeprefix(b"\xef\xbb\xbf")
+            head = file.read(512)
     except OSError as error:
         raise UserError(
             f"{shard}: cannot be read ({error}). Bring the shard back or remove it from data.sources."
         ) from error
-    by_name = SUFFIXES.get(shard.suffix)
-    if start[:4] == b"PAR1":
-        by_content: Format = "parquet"
+    by_name, start = SUFFIXES.get(shard.suffix), head.removeprefix(b"\xef\xbb\xbf")
+    if head[257:].startswith((b"ustar\0", b"ustar  \0")):
+        by_content: Format = "tar"  # whatever the name of its first file begins with
+    elif start[:4] == b"PAR1":
+        by_content = "parquet"
     elif start.lstrip()[:1] in (b"{", b"["):
         by_content = "jsonl"
     elif by_name == "jsonl" and not start.strip():

@@ -33,7 +33,8 @@ from megabagel.data.documents import (
     Task,
     TextItem,
 )
-from megabagel.data.formats import find_shards, samples_of
+from megabagel.data.files import allow_open_files
+from megabagel.data.formats import SUFFIXES, find_shards, samples_of
 from megabagel.data.index_cache import Scan, Skip, State
 from megabagel.data.reader import Reader
 from megabagel.data.records import Declared, DeclaredText
@@ -100,7 +101,6 @@ def build_index(
     *,
     images: Path | None = None,
     cache: Path | None = None,
-    verify: bool = True,
     check: bool = False,
 ) -> Index:
     """Index the samples of `shards` for `task`.
@@ -111,20 +111,22 @@ def build_index(
         task: decides the roles of items; a document that does not suit it is skipped and counted.
         images: folder of the images that JSONL files name; default: the folder of the first shard.
         cache: folder of the cached scans; default: `.index` beside each shard.
-        verify: decode every image in full; without, a damaged one may come up in training.
         check: compare the contents of every shard with those that were scanned, whatever its time of change.
 
     Raises:
         UserError: a shard is missing or of no known format, or no sample at all is usable.
     """
+    allow_open_files()
     reader = Reader(shards, images or shards[0].parent)
-    how = {"tokenizer": tokenizer.fingerprint(), "verify": verify, "images": str(images or "")}
+    counted = tokenizer.fingerprint()
 
     def scan(number: int) -> Scan:
+        # "verify" says that images were decoded in full. It stays the same: without it, all would be indexed again.
+        how = {"tokenizer": counted, "verify": True, "images": _images_of(reader, number)}
         path = index_cache.file_of(shards[number], cache, how)
         found = index_cache.load(path, shards[number], check=check)
         if found is None:
-            found = _scan(reader, number, tokenizer, verify)
+            found = _scan(reader.scanning(), number, tokenizer)
             index_cache.save(path, found)
         return found
 
@@ -142,7 +144,14 @@ def build_index(
     return index
 
 
-def _scan(reader: Reader, number: int, tokenizer: TextTokenizer, verify: bool) -> Scan:
+def _images_of(reader: Reader, number: int) -> str:
+    """The folder in which a JSONL shard finds its images, seen from the shard: both may be moved together."""
+    if SUFFIXES.get(reader.shards[number].suffix, "jsonl") != "jsonl":
+        return ""
+    return os.path.relpath(reader.images.resolve(), reader.shards[number].parent.resolve())
+
+
+def _scan(reader: Reader, number: int, tokenizer: TextTokenizer) -> Scan:
     """Look into every sample of one shard."""
     shard, start = reader.shards[number], time.perf_counter()
     state = State.of(shard)
@@ -152,24 +161,27 @@ def _scan(reader: Reader, number: int, tokenizer: TextTokenizer, verify: bool) -
             skipped.append(found)
             continue
         try:
-            items, checksums = zip(*_measured(found.declare(), tokenizer, reader, verify), strict=True)
+            items, checksums = zip(*_measured(found.declare(), tokenizer, reader), strict=True)
             builder.add(found.key, items, checksums)
             count += 1
         except SampleError as error:
             skipped.append(Skip(shard.name, found.key, error.reason, error.detail))
+        except MemoryError as error:
+            raise UserError(
+                f"{shard}: {found.key}: no memory left to decode it. Free some and start again; what is indexed stays."
+            ) from error
     seconds = time.perf_counter() - start
     logger.info("indexed %s: samples: %d, skipped: %d (%.1f s)", shard, count, len(skipped), seconds)
     return Scan(builder.table(), tuple(skipped), state)
 
 
-def _measured(
-    declared: Sequence[Declared], tokenizer: TextTokenizer, reader: Reader, verify: bool
-) -> Iterator[tuple[Item, int]]:
+def _measured(declared: Sequence[Declared], tokenizer: TextTokenizer, reader: Reader) -> Iterator[tuple[Item, int]]:
     """The items with their sizes, each with the CRC-32 of its content."""
     for one in declared:
         if isinstance(one, DeclaredText):
             data = one.text.encode()
-            source = one.text if one.place is None or len(data) <= INLINE_BYTES else one.place
+            assert one.place is not None
+            source = one.text if len(data) <= INLINE_BYTES else one.place
             yield (
                 TextItem(len(tokenizer.encode(one.text)), source, one.role, one.alternative, one.joined),
                 zlib.crc32(data),
@@ -177,7 +189,7 @@ def _measured(
             continue
         data = reader.read(one.place)
         try:
-            height, width = measure(data, verify=verify)
+            height, width = measure(data, verify=True)
         except SampleError as error:
             raise SampleError(error.reason, ": ".join(filter(None, (one.name, error.detail)))) from error
         yield ImageItem(height, width, one.place, one.role, one.frame), zlib.crc32(data)

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megabagel.data.documents import Loose, Member, SampleError
+from megabagel.data.files import image_fault
 from megabagel.data.records import Declared, Locate, declare, invalid, parse
 from megabagel.errors import UserError
 
@@ -31,7 +32,10 @@ def lines(path: Path, shard: int, images: Path) -> Iterator[tuple[str, Callable[
 
 
 def in_folder(folder: Path) -> Locate:
-    """Finds images by their path relative to a folder; paths that lead out of it are refused."""
+    """Finds images by their path relative to a folder; paths that lead out of it are refused.
+
+    Raises, when called: SampleError if there is no such file, UserError if there may be one that cannot be read.
+    """
 
     def locate(where: str, name: Any) -> Loose:
         if not isinstance(name, str) or not name:
@@ -40,7 +44,9 @@ def in_folder(folder: Path) -> Locate:
             raise SampleError("path leaves the image folder", f"{where}: {name!r:.80} in {folder}")
         try:
             return Loose(name, (folder / name).stat().st_size)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise image_fault(folder / name, f"{where}: {name!r:.80} in {folder}", error) from error
+        except ValueError as error:  # a name that no file can have
             raise SampleError("image is missing", f"{where}: {name!r:.80} in {folder}") from error
 
     return locate

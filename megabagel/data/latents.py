@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -72,10 +72,10 @@ class Report:
     known: int
     """In the cache already: from an earlier run, or met before under another key."""
     lost: int
-    """Could not be decoded; training loses them too."""
+    """Gone, changed or not decodable; training loses them too."""
 
     def __str__(self) -> str:
-        return f"images written: {self.written}, in the cache already: {self.known}, not decodable: {self.lost}"
+        return f"images written: {self.written}, in the cache already: {self.known}, lost: {self.lost}"
 
 
 def image_name(blob: bytes, height: int, width: int) -> str:
@@ -152,7 +152,12 @@ def _fill(
     images = _images(config, sources)
     while batch := list(islice(images, BATCH)):
         new = {}
-        for blob, size in batch:
+        for read, size in batch:
+            try:
+                blob = read()
+            except SampleError:
+                lost += 1
+                continue
             name = image_name(blob, *size)
             known += name in names
             if name not in names:
@@ -172,14 +177,14 @@ def _fill(
     return Report(written, known, lost)
 
 
-def _images(config: Config, sources: Sequence[Source]) -> Iterator[tuple[bytes, tuple[int, int]]]:
-    """File and training size of every image that a sample may show to the codec."""
+def _images(config: Config, sources: Sequence[Source]) -> Iterator[tuple[Callable[[], bytes], tuple[int, int]]]:
+    """What reads the file, and the training size, of every image that a sample may show to the codec."""
     expander = Expander.of(config)
     for source in _with_latents(sources):
         for number in range(len(source.index.documents)):
             for item in source.index.documents[number].items:
                 if isinstance(item, ImageItem) and item.role != "look":
-                    yield source.index.read(item.member), expander.vae_size(item)
+                    yield partial(source.index.read, item.member), expander.vae_size(item)
 
 
 def _with_latents(sources: Sequence[Source]) -> list[Source]:
@@ -221,12 +226,13 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _write_shard(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    number = len(_shards(folder))
+    shards = _shards(folder)  # one in the middle may have been removed
+    number = int(shards[-1].stem.removeprefix("latents-")) + 1 if shards else 0
     write_atomic(folder / f"latents-{number:06d}.safetensors", save({n: t.contiguous() for n, t in tensors.items()}))
 
 
 def _shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("latents-*.safetensors"))
+    return sorted(folder.glob(f"latents-{'[0-9]' * 6}.safetensors"))
 
 
 def _names(folder: Path) -> dict[str, str]:

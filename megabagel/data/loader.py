@@ -3,7 +3,7 @@
 Without workers (`data.workers` = 0) a background thread plans and fills. With N workers one process plans and N fill
 packs, and this one only takes what they made, so training shares its interpreter with nobody.
 
-At most `data.prefetch` steps wait beside the one that is being trained, and with a thread one more is in the making.
+At most `data.prefetch` steps wait beside the one that is being trained; with a thread one more is made or waits too.
 What comes out is the same in every case: the plan decides, and results are taken in its order.
 """
 
@@ -81,7 +81,8 @@ class Loader:
         """
         data, packs = self.config.data, self.config.train.packs_per_step // self.dp[1]
         who = f"{data.workers} workers and a planner" if data.workers else "a thread"
-        most = packs * (data.prefetch + 1) * self.filler.most_bytes / 2**30
+        ahead = data.prefetch + (1 if data.workers else 2)
+        most = packs * ahead * self.filler.most_bytes / 2**30
         logger.info("data: %s in every rank, %d steps ahead, at most %.2f GiB of images", who, data.prefetch, most)
         return self._from_workers(count) if data.workers else self._from_thread(count)
 

@@ -7,14 +7,14 @@ should be small (tens of MB) where samples are drawn in random order.
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megabagel.data.documents import Cell
+from megabagel.data.documents import Cell, SampleError
 from megabagel.data.records import Declared, declare, invalid
 from megabagel.data.shards import OPEN_SHARDS
 from megabagel.errors import UserError
@@ -80,6 +80,12 @@ class ParquetReader:
                 self._held -= self._columns.popitem(last=False)[1].nbytes
         return values
 
+    def forget(self) -> None:
+        """Let go of all columns."""
+        with self._lock:
+            self._columns.clear()
+            self._held = 0
+
     def row_groups(self, shard: int) -> int:
         """Row groups of a shard."""
         return self._metadata(shard).num_row_groups
@@ -128,11 +134,24 @@ def rows(reader: ParquetReader, shard: int) -> Iterator[tuple[str, Callable[[], 
     layout = next(layout for layout in _LAYOUTS if all(name in names for name in layout))
     *pictures, text = [names.index(name) for name in layout]
     for group in range(reader.row_groups(shard)):
-        texts = reader.column(shard, group, text).to_pylist()
-        for row, value in enumerate(texts):
-            record = {names[column]: _cells(reader, Cell(shard, group, row, column, -1, 0)) for column in pictures}
+        reader.forget()  # the group before: nobody comes back to it
+        texts = reader.column(shard, group, text)  # held here: a large column of images may take its place there
+        for row in range(len(texts)):
+            cells = {names[column]: Cell(shard, group, row, column, -1, 0) for column in pictures}
             place = Cell(shard, group, row, text, -1, 0)
-            yield f"group {group} row {row}", partial(declare, record | {names[text]: value}, _same, place)
+            yield f"group {group} row {row}", partial(_declare, reader, cells, names[text], texts, place)
+
+
+def _declare(
+    reader: ParquetReader, pictures: Mapping[str, Cell], name: str, texts: "pa.ChunkedArray", place: Cell
+) -> list[Declared]:
+    """The items of a row: the cells of its images by column, and its text at `place` in the column `name`."""
+    record = {column: _cells(reader, cell) for column, cell in pictures.items()}
+    try:
+        text = texts[place.row].as_py()
+    except UnicodeDecodeError as error:
+        raise SampleError("text is not UTF-8", f"{name}: byte {error.start}") from error
+    return declare(record | {name: text}, _same, place)
 
 
 def texts_of(reader: ParquetReader, cell: Cell) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megabagel.data.documents import Cell, Loose, Member, Passage, Place, SampleError
+from megabagel.data.files import image_fault
 from megabagel.data.parquet import ParquetReader, texts_of
 from megabagel.data.records import parse, passage
 from megabagel.data.shards import ShardReader
@@ -20,12 +21,18 @@ class Reader:
         """Another process opens files of its own."""
         return Reader, (self.shards, self.images)
 
+    def scanning(self) -> "Reader":
+        """The same with parquet columns of its own: scans of several shards at once do not take turns in one store."""
+        other = Reader(self.shards, self.images)
+        other.files = self.files
+        return other
+
     def read(self, place: Place) -> bytes:
         """The bytes of one image, or of one file of a shard.
 
         Raises:
-            UserError: a shard is gone, or is not what it was when it was indexed.
-            SampleError: the same, of an image that is a file of its own.
+            UserError: a shard is gone, or is not what it was when it was indexed; or a file there cannot be read.
+            SampleError: an image that is a file of its own is gone or changed.
         """
         match place:
             case Member():
@@ -47,7 +54,7 @@ class Reader:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise SampleError("image is missing", f"{path}: {error.strerror}") from error
+            raise image_fault(path, f"{path}: {error.strerror}", error) from error
         if len(data) != size:
             raise SampleError("image changed", f"{path}: {len(data)} bytes, not {size}")
         return data

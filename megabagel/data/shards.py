@@ -16,7 +16,7 @@ from megabagel.data.documents import Member
 from megabagel.errors import UserError
 
 OPEN_SHARDS = 256
-"""Most shards held open at a time: data sets have more shards than a process may have open files."""
+"""Most shards that a process holds open, of all its sources: data sets have more shards than it may have open files."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class ShardReader:
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self.shards = tuple(shards)
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(_Descriptor)
+        self._mine = object()
 
     def read(self, member: Member) -> bytes:
         """The bytes of one member.
@@ -104,7 +104,7 @@ class ShardReader:
         """
         shard = self.shards[member.shard]
         try:
-            data = b"".join(_pieces(self._open(shard), member))
+            data = b"".join(_pieces(_open(self._mine, shard), member))
         except OSError as error:
             raise UserError(
                 f"{shard}: cannot be read ({error}). Bring the shard back or remove it from data.sources."
@@ -126,6 +126,12 @@ class _Descriptor:
     def __del__(self) -> None:
         if hasattr(self, "number"):  # not after a failed open
             os.close(self.number)
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def _open(reader: object, path: Path) -> _Descriptor:
+    """A reader made later opens a shard anew: it may have been replaced."""
+    return _Descriptor(path)
 
 
 def _pieces(file: _Descriptor, member: Member) -> Iterator[bytes]:

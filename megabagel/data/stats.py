@@ -94,8 +94,8 @@ def count_steps(config: Config, sources: Sequence[Source], steps: int) -> Stats:
         step = plan.next_step()
         _count(plan, step, found)
         fills += [pack.size.tokens / config.data.max_tokens for pack in step.packs]
-    for name, (epoch, place) in step.state["cursors"].items():
-        found[name].epochs = epoch + place / found[name].available
+    for name, epochs in plan.epochs().items():
+        found[name].epochs = epochs
         prefix = f"{name}: "
         left_out = {reason.removeprefix(prefix): n for reason, n in step.skipped.items() if reason.startswith(prefix)}
         found[name].left_out = left_out

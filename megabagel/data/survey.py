@@ -24,10 +24,7 @@ def survey(index: Index, title: str, named: int | None) -> str:
 
 def _items(documents: Documents) -> list[str]:
     """Texts and images of the samples that are used; every wording and every frame counts."""
-    table = documents.table
-    chosen_D = np.zeros(len(table), bool)
-    chosen_D[documents.numbers] = True
-    items_I = table.items_I[np.repeat(chosen_D, table.documents_D["items"])]
+    items_I = documents.table.chosen(documents.numbers).items_I
     is_image = (items_I["kind"] & IMAGE).astype(bool)
     texts, images = items_I[~is_image], items_I[is_image]
     lines = []

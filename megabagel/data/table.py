@@ -72,6 +72,14 @@ class Table:
         """[D + 1] int64: the first byte of every key."""
         return _starts(self.documents_D["key_bytes"])
 
+    def chosen(self, numbers: np.ndarray) -> "Table":
+        """The table of some documents alone; `numbers`: int64, rising."""
+        chosen_D = np.zeros(len(self), bool)
+        chosen_D[numbers] = True
+        items_I = self.items_I[np.repeat(chosen_D, self.documents_D["items"])]
+        keys_B = self.keys_B[np.repeat(chosen_D, self.documents_D["key_bytes"])]
+        return Table(self.documents_D[chosen_D], items_I, keys_B, self.texts_B)
+
     def document(self, number: int) -> Document:
         """One document; roles are as declared."""
         return Document(self.key(number), tuple(self.item(row, declared_role(row)) for row in self.rows(number)))

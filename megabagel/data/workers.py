@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from megabagel.data import parcels
+from megabagel.data.files import allow_open_files
 from megabagel.errors import UserError
 
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -138,6 +139,7 @@ def _stop(connection: Connection, process: Any) -> None:
 def _serve(connection: Connection, work: Callable[[Any], Any], receiver: int) -> None:
     """The life of a worker. Tasks are taken as they come, so that the other side never waits to send one. What is
     logged goes with the result, to be logged there."""
+    allow_open_files()
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -1,6 +1,7 @@
 """Which files are shards, what format they have, and a folder that mixes formats."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,6 +63,16 @@ def test_formats_are_told_by_contents_and_agree_with_names(tmp_path: Path, case:
             UserError, match=rf"x\.{wrong}: cannot be read as a shard \(named \.{wrong}, but it begins with"
         ):
             format_of(tmp_path / f"x.{wrong}")
+
+
+@pytest.mark.parametrize("name", ["[cover] 1.png", "{0}.png", " {.png", "PAR1.png"])
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_is_one_whatever_its_first_file_is_called(tmp_path: Path, name: str, format: int) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    assert format_of(tmp_path / "a.tar") == "tar"
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "{"x" * 247}ustar  and more"}}')
+    assert (tmp_path / "a.jsonl").read_bytes()[257:262] == b"ustar" and format_of(tmp_path / "a.jsonl") == "jsonl"
 
 
 def test_a_folder_that_mixes_formats(tmp_path: Path) -> None:

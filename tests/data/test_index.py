@@ -1,5 +1,6 @@
 import json
 import logging
+import resource
 from collections import Counter
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from megabagel.config.schema import DataConfig, SourceConfig
 from megabagel.data import index as module
 from megabagel.data.documents import Document, ImageItem, TextItem
+from megabagel.data.files import OPEN_FILES
 from megabagel.data.index import Index, build_index, find_shards, index_source
 from megabagel.data.shards import write_shards
 from megabagel.data.tokenizer import ByteTokenizer
@@ -199,12 +201,34 @@ def test_the_fingerprint_is_of_the_documents(tmp_path: Path) -> None:
     assert len({first, *others}) == 5
 
 
-def test_headers_alone_when_images_are_trusted(tmp_path: Path) -> None:
+def test_images_are_decoded_to_their_end(tmp_path: Path) -> None:
     jpeg = file_of(noise(64, 48), "JPEG")
     shards = shard(tmp_path, [*captioned(1), ("half", {"jpg": jpeg[: len(jpeg) // 2], "txt": b"x"})])
-    trusting = build_index(shards, BYTES, "t2i", verify=False)
-    assert sizes(trusting) == [("s000", 7, 9, 8), ("half", 1, 48, 64)]
     assert sizes(build_index(shards, BYTES, "t2i")) == [("s000", 7, 9, 8)]
+
+
+def test_a_lack_of_memory_is_no_fault_of_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names the sample, nothing is kept on record, and the next start finds the image sound."""
+
+    def full(image: object) -> object:
+        raise MemoryError
+
+    shards = shard(tmp_path, captioned(1))
+    with monkeypatch.context() as patch:
+        patch.setattr("megabagel.data.decode.headers.to_rgb", full)
+        with pytest.raises(UserError, match=r"a-000000\.tar: s000: no memory left to decode it"):
+            build_index(shards, BYTES, "t2i")
+    assert len(build_index(shards, BYTES, "t2i").documents) == 1
+
+
+def test_many_files_may_be_open(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 300), hard))
+        build_index(shard(tmp_path, captioned(1)), BYTES, "t2i")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, OPEN_FILES), hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_users_mistakes_with_shards(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Scans on disk: current and sound, or made anew and said so."""
 
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from megabagel.data import index as module
 from megabagel.data.index import Index, build_index
 from megabagel.data.shards import write_shards
 from megabagel.data.tokenizer import ByteTokenizer
+from tests.data.pictures import file_of, noise
 from tests.data.test_index import BYTES, captioned, shard, sizes
 
 
@@ -163,7 +165,29 @@ def test_other_ways_of_looking_do_not_share_a_cache(tmp_path: Path, scanned: lis
     for _ in range(2):
         kinds = (ByteTokenizer(), Characters())
         assert [build_index(shards, kind, "text").documents[0].texts[0].n_ids for kind in kinds] == [6, 3]
-        build_index(shards, BYTES, "text", verify=False)
+    assert len(scanned) == 2
+
+
+def test_a_cache_knows_the_folder_of_the_images_it_was_made_with(tmp_path: Path, scanned: list[str]) -> None:
+    """The same line of JSONL names another picture in another folder; shard and folder may move together."""
+    for side, folder in ((8, "here"), (9, "there")):
+        (tmp_path / "all" / folder).mkdir(parents=True)
+        (tmp_path / "all" / folder / "0.png").write_bytes(file_of(noise(side, side)))
+    items = [{"type": "text", "text": "a"}, {"type": "image", "name": "0.png"}]
+    (tmp_path / "all" / "here" / "a.jsonl").write_text(json.dumps({"items": items}) + "\n")
+    (tmp_path / "all" / "there" / "0.jsonl").write_text(json.dumps({"items": items}) + "\n")
+
+    def widths(root: Path, *names: str) -> list[int]:
+        index = build_index([root / name for name in names], BYTES, "t2i")
+        for document in index.documents:
+            index.read(document.images[0].member)
+        return [document.images[0].width for document in index.documents]
+
+    assert widths(tmp_path / "all", "here/a.jsonl") == [8]
+    assert widths(tmp_path / "all", "there/0.jsonl", "here/a.jsonl") == [9, 9]
+    assert len(scanned) == 3
+    (tmp_path / "all").rename(tmp_path / "moved")
+    assert widths(tmp_path / "moved", "there/0.jsonl", "here/a.jsonl") == [9, 9]
     assert len(scanned) == 3
 
 

@@ -22,6 +22,7 @@ from megabagel.data.inspect.view import ImageView, Kind, SampleView, TextView, v
 from megabagel.data.plan import Source, open_sources
 from megabagel.data.shards import write_shards
 from megabagel.data.tokenizer import load_tokenizer
+from megabagel.errors import UserError
 from megabagel.sequence.items import Mode
 from tests.data.pictures import file_of, noise
 from tests.sequence.definition import mask_of, places_of, tokens_of
@@ -49,6 +50,18 @@ def view(config: Config, opened: dict[str, Source], source: str, sample: int) ->
 def views(config: Config, opened: dict[str, Source]) -> list[SampleView]:
     """Four samples of every kind."""
     return [view(config, opened, source, sample) for source in SOURCES for sample in range(4)]
+
+
+def test_an_image_file_that_is_gone_is_named(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(file_of(noise(32, 32)))
+    items = [{"type": "text", "text": "a"}, {"type": "image", "name": "0.png"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"items": items}))
+    entry = SourceConfig(name="loose", path=str(tmp_path / "a.jsonl"), task="t2i")
+    loose = replace(config, data=replace(config.data, sources=(entry,)))
+    source = {"loose": open_sources(loose, load_tokenizer(loose.data.tokenizer))[0]}
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(UserError, match=r"loose, sample line 1, item 1: image is missing .*Choose another --sample"):
+        view(loose, source, "loose", 0)
 
 
 def test_splits_are_those_of_the_definition(views: list[SampleView]) -> None:

@@ -1,6 +1,8 @@
 """JSONL: records by the offset of their line, images from a folder that paths do not leave."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,33 @@ def test_an_image_that_is_lost_later_is_a_fault_of_its_sample(tmp_path: Path, pi
     (pictures / "0.png").unlink()
     with pytest.raises(SampleError, match=r"image is missing .*0\.png"):
         index.read(place)
+
+
+@pytest.mark.parametrize("method", ["stat", "read_bytes"])
+@pytest.mark.parametrize("fault", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_a_file_that_cannot_be_read_is_not_missing(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, fault: int, method: str
+) -> None:
+    """The index ends with a message and keeps nothing; once the disk is back, the image is found."""
+    shard, real = write(tmp_path / "a.jsonl", picture("0.png"), picture("1.png")), getattr(Path, method)
+
+    def failing(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == "1.png":
+            raise OSError(fault, os.strerror(fault))
+        return real(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, method, failing)
+        with pytest.raises(UserError, match=rf"1\.png: cannot be read \({os.strerror(fault)}\)\. Mend"):
+            build_index([shard], BYTES, "t2i", images=pictures)
+    assert len(build_index([shard], BYTES, "t2i", images=pictures).documents) == 2
+
+
+def test_names_that_no_file_can_have_are_faults_of_their_samples(tmp_path: Path, pictures: Path) -> None:
+    names = ["x" * 300, "0.png/x", "round", "\ud800"]
+    (pictures / "round").symlink_to("round")
+    index = build_index([write(tmp_path / "a.jsonl", *map(picture, [*names, "0.png"]))], BYTES, "t2i", images=pictures)
+    assert [skip.reason for skip in index.skipped] == ["image is missing"] * 4 and len(index.documents) == 1
 
 
 def test_an_empty_file_has_no_samples(tmp_path: Path) -> None:

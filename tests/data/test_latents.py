@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megabagel.config.schema import Config, VaeConfig
+from megabagel.config.schema import Config, SourceConfig, VaeConfig
+from megabagel.data import latents
 from megabagel.data.decode.host import HostEngine
 from megabagel.data.latents import LatentCache, Report, image_name, open_latents, write_latents
 from megabagel.data.loader import Loader, Step
@@ -25,6 +26,7 @@ from megabagel.model.vae import Codec, build_codec, codec_fingerprint
 from megabagel.model.vae_flux import Autoencoder
 from megabagel.sequence.batch import Encoders, PackedBatch
 from tests.config.tree import change
+from tests.data.pictures import file_of, noise
 from tests.small_run import small_config, sources_of
 
 FLUX = VaeConfig(codec="flux", channels=3, downsample=8, width=32, width_multipliers=(1, 1, 1, 1), res_blocks=1)
@@ -91,6 +93,41 @@ def test_a_second_run_adds_what_is_missing(config: Config, tmp_path: Path) -> No
     assert whole.written > 0 and whole.known >= part.written
     everything = [*batches(config, opened(config, tmp_path))]
     assert all(tensor.isfinite().all() for batch in everything for tensor in batch.moments or [])
+
+
+def test_a_shard_that_was_removed_is_written_again_beside_the_others(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the message about a damaged shard advises: the others keep their images."""
+    monkeypatch.setattr(latents, "SHARD_BYTES", 1)  # a shard per batch of images
+    first = write(config, tmp_path)
+    before = opened(config, tmp_path).shards
+    names = sorted(set(before.values()))
+    assert len(names) >= 3
+    (tmp_path / names[0]).unlink()
+    again = write(config, tmp_path)
+    assert again == Report(sum(shard == names[0] for shard in before.values()), again.known, 0)
+    assert again.written + again.known == first.written + first.known
+    after = opened(config, tmp_path).shards
+    assert after.keys() == before.keys()
+    assert all(after[image] == shard for image, shard in before.items() if shard != names[0])
+
+
+def test_image_files_that_are_gone_or_changed_are_lost_alone(config: Config, tmp_path: Path) -> None:
+    lines = []
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(file_of(noise(32, 32 + n)))
+        items = [{"type": "text", "text": "a"}, {"type": "image", "name": f"{n}.png"}]
+        lines.append(json.dumps({"items": items}))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    entry = SourceConfig(name="loose", path=str(tmp_path / "a.jsonl"), task="t2i")
+    loose = change(config, {"data.sources": (entry,)})
+    sources, codec = sources_of(loose), build_codec(loose.model.vae)
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "1.png").write_bytes(b"other")
+    known = (codec_fingerprint(loose.model.vae), codec.moment_channels)
+    report = write_latents(loose, sources, tmp_path / "out", HostEngine(), codec.moments, known, "fp32")
+    assert report == Report(2, 0, 2) and str(report).endswith("lost: 2")
 
 
 def test_what_does_not_fit_is_refused_by_name(config: Config, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from megabagel.config.schema import Config
 from megabagel.data.documents import ImageItem
+from megabagel.data.fill import Filler
 from megabagel.data.loader import Loader, Step
 from megabagel.data.visits import PackPlan
 from megabagel.errors import UserError
@@ -106,6 +107,20 @@ def test_steps_with_workers_may_be_left_early_and_taken_up(config: Config) -> No
     steps.close()  # type: ignore[attr-defined]
     assert made.plan.state() == expected[1].plan.state
     assert [step.plan for step in made.steps(2)] == [step.plan for step in expected[2:]]
+
+
+def test_the_bound_of_memory_counts_every_step_that_may_be_held(
+    config: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in training, `prefetch` waiting, and with a thread the one it is at."""
+    made = loader(change(config, {"data.prefetch": 3, "data.workers": 0}))
+    monkeypatch.setattr(Filler, "most_bytes", 2**30)
+    for workers, steps in ((0, 5), (2, 4)):
+        made.config = change(made.config, {"data.workers": workers})
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            made.steps(1)
+        assert f"3 steps ahead, at most {config.train.packs_per_step * steps:.2f} GiB of images" in caplog.text
 
 
 def _image_of(made: Loader, pack: PackPlan) -> bytes:

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pyarrow as pa
@@ -212,6 +213,44 @@ def test_columns_are_held_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(parquet, "HELD_BYTES", 1)
     assert [int(value(2, 1)), int(value(2, 2))] == [21, 22]
     assert reads[5:] == [2]  # the column in use is held whatever its size
+
+
+def test_a_cell_that_is_not_utf8_is_one_skipped_sample(tmp_path: Path) -> None:
+    raw = pa.array([b"one", b"tw\xff", b"three"])
+    shard = write(tmp_path / "a.parquet", {"text": pa.StringArray.from_buffers(3, *raw.buffers()[1:])}, group=9)
+    index = build_index([shard], BYTES, "text")
+    assert texts(index) == [["one"], ["three"]]
+    assert [str(skip) for skip in index.skipped] == ["a.parquet: group 0 row 1: text is not UTF-8 (text: byte 2)"]
+
+
+def test_shards_scanned_at_once_read_each_column_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = []
+    for name in "abcd":
+        table = {"image": [picture(n) for n in range(12)], "captions": captions(*[{"a": "b"}] * 12)}
+        shards.append(write(tmp_path / f"{name}.parquet", table, group=4))
+    reads: list[tuple[int, int, int]] = []
+    read, declare, together = parquet.ParquetReader._read_column, parquet.declare, Barrier(4)
+    monkeypatch.setattr(
+        parquet.ParquetReader, "_read_column", lambda self, *place: reads.append(place) or read(self, *place)
+    )
+
+    def in_step(*args: Any) -> Any:
+        """A row of every shard at a time, so that all are under way together."""
+        together.wait(30)
+        return declare(*args)
+
+    monkeypatch.setattr(parquet, "declare", in_step)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(parquet, "HELD_BYTES", len(picture(0)) * 6)
+    assert len(build_index(shards, BYTES, "t2i").documents) == 48
+    assert sorted(reads) == [(shard, group, column) for shard in range(4) for group in range(3) for column in range(2)]
+
+
+def test_a_scan_holds_one_row_group(tmp_path: Path) -> None:
+    shard = write(tmp_path / "a.parquet", {"text": [str(n) for n in range(12)]}, group=3)
+    reader = parquet.ParquetReader([shard])
+    for number, _ in enumerate(parquet.rows(reader, 0)):
+        assert list(reader._columns) == [(0, number // 3, 0)]
 
 
 def test_pyarrow_is_asked_for_where_it_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

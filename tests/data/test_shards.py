@@ -1,6 +1,7 @@
 import io
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -97,17 +98,25 @@ def test_what_is_no_tar_is_the_users_mistake(tmp_path: Path, data: bytes | None)
 
 
 def test_a_reader_serves_threads_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards, "_open", lru_cache(maxsize=2)(shards._open.__wrapped__))
     paths = []
     for number in range(6):
         paths.append(tmp_path / f"{number}")
         paths[-1].write_bytes(bytes([number]) * 1200)
-    reader = ShardReader(paths)
+    readers = [ShardReader(paths), ShardReader(paths[::-1])]  # as those of two sources
     wanted = [Member(number % 6, number, number + 1) for number in range(600)]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(reader.read, wanted)) == [bytes([m.shard]) * m.size for m in wanted]
-    held = {link.resolve() for link in Path("/proc/self/fd").iterdir()} & set(paths)
-    assert len(held) == 2
+        found = list(pool.map(lambda member: [reader.read(member) for reader in readers], wanted))
+    assert found == [[bytes([m.shard]) * m.size, bytes([5 - m.shard]) * m.size] for m in wanted]
+    held = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+    assert sum(path in paths for path in held) == 2
+
+
+def test_a_new_reader_does_not_read_a_file_that_was_replaced(tmp_path: Path) -> None:
+    for data in (b"1234", b"5678"):
+        (tmp_path / "new").write_bytes(data)
+        (tmp_path / "new").rename(tmp_path / "a.tar")
+        assert ShardReader([tmp_path / "a.tar"]).read(Member(0, 1, 2)) == data[1:3]
 
 
 def test_a_shard_that_changes_under_the_run_is_the_users_mistake(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megabagel.data.files import OPEN_FILES
 from megabagel.data.workers import Worker
 from megabagel.errors import UserError
 from tests.data.worker_tasks import double
@@ -115,6 +116,26 @@ def test_the_end_of_its_user_ends_it_also_in_the_middle_of_a_task(worker: Worker
     started = time.monotonic()
     worker.stop()
     assert time.monotonic() - started < 3 and not alive(process)
+
+
+def test_a_worker_may_have_many_files_on_their_way() -> None:
+    """The limit is that of the server process, which is started under it."""
+    program = (
+        "from tests.data.worker_tasks import double\n"
+        "from megabagel.data.workers import Worker\n"
+        "import resource\n"
+        "if __name__ == '__main__':\n"
+        "    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))\n"
+        "    with Worker('0', double, str, 60.0, print) as worker:\n"
+        "        worker.send('open files')\n"
+        "        print(*worker.receive())\n"
+    )
+    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    soft, hard = map(int, done.stdout.split())
+    assert soft == min(hard, OPEN_FILES) > 200
 
 
 def test_nothing_is_left_when_its_user_is_killed() -> None:

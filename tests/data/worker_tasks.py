@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import signal
 import time
 from typing import Any
@@ -31,6 +32,8 @@ def double(task: Any) -> Any:
             logging.getLogger("megabagel.data.plan").warning("told: %s", message)
         case "pid":
             return os.getpid()
+        case "open files":
+            return resource.getrlimit(resource.RLIMIT_NOFILE)
         case "threads":
             return torch.get_num_threads()
     return task * 2

@@ -27,6 +27,21 @@ BLOCKS = frozenset((
 """Elements that begin and end a paragraph."""
 VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
 """Elements without an end tag."""
+TABLE = frozenset(["table"])
+ENDED_BY: dict[str, frozenset[str]] = {
+    "p": BLOCKS | {"aside", "footer", "form", "header", "nav"},
+    "li": frozenset(["li"]),
+    "dt": frozenset(["dt", "dd"]),
+    "dd": frozenset(["dt", "dd"]),
+    "td": frozenset(["td", "th", "tr", "tbody", "tfoot", "thead"]),
+    "th": frozenset(["td", "th", "tr", "tbody", "tfoot", "thead"]),
+    "tr": frozenset(["tr", "tbody", "tfoot", "thead"]),
+}
+"""Elements whose end tag may be left out, and the elements that cannot begin inside them and so end them."""
+AROUND = {"li": frozenset(["ul", "ol"]), "dt": frozenset(["dl"]), "dd": frozenset(["dl"])}
+"""An element of ENDED_BY is not ended from within one of these that began inside it; by default, from a table."""
+CROSSED = BLOCKS | LEFT_OUT | {"li", "td", "th"}
+"""Elements whose end tag ends whatever is open inside them, up to a table; no other end tag reaches beyond them."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,8 @@ class _Reader(HTMLParser):
         self.items: list[Text | Picture] = []
         self.images = 0
         self.text = ""
-        self.skipping: list[str] = []  # the element that is left out, and elements of the same name inside it
+        self.open: list[str] = []  # elements that have begun, the innermost last
+        self.skipped: int | None = None  # which of these is left out with all inside it
         self.preformatted = 0
         self.lists: list[int | None] = []  # per open list: the next number, None if it has bullets
         self.row_begins = False
@@ -75,10 +91,13 @@ class _Reader(HTMLParser):
         """Begin an element."""
         self.images += tag == "img"
         values = dict(attrs)
-        if self.skipping:
-            self.skipping += [tag] * (tag == self.skipping[0])
-        elif tag not in VOID and (tag in LEFT_OUT or LEFT_OUT_CLASSES & set((values.get("class") or "").split())):
-            self.skipping = [tag]
+        self._end_before(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        if self.skipped is not None:
+            return
+        if tag not in VOID and (tag in LEFT_OUT or LEFT_OUT_CLASSES & set((values.get("class") or "").split())):
+            self.skipped = len(self.open) - 1
         elif tag == "img":
             source = values.get("src") or ""
             self.flush()
@@ -90,9 +109,11 @@ class _Reader(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         """End an element."""
-        if self.skipping:
-            if tag == self.skipping[0]:
-                self.skipping.pop()
+        ended = self._ended_by(tag)
+        was_skipped = self.skipped is not None and (ended is None or self.skipped <= ended)
+        if ended is not None:
+            self._end(ended)
+        if was_skipped:
             return
         if tag in ("ul", "ol") and self.lists:
             self.lists.pop()
@@ -103,13 +124,42 @@ class _Reader(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         """Text: white space collapses, except in <pre>."""
-        if self.skipping:
+        if self.skipped is not None:
             return
         if not self.preformatted:
             data = re.sub(r"\s+", " ", data)
             if not self.text[-1:].strip():  # at the beginning, or after white space
                 data = data.lstrip() if self.text or not self.items else data
         self.text += data
+
+    def _end_before(self, tag: str) -> None:
+        """End what `tag` cannot stand in: its end tag was left out."""
+        if "head" in self.open and (tag == "body" or (self.open[-1] == "head" and tag in BLOCKS)):
+            self._end(self.open.index("head"))
+        for name in (name for name, enders in ENDED_BY.items() if tag in enders):
+            if (place := self._innermost(name, AROUND.get(name, TABLE))) is not None:
+                self._end(place)
+
+    def _ended_by(self, tag: str) -> int | None:
+        """The place of the element that an end tag ends, None for a stray one."""
+        if self.skipped is not None and self.open[self.skipped] == tag:
+            return self._innermost(tag, frozenset())
+        return self._innermost(tag, TABLE if tag in CROSSED else CROSSED)
+
+    def _innermost(self, tag: str, around: frozenset[str]) -> int | None:
+        """The place of the innermost open `tag`, None if one of `around` has begun inside it."""
+        for place in reversed(range(len(self.open))):
+            if self.open[place] == tag:
+                return place
+            if self.open[place] in around:
+                return None
+        return None
+
+    def _end(self, place: int) -> None:
+        """End an open element and all inside it."""
+        del self.open[place:]
+        if self.skipped is not None and self.skipped >= place:
+            self.skipped = None
 
     def _begin(self, tag: str) -> None:
         if tag in BLOCKS:

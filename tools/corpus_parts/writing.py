@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -56,15 +57,26 @@ def interleaved(draft: Draft) -> Sample:
 
 
 def text_parts(draft: Draft, longest: int) -> Iterator[Sample]:
-    """The text of a document alone, in parts of at most `longest` characters that end with a paragraph if they can."""
+    """The text of a document alone, in parts of at most `longest` characters: whole paragraphs or words if they can."""
     parts: list[str] = []
-    for paragraph in draft.text.split("\n\n"):
+    for paragraph in (piece for whole in draft.text.split("\n\n") for piece in _pieces(whole, longest)):
         if parts and len(parts[-1]) + len(paragraph) + 2 <= longest:
             parts[-1] += "\n\n" + paragraph
         else:
             parts.append(paragraph)
     for number, part in enumerate(parts):
         yield f"{draft.key}-{number}", {"txt": part.encode()}
+
+
+def _pieces(paragraph: str, longest: int) -> Iterator[str]:
+    """A paragraph cut at white space where it is too long; a word longer than that is cut anywhere."""
+    while len(paragraph) > longest:
+        head = re.match(rf"(?s)\S.{{0,{longest - 1}}}(?=\s)", paragraph)
+        end = head.end() if head else longest
+        yield paragraph[:end].rstrip()
+        paragraph = paragraph[end:].lstrip()
+    if paragraph:
+        yield paragraph
 
 
 def captioned(draft: Draft) -> Sample:

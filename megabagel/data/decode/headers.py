@@ -70,6 +70,8 @@ def damage_is_named() -> Iterator[None]:
     """Turn whatever Pillow raises on damaged data into a DecodeError."""
     try:
         yield
+    except MemoryError:  # says nothing about the file
+        raise
     except UnidentifiedImageError as error:
         raise DecodeError("not an image") from error
     except Exception as error:  # Pillow's decoders raise what they like: OSError, SyntaxError, struct.error, ...

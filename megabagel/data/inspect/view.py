@@ -9,7 +9,7 @@ import torch
 
 from megabagel.config.schema import Config
 from megabagel.data.decode import DecodeError, Request, choose_engine
-from megabagel.data.documents import Document, ImageItem, TextItem
+from megabagel.data.documents import Document, ImageItem, SampleError, TextItem
 from megabagel.data.plan import Source
 from megabagel.data.tokenizer import TextTokenizer
 from megabagel.data.visits import Rules
@@ -201,9 +201,13 @@ def _images(config: Config, source: Source, document: Document, splits: tuple[Sp
         item = document.items[slot]
         assert isinstance(item, ImageItem)
         sizes = tuple((rows * sides[name], cols * sides[name]) for name, (rows, cols) in wanted.items())
-        (outcome,) = choose_engine("host")([Request(source.index.read(item.member), sizes)])
-        if isinstance(outcome, DecodeError):
-            raise UserError(f"{source.name}, sample {document.key}, item {slot}: {outcome}. Choose another --sample.")
+        try:
+            (outcome,) = choose_engine("host")([Request(source.index.read(item.member), sizes)])
+            if isinstance(outcome, DecodeError):
+                raise outcome
+        except SampleError as error:
+            told = f"{source.name}, sample {document.key}, item {slot}: {error}. Choose another --sample."
+            raise UserError(told) from error
         pixels = zip(wanted.items(), outcome, strict=True)
         branches = tuple(Branch(name, grid, _levels(view)) for (name, grid), view in pixels)
         views[slot] = ImageView(slot, item.role or "", (item.height, item.width), branches)

@@ -43,7 +43,7 @@ WORK = ("data index", "data stats", "data inspect", "doctor", "plan", "dryrun", 
 WORKING = [c for c in COMMANDS if re.match(f"megabagel ({'|'.join(WORK)})", c) and "bench compare" not in c]
 """The comparison of two reports is in tests/slurm."""
 LATENTS = ("data latents", "train CONFIG data.latents")
-RECIPE = ("bagel_7b_pt.yaml", "parallel.pp=4", "parallel.cp=2")
+RECIPE = "bagel_7b_pt.yaml"
 """What is planned and rehearsed."""
 SHORT = "train.steps=2 train.warmup=1 telemetry.sample_every=0 checkpoint.every=0"
 
@@ -65,6 +65,18 @@ def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     used = {command.split()[1] for command in COMMANDS if command.startswith("make ")}
     assert {"demo", "test"} <= used <= targets
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples" / "slurm").glob("*.sbatch")), ids=lambda path: path.name)
+def test_every_srun_is_given_the_jobs_processors(script: Path) -> None:
+    """Since Slurm 22.05 it does not take sbatch's --cpus-per-task over; without any it gets no such option."""
+    lines = script.read_text().splitlines()
+    (made,) = (line for line in lines if line.startswith("srun=("))
+    sruns = [line for line in lines if re.match(r' *(srun|"\$\{srun\[@\]\}") ', line)]
+    assert sruns and all(line.lstrip().startswith('"${srun[@]}" ') for line in sruns)
+    for given, wanted in (({"SLURM_CPUS_PER_TASK": "12"}, "srun --cpus-per-task=12 true"), ({}, "srun true")):
+        told = ["bash", "-uc", made + '\necho "${srun[@]}" true']
+        assert subprocess.run(told, env=given, capture_output=True, text=True).stdout.strip() == wanted
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +192,7 @@ def test_working_commands_run(command: str, finished: Path, data_root: Path) -> 
     words = [word.replace("step_00000100", "step_00000002") for word in shlex.split(command)[1:]]
     at = words.index("CONFIG") if "CONFIG" in words else None
     if at is not None and words[0] in ("plan", "dryrun"):
-        words[at : at + 1] = [_config(RECIPE[0]), *RECIPE[1:]]
+        words[at] = _config(RECIPE)
     elif at is not None:
         words[at : at + 1] = [_config("tiny.yaml"), *_options(data_root)]
     assert _run(finished, *words)

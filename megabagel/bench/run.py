@@ -1,22 +1,17 @@
 """The command's work on every rank: measure, then write the report on rank 0."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
-from megabagel.bench.chart import draw
 from megabagel.bench.measure import Request, measure
-from megabagel.bench.report import Measurement, document, read, table, write
+from megabagel.bench.output import save
 from megabagel.config.schema import Config
-from megabagel.errors import UserError
 from megabagel.parallel import host
 from megabagel.parallel.agree import once
 from megabagel.parallel.topology import distributed
 from megabagel.train.run import configure_log
 
 logger = logging.getLogger(__name__)
-
-DATA, TEXT, PLOT = "bench.json", "bench.md", "bench.svg"
 
 
 def main(config: Config, name: str, request: Request, out: Path) -> None:
@@ -33,20 +28,3 @@ def _grid(config: Config, dp: int) -> str:
     grid = config.parallel
     sizes = {"tp": grid.tp, "pp": grid.pp, "vpp": grid.vpp, "cp": grid.cp, "dp": dp}
     return " ".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1) or "alone"
-
-
-def merge(parts: Sequence[Path], out: Path) -> None:
-    """One report of several measurements, from the folders that they wrote."""
-    save([measurement for part in parts for measurement in read(part / DATA)], out)
-
-
-def save(measurements: Sequence[Measurement], out: Path) -> None:
-    """Write bench.json, bench.md and bench.svg, and print the table. Raises UserError when the disk refuses."""
-    write(measurements, out / DATA)
-    try:
-        (out / TEXT).write_text(document(measurements, PLOT))
-        (out / PLOT).write_text(draw(measurements))
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error}); choose another --out") from error
-    print(table(measurements))
-    print(f"report  {out / TEXT}")

@@ -9,6 +9,18 @@ from megabagel.commands.words import positive, refuse_second_launcher
 from megabagel.errors import UserError
 from megabagel.launch import spawn
 
+DEFAULTS = {
+    "nproc": None,
+    "sweep": None,
+    "warmup": 3,
+    "steps": 10,
+    "phases": 3,
+    "synthetic": False,
+    "profile": False,
+    "out": Path("runs/bench"),
+}
+"""Of the options, all of which are about measuring."""
+
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command."""
@@ -26,15 +38,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     bench.add_argument(
         "--sweep", metavar="FILE", type=Path, help="measure every grid of a YAML file, one after the other"
     )
-    bench.add_argument("--warmup", metavar="N", type=positive, default=3, help="steps before (default: 3)")
-    bench.add_argument("--steps", metavar="N", type=positive, default=10, help="measured steps (default: 10)")
-    bench.add_argument(
-        "--phases", metavar="N", type=positive, default=3, help="steps to tell phases apart (default: 3)"
-    )
+    bench.add_argument("--warmup", metavar="N", type=positive, help="steps before (default: 3)")
+    bench.add_argument("--steps", metavar="N", type=positive, help="measured steps (default: 10)")
+    bench.add_argument("--phases", metavar="N", type=positive, help="steps to tell phases apart (default: 3)")
     bench.add_argument("--synthetic", action="store_true", help="drawn sizes and noise instead of the sources' files")
     bench.add_argument("--profile", action="store_true", help="also write a trace and a memory snapshot")
-    bench.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/bench"), help="default: runs/bench")
-    bench.set_defaults(run=_bench)
+    bench.add_argument("--out", metavar="DIR", type=Path, help="default: runs/bench")
+    bench.set_defaults(run=_bench, **DEFAULTS)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -44,14 +54,15 @@ def _bench(args: argparse.Namespace) -> int:
         return _sweep(args)
     if args.nproc:
         return _spawn(args, args.nproc, args.overrides, args.out)
+    from megabagel.config.load import load
+
+    config = load(Path(args.config), args.overrides)
     from megabagel.parallel import host
 
     host.install()  # before anything imports megatron
     from megabagel.bench.measure import Request
     from megabagel.bench.run import main
-    from megabagel.config.load import load
 
-    config = load(Path(args.config), args.overrides)
     profile = str(args.out) if args.profile else None
     main(
         config, Path(args.config).stem, Request(args.warmup, args.steps, args.phases, args.synthetic, profile), args.out
@@ -61,36 +72,57 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _spawn(args: argparse.Namespace, nproc: int, overrides: list[str], out: Path) -> int:
     """Measure on `nproc` local ranks."""
-    from megabagel.config.checks import check_world
-    from megabagel.config.load import load
-
-    refuse_second_launcher(os.environ)
-    check_world(load(Path(args.config), overrides), nproc)
+    _check(args, nproc, overrides)
     numbers = {"--warmup": args.warmup, "--steps": args.steps, "--phases": args.phases, "--out": out}
     options = [str(word) for pair in numbers.items() for word in pair] + ["--profile"] * args.profile
     options += ["--synthetic"] * args.synthetic
     return spawn([sys.executable, "-m", "megabagel", "bench", args.config, *overrides, *options], nproc)
 
 
+def _check(args: argparse.Namespace, nproc: int, overrides: list[str]) -> None:
+    """Raise UserError where `nproc` ranks cannot run the config."""
+    from megabagel.config.checks import check_world
+    from megabagel.config.load import load
+
+    refuse_second_launcher(os.environ)
+    check_world(load(Path(args.config), overrides), nproc)
+
+
 def _sweep(args: argparse.Namespace) -> int:
-    """Measure every grid in processes of its own, then report them together."""
-    from megabagel.bench.run import merge
+    """Measure every grid in processes of its own, then report them together; up to the first that fails, if one does.
+
+    A mistake in any of them is told before the first is measured.
+    """
+    from megabagel.bench.output import merge
     from megabagel.bench.sweep import read_sweep
 
-    parts = []
-    for number, grid in enumerate(read_sweep(args.sweep)):
-        parts.append(args.out / f"grid-{number}")
-        code = _spawn(args, grid.nproc, [*args.overrides, *grid.overrides], parts[-1])
+    if args.nproc:
+        raise UserError(f"--sweep {args.sweep} --nproc {args.nproc}: the file says nproc of every grid; drop --nproc")
+    grids = [(grid.nproc, [*args.overrides, *grid.overrides]) for grid in read_sweep(args.sweep)]
+    for number, (nproc, overrides) in enumerate(grids):
+        try:
+            _check(args, nproc, overrides)
+        except UserError as error:
+            raise UserError(f"{args.sweep}: grids.{number}: {error}") from error
+    parts: list[Path] = []
+    code = 0
+    for number, (nproc, overrides) in enumerate(grids):
+        part = args.out / f"grid-{number}"
+        code = _spawn(args, nproc, overrides, part)
         if code:
-            return code
-    merge(parts, args.out)
-    return 0
+            break
+        parts.append(part)
+    if parts:
+        merge(parts, args.out)
+    return code
 
 
 def _compare(args: argparse.Namespace) -> int:
     from megabagel.bench.compare import compare
     from megabagel.bench.report import read
 
+    if given := [f"--{name}" for name, default in DEFAULTS.items() if getattr(args, name) != default]:
+        raise UserError(f"bench compare: {', '.join(given)} is about measuring; expected two files and nothing else")
     if len(args.overrides) != 2:
         raise UserError(f"bench compare: {len(args.overrides)} files named; expected two: bench compare A.json B.json")
     a, b = (read(Path(path)) for path in args.overrides)

@@ -23,16 +23,20 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _doctor(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megabagel.doctor.machine import machine
-    from megabagel.doctor.row import as_json, exit_code, show
+    from megabagel.doctor.row import as_json, exit_code, show, wrong
     from megabagel.doctor.software import software
     from megabagel.errors import UserError
-    from megabagel.parallel import host
 
-    host.quieten()  # and no more: what would end a run is a row here
-    rows = [*software(), *machine(args.dir)]
+    rows = list(software())
+    lacking = [row.name for row in rows if row.name in ("torch", "psutil") and row.status != "ok"]
+    if lacking:
+        rows.append(wrong("machine", "not looked at", f"mend {' and '.join(lacking)} first"))
+    else:
+        from megabagel.doctor.machine import machine
+
+        rows += machine(args.dir)
     unknown = [name for name in args.require if name not in {row.name for row in rows}]
-    if unknown:
+    if unknown and not lacking:
         raise UserError(
             f"doctor --require {' '.join(unknown)}: no such row; expected some of {', '.join(row.name for row in rows)}"
         )

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,12 @@ def _load(path: Path, overrides: list[str]) -> "Config":
     """The config of a run that is not to start here: files that it names need not lie on this machine."""
     from megabagel.config.load import load
 
-    return load(path, [*overrides, f"model.vae.path={path}", "run.init_from=null", "run.resume=none"])
+    words = [*overrides, f"model.vae.path={path}", "run.init_from=null", "run.resume=none"]
+    try:
+        return load(path, words)
+    except UserError:
+        config = load(path, [*words, "data.latents=null"])  # tells of every other mistake
+    return replace(config, data=replace(config.data, latents="elsewhere"))  # that the codec stays idle is what counts
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -94,12 +100,14 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _calibrated(planner: "Planner", path: Path) -> "Calibration":
     from megabagel.plan.calibration import corrected, read_measurements
+    from megabagel.plan.estimate import Planner
 
     runs = read_measurements(path, planner.config, planner.gpu.name)
     ratios = []
     for run in runs:
-        _check_grid(planner.config, run.grid, f"--calibration {path}")
-        ratios.append(run.seconds / planner.estimate(run.grid).time.seconds)
+        _check_grid(run.config, run.grid, f"--calibration {path}")
+        predicted = Planner(run.config, planner.gpu, planner.constants).estimate(run.grid)
+        ratios.append(run.seconds / predicted.time.seconds)
     return corrected(planner.constants, ratios, str(path))
 
 

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -79,15 +80,25 @@ def memory() -> Iterator[Row]:
         yield ok("shared memory", f"{size / GIB:.1f} GiB in /dev/shm")
 
 
-def _cgroup_limit() -> int | None:
-    """Bytes that the cgroup of this process may use; None without a limit."""
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(file).read_text().strip()
-        except OSError:
+def _cgroup_limit(own: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that this process may use, by its cgroup and all those around it; None without a limit.
+
+    own: lines `number:controllers:path`, number 0 in version 2. A path that a container does not see is left out.
+    """
+    limits = []
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            top, name = mount, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = mount / "memory", "memory.limit_in_bytes"
+        else:
             continue
-        return int(text) if text.isdecimal() else None
-    return None
+        inside = Path(path.lstrip("/"))
+        for folder in (inside, *inside.parents):
+            with suppress(OSError):
+                limits.append((top / folder / name).read_text().strip())
+    return min((int(limit) for limit in limits if limit.isdecimal()), default=None)
 
 
 def processors() -> Row:
@@ -95,7 +106,10 @@ def processors() -> Row:
     allowed, there = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     told = f"{allowed} of {there}" if allowed < there else f"{there}"
     if allowed == 1 < there:
-        fix = "under Slurm ask for --cpus-per-task, or start srun with --cpu-bind=none: decoding needs processors"
+        fix = (
+            "decoding needs processors; under Slurm give srun itself --cpus-per-task=N (since 22.05 it does not take "
+            "sbatch's over), or --cpu-bind=none"
+        )
         return wrong("processors", told, fix)
     return ok("processors", told)
 

@@ -21,22 +21,30 @@ def python() -> Row:
     return ok("python", f"{found}, {sys.prefix}")
 
 
-def _pinned() -> dict[str, Requirement]:
-    """What setup.py asks for, by name; extras included."""
+def _pinned() -> tuple[dict[str, Requirement], dict[str, Requirement]]:
+    """What setup.py asks for, by name: for every installation, and by extras alone. The latter say what the project was
+    tested with, which other versions may do as well as; of several extras the first one counts."""
     try:
         wanted = [Requirement(line) for line in requires("megabagel") or ()]
     except PackageNotFoundError:  # run from a checkout that was not installed
-        return {}
-    return {requirement.name: requirement for requirement in wanted}
+        return {}, {}
+    always = {each.name: each for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})}
+    return always, {each.name: each for each in reversed(wanted) if each.name not in always}
+
+
+def _pip(name: str) -> str:
+    """How to get a package."""
+    always, extras = _pinned()
+    wanted = always.get(name) or extras.get(name)
+    return f"pip install '{name}{wanted.specifier if wanted else ''}'"
 
 
 def package(name: str, module: str, cost: str | None = None) -> Row:
-    """A package that only has to be there, in the version that setup.py asks for, and load.
+    """A package that only has to be there, in a version that every installation may have, and load.
 
     cost: what its absence means, for an optional one.
     """
-    wanted = _pinned().get(name)
-    pip = f"pip install '{name}{wanted.specifier if wanted else ''}'"
+    wanted, pip = _pinned()[0].get(name), _pip(name)
     try:
         found = version(name)
     except PackageNotFoundError:
@@ -48,6 +56,20 @@ def package(name: str, module: str, cost: str | None = None) -> Row:
     except Exception as error:
         return wrong(name, f"{found} does not load: {type(error).__name__}: {_first_line(error)}", pip)
     return ok(name, found)
+
+
+def triton() -> Row:
+    """Triton, which torch's CUDA builds bring in a version of their own: the kernels' tables decide."""
+    row = package("triton", "triton", "no Triton kernels: attention runs on flex or host")
+    if row.status != "ok":
+        return row
+    from megabagel_kernels.attention.configs import TABLE  # imports torch
+
+    known = sorted({minor for minor, _, _ in TABLE})
+    if ".".join(row.found.split(".")[:2]) in known:
+        return row
+    cost = f"attention runs on flex or host: its Triton kernels have tables for {', '.join(known)}; {_pip('triton')}"
+    return Row(row.name, "absent", row.found, cost)
 
 
 def transformer_engine() -> Row:
@@ -88,18 +110,23 @@ def apex() -> Row:
 
 
 def software() -> Iterator[Row]:
-    """All rows of this file."""
+    """All rows of this file. What is built on torch is not looked at where torch is not as it should be."""
     yield python()
-    yield package("torch", "torch")
-    yield package("megatron-core", "megatron.core")
-    yield transformer_engine()
+    torch = package("torch", "torch")
+    yield torch
+    if torch.status == "ok":
+        from megabagel.parallel import host
+
+        host.quieten()  # and no more: what would end a run is a row here
+        yield package("megatron-core", "megatron.core")
+        yield transformer_engine()
+        yield triton()
     yield apex()
-    yield package("triton", "triton", "no Triton kernels: attention runs on flex or host")
     dali = next(
-        (name for name in _pinned() if name.startswith("nvidia-dali") and _installed(name)), "nvidia-dali-cuda130"
+        (name for name in _pinned()[1] if name.startswith("nvidia-dali") and _installed(name)), "nvidia-dali-cuda130"
     )
     yield package(dali, "nvidia.dali", "images are decoded by engine host")
-    for name in ("tokenizers", "sentencepiece", "pyarrow", "tensorboard", "safetensors"):
+    for name in ("psutil", "tokenizers", "sentencepiece", "pyarrow", "tensorboard", "safetensors"):
         yield package(name, name)
     yield package("pillow", "PIL")
 

@@ -1,7 +1,8 @@
 """The few constants that no data sheet gives, and how a measured step corrects them.
 
 `plan --calibration bench.json` reads what `megabagel bench` wrote: step times of the same model and packs on some
-grids. The ratio of measured to predicted time, the geometric mean over them, then multiplies every prediction.
+grids, with any number of packs per step. Each is compared with the prediction for the very config that was measured;
+the ratio of measured to predicted time, the geometric mean over them, then multiplies every prediction.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 from megabagel.config.load import to_dict
 from megabagel.config.schema import Config
+from megabagel.config.typed import Problems, build
 from megabagel.errors import UserError
 from megabagel.plan.grid import Grid
 from megabagel.plan.hardware import CATALOG
@@ -53,6 +55,8 @@ class Calibration:
 class Run:
     """One measured step time."""
 
+    config: Config
+    """What was measured, its own number of packs per step included."""
     grid: Grid
     seconds: float
 
@@ -64,7 +68,7 @@ def read_measurements(path: Path, config: Config, gpu: str) -> list[Run]:
         entries = [
             (entry["config"], entry["device"], entry["world"], entry["steps"]) for entry in content["measurements"]
         ]
-        runs = [Run(_grid(settings, world), median(steps)) for settings, _, world, steps in entries]
+        runs = [Run(_config(settings), _grid(settings, world), median(steps)) for settings, _, world, steps in entries]
     except (OSError, ValueError, TypeError, KeyError, StatisticsError) as error:
         raise UserError(
             f"--calibration {path}: not a result of `megabagel bench` ({type(error).__name__}: {error}); expected the "
@@ -72,17 +76,17 @@ def read_measurements(path: Path, config: Config, gpu: str) -> list[Run]:
         ) from error
     if not runs:
         raise UserError(f"--calibration {path}: holds no measurement; run `megabagel bench` again")
-    for settings, device, _, _ in entries:
+    for (_, device, _, _), run in zip(entries, runs, strict=True):
         if gpu in CATALOG and gpu not in device.lower():
             raise UserError(f"--calibration {path}: measured on {device!r}, but --gpu is {gpu}; name that GPU")
-        _check_same(path, settings, config)
+        _check_same(path, run.config, config)
     return runs
 
 
-def _check_same(path: Path, settings: dict[str, Any], config: Config) -> None:
-    """Refuse a measurement of another model or of packs of another length; where the codec's weights lie is no
-    matter."""
-    theirs, mine = _shapes(settings), _shapes(to_dict(config))
+def _check_same(path: Path, measured: Config, config: Config) -> None:
+    """Refuse a measurement of another model, other packs, other learning weights or other kernels; where files lie is
+    no matter."""
+    theirs, mine = _compared(to_dict(measured)), _compared(to_dict(config))
     for key, value in mine.items():
         found = theirs.get(key)
         if found != value:
@@ -91,9 +95,32 @@ def _check_same(path: Path, settings: dict[str, Any], config: Config) -> None:
             )
 
 
-def _shapes(tree: dict[str, Any]) -> dict[str, Any]:
-    vae = {key: value for key, value in tree["model"]["vae"].items() if key != "path"}
-    return {**tree["model"], "vae": vae, "max_tokens": tree["data"]["max_tokens"]}
+def _compared(tree: dict[str, Any]) -> dict[str, Any]:
+    """What a measurement must share with the plan, by dotted key."""
+    model, data = tree["model"], tree["data"]
+    vae = {key: value for key, value in model["vae"].items() if key != "path"}
+    weights: dict[str, float] = {}
+    for source in data["sources"]:
+        weights[source["task"]] = weights.get(source["task"], 0.0) + source["weight"]
+    shares = {task: round(weight / sum(weights.values()), 3) for task, weight in sorted(weights.items()) if weight}
+    return {
+        **{f"model.{key}": value for key, value in {**model, "vae": vae}.items()},
+        **{f"data.{key}": data[key] for key in ("max_tokens", "vae_resize", "vit_resize")},
+        "data.latents (set)": data["latents"] is not None,
+        "data.sources (share by task)": shares,
+        "train.freeze": sorted(tree["train"]["freeze"]),
+        "parallel.kernels": tree["parallel"]["kernels"],
+        "parallel.attention": tree["parallel"]["attention"],
+    }
+
+
+def _config(settings: dict[str, Any]) -> Config:
+    """The config of a measurement. Raises ValueError where it is none of this version."""
+    problems = Problems()
+    config = build(Config, settings, problems)
+    if problems.found:
+        raise ValueError(problems.found[0][1])
+    return config
 
 
 def _grid(settings: dict[str, Any], world: int) -> Grid:

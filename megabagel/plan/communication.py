@@ -3,7 +3,10 @@
 A ring moves (n - 1) / n of the message per rank (Thakur et al., Optimization of Collective Communication Operations in
 MPICH, section 4). Ranks are numbered tp fastest, then cp, dp, pp, as megatron-core does, so a group's neighbours share
 a server while its stride allows. A group that spans servers uses the network ports of all its members in a server.
+All groups of an axis work at once, so the one that lies worst counts.
 """
+
+from math import gcd
 
 from megabagel.plan.calibration import Calibration
 from megabagel.plan.case import Case
@@ -11,12 +14,18 @@ from megabagel.plan.memory import stage_numbers
 
 
 def bandwidth(case: Case, constants: Calibration, size: int, stride: int) -> float:
-    """Bytes per second per rank of a group of `size` ranks that lie `stride` apart."""
+    """Bytes per second per rank of a group of `size` ranks that lie `stride` apart, one of the groups side by side that
+    make up the job.
+
+    Of the places that a server has at this stride, the groups take `size` after `size`: every group stays within a
+    server if `size` divides them, else some group has no more than their greatest common divisor in one of its servers.
+    """
     gpu = case.gpu
-    if (size - 1) * stride < gpu.gpus_per_node:
+    places = 1 if gpu.gpus_per_node % stride else gpu.gpus_per_node // stride
+    together = size if case.grid.gpus <= gpu.gpus_per_node else gcd(size, places)
+    if together == size:
         return gpu.nvlink_gb_s * 1e9 * constants.link
-    neighbours = max(1, min(size, gpu.gpus_per_node // stride))
-    return min(gpu.nvlink_gb_s, neighbours * gpu.network_gb_s) * 1e9 * constants.link
+    return min(gpu.nvlink_gb_s, together * gpu.network_gb_s) * 1e9 * constants.link
 
 
 def collective(case: Case, constants: Calibration, size: int, stride: int, message: float) -> float:
@@ -50,8 +59,9 @@ def wire(case: Case, constants: Calibration) -> float:
     if case.grid.pp == 1 or case.grid.vpp > 1:
         return 0.0
     message = case.split_rows * case.config.model.hidden * case.bytes
-    stride = case.grid.gpus // case.grid.pp
-    return message / bandwidth(case, constants, 2, stride) + constants.latency
+    gpu = case.gpu
+    link = gpu.nvlink_gb_s if case.grid.gpus <= gpu.gpus_per_node else gpu.network_gb_s  # the border that lies worst
+    return message / (link * 1e9 * constants.link) + constants.latency
 
 
 def data_parallel(case: Case, constants: Calibration, rank: int, beside: float) -> float:

@@ -42,10 +42,17 @@ class Grid:
             parallel = replace(parallel, layer_split=None)
         return replace(config, parallel=parallel, train=replace(config.train, precision=self.precision))
 
-    def overrides(self) -> str:
-        """The words that make a command of it."""
-        words = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "recompute": self.recompute}
-        return " ".join(f"parallel.{key}={value}" for key, value in words.items() if (key, value) != ("vpp", 1))
+    def overrides(self, config: Config) -> str:
+        """The words that, after those that made `config`, make a command of it: exactly `apply(config)`."""
+        words = [f"parallel.{key}={value}" for key, value in (("tp", self.tp), ("pp", self.pp), ("cp", self.cp))]
+        if self.vpp > 1 or config.parallel.vpp > 1:
+            words.insert(2, f"parallel.vpp={self.vpp}")
+        if self.apply(config).parallel.layer_split != config.parallel.layer_split:
+            words.append("parallel.layer_split=null")
+        words.append(f"parallel.recompute={self.recompute}")
+        if self.precision != config.train.precision:
+            words.append(f"train.precision={self.precision}")
+        return " ".join(words)
 
     def __str__(self) -> str:
         vpp = f" (vpp {self.vpp})" if self.vpp > 1 else ""

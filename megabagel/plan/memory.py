@@ -117,9 +117,11 @@ def communication(case: Case) -> float:
 def host_memory(case: Case) -> float:
     """Host bytes per GPU: torch and libraries (6 GiB), prefetched batches, and the shards on their way to disk.
 
-    Nothing scales with the whole model: weights are built, loaded and saved in shards.
+    Nothing scales with the whole model: weights are built, loaded and saved in shards; a fresh start draws one whole
+    tensor at a time.
     """
-    batch = 4 * case.load.inputs * case.micro_batches * (1 + case.config.data.prefetch)
+    data = case.config.data
+    batch = 4 * case.load.inputs * case.micro_batches * (data.prefetch + (1 if data.workers else 2))
     numbers = max((stage_numbers(case, rank) for rank in range(case.grid.pp)), key=lambda n: n.learning)
     return 6 * GIB + batch + 16 * numbers.learning / case.grid.replicas
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from megabagel.plan.calibration import Calibration
-from megabagel.plan.campaign import campaign
+from megabagel.plan.campaign import COPY_GB_S, Campaign, campaign
 from megabagel.plan.estimate import SAFE, WORDS, Estimate, Planner
 from megabagel.plan.memory import GIB
 from megabagel.plan.search import Found, shapes
@@ -52,7 +52,7 @@ def best(found: Found) -> str:
         table(rows),
         "",
         f"why the first: {first.limit}",
-        f"to run it: {first.case.grid.overrides()}",
+        f"to run it: {first.case.grid.overrides(first.workload.config)}",
         "",
         stage(first),
     ])  # fmt: skip
@@ -76,11 +76,18 @@ def stage(estimate: Estimate) -> str:
     return "\n".join([
         f"stage: {estimate.case.config.train.steps:,} steps, {plan.tokens / 1e12:.3g}T tokens: {plan.days:,.1f} days, "
         f"{plan.megawatt_hours:,.0f} MWh at {gpu.server_watt:.0f} W per GPU with its server",
-        f"checkpoints: {plan.checkpoint_gib:,.0f} GiB each, {plan.checkpoint_seconds:.0f} s to write; every "
+        f"checkpoints: {plan.checkpoint_gib:,.0f} GiB each, {_written(estimate, plan)}; every "
         f"{plan.interval_steps:,} steps loses the least (checkpoint.every = {estimate.case.config.checkpoint.every}); "
         f"{plan.kept_gib:,.0f} GiB of disk",
         f"host memory: {plan.host_gib:.0f} GiB per GPU, {host}",
     ])  # fmt: skip
+
+
+def _written(estimate: Estimate, plan: Campaign) -> str:
+    seconds = f"{plan.checkpoint_seconds:.0f} s to write"
+    if not estimate.case.config.checkpoint.async_save:
+        return f"{seconds} while training waits"
+    return f"{seconds} beside the next steps after {plan.pause_seconds:.2f} s to copy (assumed {COPY_GB_S:.0f} GB/s)"
 
 
 def refusal(planner: Planner, gpus: int, found: Found, remedy: str) -> str:

@@ -62,9 +62,9 @@ class Load:
     vit_patches: float
     vit_pairs: float
     vae_flops: float
-    """Of the images that the busiest rank of the stage encodes."""
+    """Of the images that the busiest rank of the stage encodes; 0 with data.latents."""
     largest_image: float
-    """Pixels of the largest image in any pack."""
+    """Pixels of the largest image in any pack that the codec encodes; 0 with data.latents."""
     inputs: float
     """fp32 numbers of a micro-batch's inputs on the first stage: patches, noised latents and targets."""
 
@@ -132,7 +132,8 @@ def _load(config: Config, pack: Pack, layout: Layout, tp: int) -> Load:
     pairs = max(float(visible[layout.rank(rank)].sum()) for rank in range(cp))
     ce = np.append(pack.ce_S, False)
     patches = [image.rows * image.cols for _, image in vit_images(pack)] if config.model.visual_und else []
-    pixels = [image.tokens * config.model.latent_stride**2 for image in vae_images(pack)]
+    encoded = vae_images(pack) if config.data.latents is None else []  # else read from the cache
+    pixels = [image.tokens * config.model.latent_stride**2 for image in encoded]
     encoding = [vae_flops(config.model.vae, n, n**2) for n in pixels]
     seen = [sum(patches[i] for i in part) for part in shares(patches, cp)]
     und = float(np.mean(layout.borders))

@@ -62,6 +62,16 @@ def test_diff(two: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixt
     assert worst and 0 < float(worst[3]) < 1e-2
 
 
+@pytest.mark.parametrize("words", ["inspect HERE", "verify HERE", "diff HERE HERE", "reshard HERE OUT"])
+def test_a_mistyped_folder(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = tmp_path / "mistyped"
+    command = words.replace("HERE", str(here)).replace("OUT", str(tmp_path / "out")).split()
+    assert main(command if command[0] == "reshard" else ["checkpoint", *command]) == 2
+    said = capsys.readouterr().err
+    assert f"{here}: no complete checkpoint there" in said and "RUN/checkpoints/step_" in said
+    assert "run.resume" not in said
+
+
 def test_diff_finds_one_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a number that is not finite too."""
     import torch

@@ -60,7 +60,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return versions[name]
 
     monkeypatch.setattr(software, "version", version)
-    monkeypatch.setattr(software, "_pinned", lambda: {"lamp": Requirement("lamp>=2,<3")})
+    monkeypatch.setattr(software, "_pinned", lambda: ({"lamp": Requirement("lamp>=2,<3")}, {}))
     return versions
 
 
@@ -90,6 +90,41 @@ def test_package_that_does_not_load(installed: dict[str, str], tmp_path: Path, m
     monkeypatch.syspath_prepend(tmp_path)
     found = software.package("lamp", "lamp_of_test")
     assert (found.status, found.found) == ("wrong", "2.5 does not load: OSError: no oil")
+
+
+def test_versions_of_extras_are_no_requirements(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what to install where the package is absent; the first extra that names one counts."""
+    lines = ["lamp>=2,<3", 'lamp==2.5; extra == "a"', 'oil==1.1; extra == "a"', 'oil==1.2; extra == "b"']
+    monkeypatch.undo()
+    monkeypatch.setattr(software, "requires", lambda _: lines)
+    monkeypatch.setattr(software, "version", lambda _: "2.1")
+    always, extras = software._pinned()
+    assert [str(each.specifier) for each in always.values()] == ["<3,>=2"]
+    assert [str(each.specifier) for each in extras.values()] == ["==1.1"]
+    assert software.package("lamp", "json") == ok("lamp", "2.1")
+    assert software.package("oil", "json", "dark") == ok("oil", "2.1")
+    assert software._pip("oil") == "pip install 'oil==1.1'"
+
+
+@pytest.mark.parametrize(("found", "status"), [("3.6.0", "ok"), ("3.7.1", "ok"), ("3.4.0", "absent")])
+def test_triton_is_judged_by_the_kernels_tables(found: str, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch of another index brings another triton."""
+    monkeypatch.setattr(software, "version", lambda _: found)
+    row = software.triton()
+    assert (row.status, row.found) == (status, found)
+    assert ("tables for 3.6, 3.7" in row.advice) == (status == "absent")
+
+
+@pytest.mark.parametrize("name", ["torch", "psutil"])
+def test_a_package_that_the_doctor_needs_and_that_does_not_load(name: str, tmp_path: Path) -> None:
+    put_package(tmp_path, name, "raise ImportError('libcudart.so.12: cannot open shared object file')")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{HERE}:{HERE}/kernels"}
+    command = [sys.executable, "-m", "megabagel", "doctor", "--json", "--require", "cuda"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=env)
+    assert ran.returncode == 1 and "Traceback" not in ran.stderr, ran.stderr
+    rows = {entry["name"]: entry for entry in json.loads(ran.stdout)}
+    assert rows[name]["status"] == "wrong" and "libcudart.so.12" in rows[name]["found"]
+    assert rows["machine"]["advice"] == f"mend {name} first" and "cuda" not in rows
 
 
 def test_transformer_engine_that_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,9 +180,36 @@ def test_slurm_job_is_named() -> None:
 def test_one_processor_of_many_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.os, "cpu_count", lambda: 64)
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {5})
-    assert machine.processors().status == "wrong"
+    found = machine.processors()
+    assert found.status == "wrong" and "srun itself --cpus-per-task" in found.advice
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {5, 6})
     assert machine.processors() == ok("processors", "2 of 64")
+
+
+def put_limit(folder: Path, name: str, limit: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(f"{limit}\n")
+
+
+def test_memory_limit_is_the_least_of_the_cgroups_around(tmp_path: Path) -> None:
+    own, job = tmp_path / "cgroup", tmp_path / "system.slice" / "job_7"
+    own.write_text("0::/system.slice/job_7/step_0\n")
+    assert machine._cgroup_limit(own, tmp_path) is None
+    put_limit(job / "step_0", "memory.max", "max")
+    assert machine._cgroup_limit(own, tmp_path) is None
+    put_limit(job, "memory.max", 5 << 30)
+    put_limit(job.parent, "memory.max", 9 << 30)
+    assert machine._cgroup_limit(own, tmp_path) == 5 << 30
+    put_limit(tmp_path, "memory.max", 3 << 30)  # a container's own
+    assert machine._cgroup_limit(own, tmp_path) == 3 << 30
+
+
+def test_memory_limit_of_the_first_version(tmp_path: Path) -> None:
+    own, name = tmp_path / "cgroup", "memory.limit_in_bytes"
+    own.write_text("9:cpu,cpuacct:/a\n4:memory:/slurm/job_7\n0::/\n")
+    put_limit(tmp_path / "memory", name, 2**63 - 4096)
+    put_limit(tmp_path / "memory" / "slurm" / "job_7", name, 5 << 30)
+    assert machine._cgroup_limit(own, tmp_path) == 5 << 30
 
 
 def test_few_open_files_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

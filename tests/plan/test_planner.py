@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from megabagel.config.schema import Config
 from megabagel.errors import UserError
 from megabagel.plan import activations, compute, report
 from megabagel.plan.calibration import Calibration, corrected, read_measurements
-from megabagel.plan.campaign import GPU_HOURS_BETWEEN_FAILURES, campaign
-from megabagel.plan.communication import collective
 from megabagel.plan.estimate import Planner
 from megabagel.plan.grid import Grid, Precision, grid_of, legal_grids, why_illegal
 from megabagel.plan.hardware import CATALOG, find_gpu
@@ -28,6 +25,7 @@ from megabagel.plan.step import stage_phases
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PT = EXAMPLES / "configs" / "bagel_7b_pt.yaml"
+TINY = EXAMPLES / "configs" / "tiny.yaml"
 BF16: tuple[Precision, ...] = ("bf16",)
 
 
@@ -102,14 +100,6 @@ def test_tensor_parallel_cannot_be_faster_than_its_share(planner: Planner) -> No
     assert seconds[0] / 4 < seconds[1] < seconds[0] / 3
 
 
-def test_collectives(planner: Planner) -> None:
-    """A ring of 8 on NVLink, and across servers a share of the network ports."""
-    case, free = planner.case(grid(4, 1, 1, 16)), Calibration(latency=0.0, link=1.0)
-    assert collective(case, free, 8, 1, 8e9) == pytest.approx(7e9 / 450e9)
-    assert collective(case, free, 64, 4, 64e9) == pytest.approx(63e9 / (2 * 50e9))
-    assert collective(case, free, 1, 1, 1e9) == 0
-
-
 # Search
 
 
@@ -157,17 +147,6 @@ def test_memory_is_a_sum(planner: Planner) -> None:
 def test_slowest_stage_has_the_images(planner: Planner) -> None:
     first = stage_phases(planner.case(grid(1, 4, 1, 16)), Calibration(), 0, {})
     assert first["vit"] > 0 and first["word head"] == 0
-
-
-def test_stage_of_training(planner: Planner) -> None:
-    """Young and Daly by hand."""
-    estimate = planner.estimate(grid(4, 1, 1, 256 // 4))
-    plan = campaign(estimate)
-    between = GPU_HOURS_BETWEEN_FAILURES * 3600 / 256
-    interval = math.sqrt(2 * plan.checkpoint_seconds * between) - plan.checkpoint_seconds
-    assert plan.interval_steps == round(interval / estimate.time.seconds)
-    assert plan.tokens == pytest.approx(2.5e12, rel=0.06)  # BAGEL table 3
-    assert plan.days > 200_000 * estimate.time.seconds / 86400
 
 
 # Hardware and measurements
@@ -223,13 +202,33 @@ def test_measurements_correct_the_plan(tmp_path: Path, planner: Planner) -> None
     assert again.estimate(chosen).time.seconds == pytest.approx(seconds)
 
 
+def test_a_short_step_corrects_the_plan_of_a_long_one(tmp_path: Path, planner: Planner) -> None:
+    """Four packs per step measured, 384 planned: what is half as fast there is half as fast here."""
+    few = replace(planner.config, train=replace(planner.config.train, packs_per_step=4))
+    seconds = 2 * Planner(few, planner.gpu).estimate(grid(4, 1, 1, 2)).time.seconds
+    file = bench_file(tmp_path, few, seconds)
+    assert read_measurements(file, planner.config, "h200")[0].config.train.packs_per_step == 4
+    words = ("plan", str(PT), "--gpus", "64", "--gpu", "h200", "--explain", "tp=4", "--calibration", str(file))
+    code, out, err = command(*words)
+    assert code == 0, err
+    assert "corrected by 2.00 after measurements" in out
+
+
 def test_measurements_are_of_the_same_thing(tmp_path: Path) -> None:
     config = recipe()
     with pytest.raises(UserError, match="measured on 'NVIDIA A100', but --gpu is h200"):
         read_measurements(bench_file(tmp_path, config, 1.0, device="NVIDIA A100"), config, "h200")
     other = replace(config, model=replace(config.model, layers=27))
-    with pytest.raises(UserError, match=r"measured with layers = 27, the config has 28"):
+    with pytest.raises(UserError, match=r"measured with model\.layers = 27, the config has 28"):
         read_measurements(bench_file(tmp_path, other, 1.0), config, "h200")
+    sources = (replace(config.data.sources[0], weight=100.0), *config.data.sources[1:])
+    for other, key in (
+        (replace(config, data=replace(config.data, sources=sources)), r"data\.sources \(share by task\)"),
+        (replace(config, train=replace(config.train, freeze=("vit",))), r"train\.freeze"),
+        (replace(config, parallel=replace(config.parallel, kernels="torch")), r"parallel\.kernels"),
+    ):
+        with pytest.raises(UserError, match=f"measured with {key} = "):
+            read_measurements(bench_file(tmp_path, other, 1.0), config, "h200")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"measurements": [{}]}', '{"measurements": [3]}'])
@@ -259,6 +258,45 @@ def test_plan_says_which_grid_and_why() -> None:
     code, out, _ = command("plan", str(PT), "--gpus", "64", "--gpu", "h200")
     assert code == 0
     assert "legal grids fit" in out and "why the first:" in out and "to run it: parallel.tp=" in out and "MWh" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "chosen"),
+    [
+        (("parallel.pp=2", "parallel.vpp=2"), grid(1, 1, 1, 2, recompute="none")),
+        (("parallel.pp=2", "parallel.layer_split=[3,1]"), grid(2, 1, 1, 1)),
+        (("parallel.pp=2", "parallel.layer_split=[3,1]"), grid(1, 2, 1, 1)),
+        (("train.precision=fp32",), grid(1, 2, 1, 1, vpp=2)),
+    ],
+)
+def test_the_words_to_run_it_run_what_was_judged(words: tuple[str, ...], chosen: Grid) -> None:
+    """Typed after the same config and settings."""
+    config = load(TINY, words)
+    again = load(TINY, [*words, *chosen.overrides(config).split()])
+    assert again == chosen.apply(config)
+
+
+def test_plan_prints_words_that_undo_the_configs_grid() -> None:
+    code, out, _ = command("plan", str(TINY), "parallel.pp=2", "parallel.vpp=2", "--gpus", "2", "--gpu", "h100")
+    assert code == 0
+    assert "to run it: parallel.tp=1 parallel.pp=1 parallel.vpp=1 parallel.cp=1 parallel.recompute=none\n" in out
+
+
+def test_cached_latents_need_not_be_here_and_leave_the_codec_idle() -> None:
+    words = (str(TINY), "--gpus", "2", "--gpu", "h100", "--explain", "tp=1")
+    with_codec, without = command("plan", *words), command("plan", *words, "data.latents=no/such")
+    assert with_codec[0] == without[0] == 0, without[2]
+    assert "encoding images" in with_codec[1] and "encoding images" not in without[1]
+    code, _, err = command("plan", *words, "data.latents=no/such", "train.steps=-1")
+    assert code == 2 and "train.steps" in err and "data.latents" not in err
+
+
+def test_cached_latents_that_are_here(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    config = load(TINY, [f"data.latents={tmp_path}"])
+    load_here, cached = (Planner(c, CATALOG["h100"]).workload.load(1, 1) for c in (load(TINY), config))
+    assert load_here.vae_flops > 0 and load_here.largest_image > 0
+    assert cached == replace(load_here, vae_flops=0.0, largest_image=0.0)
 
 
 def test_explain_breaks_one_grid_down() -> None:

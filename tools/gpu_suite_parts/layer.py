@@ -26,12 +26,10 @@ from megabagel.model.layers import Layer
 from megabagel.model.positions import rope_tables
 from megabagel.sequence.flops import branch_parameters
 from megabagel.sequence.items import DELIMITERS, Item, Latent, Text
+from megabagel.train.throughput import DENSE_BF16_TFLOPS
 
 SEVEN_B = ModelConfig(layers=1, hidden=3584, heads=28, kv_heads=4, ffn=18_944)
 TOY = ModelConfig(layers=1, hidden=64, heads=4, kv_heads=2, ffn=96)
-
-PEAK_TFLOPS = 989.0
-"""Dense bf16 of one H100 or H200 (SXM) by its data sheet."""
 
 SHARES = ((1, 0), (1, 1), (1, 9))
 """und : gen. Text alone, editing, text to image."""
@@ -67,9 +65,17 @@ def measure(setting: Setting, report: Report, kernels: Kernels, tokens: int, und
     pairs = int(rows.pack.visible_S.sum())
     flops = 6 * branch_parameters(config) * total + 12 * config.heads * config.kv_channels * pairs
     rate = flops / step_ms / 1e9
-    found |= {"tflops": rate, "mfu": rate / PEAK_TFLOPS, "peak_gib": peak_gib}
+    found |= {"tflops": rate, "peak_gib": peak_gib}
+    peak = peak_tflops(torch.cuda.get_device_name())
+    if peak is not None:
+        found["mfu"] = rate / peak
     gemm = report.ceiling("gemm", "tflops")
     return found if gemm is None else found | {"of_gemm": rate / gemm}
+
+
+def peak_tflops(device: str) -> float | None:
+    """Dense bf16 peak of a GPU by its name; None where no data sheet is known."""
+    return next((tflops for part, tflops in DENSE_BF16_TFLOPS.items() if part in device), None)
 
 
 def samples(side: int, tokens: int, und: int, gen: int) -> list[list[Item]]:

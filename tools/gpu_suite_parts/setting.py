@@ -74,8 +74,9 @@ def environment(setting: Setting) -> dict[str, str]:
 
 
 def smi(*queries: str) -> dict[str, str]:
-    """What nvidia-smi says of the first GPU; empty where it cannot be asked."""
-    text = output("nvidia-smi", "--id=0", f"--query-gpu={','.join(queries)}", "--format=csv,noheader")
+    """What nvidia-smi says of this process's GPU, which CUDA may number otherwise; empty where it cannot be asked."""
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    text = output("nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(queries)}", "--format=csv,noheader")
     return dict(zip(queries, text.split(", "), strict=True)) if text.count(", ") == len(queries) - 1 else {}
 
 

@@ -39,11 +39,6 @@ def checksum(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def sums_of(content: bytes) -> Sums:
-    """Checksums of a small file's content."""
-    return Sums(len(content), tuple(checksum(content[at : at + BLOCK]) for at in range(0, len(content), BLOCK)))
-
-
 def sums_of_file(path: Path) -> Sums:
     """Checksums of a file as it lies on the disk. Raises OSError."""
     with path.open("rb") as file:

@@ -29,6 +29,7 @@ from megabagel.config.schema import Config
 from megabagel.errors import UserError
 from megabagel.parallel import host
 from megabagel.parallel.agree import everywhere, once
+from megabagel.parallel.progress import all_reduced
 from megabagel.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class Saver:
             return
         waiting = torch.tensor(int(not self._writer.done), device=host.device())
         dist.all_reduce(waiting)
-        if not waiting:
+        if not all_reduced(waiting):
             self._end()
 
     def wait(self) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megabagel.checkpoint.manifest import KEYS, STATE, Manifest, leaves, read_json, read_manifest
+from megabagel.checkpoint.manifest import KEYS, MANIFEST, STATE, Manifest, leaves, read_json, read_manifest
 from megabagel.checkpoint.saver import LATEST, Saver, save, take_back
 from megabagel.checkpoint.stored import Stored, verify
 from megabagel.checkpoint.strategy import LoadBoxes, NothingCommon
@@ -69,13 +69,25 @@ def find(config: Config, topology: Topology) -> Path | None:
 
 
 def _candidates(root: Path) -> list[Path]:
-    """Checkpoints in the order in which to try them: what `latest` names, then those before it, then all others."""
+    """Checkpoints in the order in which to try them: what `latest` names, then those before it, else all.
+
+    `latest` may name a lower step than another run left behind. A later step that was completed after `latest` was
+    written is this run's, which was ended before it could write `latest` again: it comes first.
+    """
     folders = sorted((path for path in root.glob("step_*") if path.is_dir()), reverse=True)
-    with suppress(OSError, ValueError):  # `latest` may name a lower step than another run left behind
-        named = root / (root / LATEST).read_text().strip()
+    with suppress(OSError, ValueError):
+        named, written = root / (root / LATEST).read_text().strip(), (root / LATEST).stat().st_mtime_ns
         if named in folders:
-            return folders[folders.index(named) :]
+            place = folders.index(named)
+            return [folder for folder in folders[:place] if _completed(folder) > written] + folders[place:]
     return folders
+
+
+def _completed(folder: Path) -> int:
+    """When the manifest was written, in nanoseconds; 0 without one."""
+    with suppress(OSError):
+        return (folder / MANIFEST).stat().st_mtime_ns
+    return 0
 
 
 def _check(folder: Path, topology: Topology) -> None:

@@ -5,6 +5,7 @@ writes a pickle of what is not sharded, of which there is nothing. Saves are Asy
 what may be done beside training and what all ranks do together afterwards (saver.py runs them).
 """
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,9 @@ from megabagel.checkpoint.stored import Stored, Target
 from megabagel.checkpoint.stream import LazyTensor, Part, file_of, write_file, write_index
 from megabagel.errors import UserError
 from megabagel.parallel import host
+from megabagel.parallel.progress import all_reduced
+
+logger = logging.getLogger(__name__)
 
 
 class HostCopies:
@@ -40,8 +44,10 @@ class HostCopies:
         """The same boxes, copied. They are valid until the next call."""
         size = sum(part.data.nbytes for part in parts)
         if size > len(self.buffer):
+            self._pin(False)
             self.buffer = torch.empty(0, dtype=torch.uint8)  # gives back the old one first
-            self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self.buffer = torch.empty(size, dtype=torch.uint8)
+            self._pin(True)
         copied, at = [], 0
         for part in sorted(parts, key=lambda part: -part.data.dtype.itemsize):
             there = self.buffer[at : at + part.data.nbytes].view(part.data.dtype).view(part.data.shape)
@@ -51,6 +57,15 @@ class HostCopies:
             at += part.data.nbytes
         torch.cuda.synchronize()
         return copied
+
+    def _pin(self, pinned: bool) -> None:
+        """Let a GPU copy to the buffer by itself, or no longer. torch's own pinned memory comes in powers of two."""
+        if not torch.cuda.is_available() or not len(self.buffer):
+            return
+        runtime, at = torch.cuda.cudart(), self.buffer.data_ptr()
+        code = runtime.cudaHostRegister(at, len(self.buffer), 0) if pinned else runtime.cudaHostUnregister(at)
+        if int(code):  # copies are right without, and slower
+            logger.warning("host memory of checkpoints could not be pinned: CUDA error %d", int(code))
 
 
 class SaveBoxes(AsyncSaveShardedStrategy):
@@ -161,5 +176,5 @@ def bytes_of(tensors: Mapping[str, ShardedTensor]) -> tuple[int, int]:
     mine = [tensor.data.nbytes for tensor in tensors.values() if is_main_replica(tensor.replica_id)]
     total = torch.tensor([sum(mine), len(mine)], device=host.device())
     dist.all_reduce(total)
-    size, count = total.tolist()
+    size, count = all_reduced(total).tolist()
     return size, count

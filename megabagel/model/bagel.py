@@ -86,8 +86,10 @@ class Heads(nn.Module):
         und_uI, gen_gI = self.norm(hidden.und_uI, hidden.gen_gI)
         und_uI = und_uI if self.und_learns else und_uI.detach()
         ce_K = self.lm_head(self.factory.join_rows(und_uI)[inputs.ce_row_K], inputs.label_K)
-        idle_gC = torch.zeros_like(hidden.target_gC) + gen_gI[:, :1] * 0  # keeps the expert in the graph
-        velocity_gC = self.llm2vae(gen_gI) if self.visual_gen else idle_gC
+        if self.visual_gen:
+            velocity_gC = self.llm2vae(gen_gI)
+        else:
+            velocity_gC = torch.zeros_like(hidden.target_gC) + gen_gI[:, :1] * 0  # keeps the expert in the graph
         mse_g = self.factory.kernels.flow_loss(velocity_gC, hidden.target_gC, hidden.weight_g)
         return Outputs(ce_K, mse_g, velocity_gC)
 

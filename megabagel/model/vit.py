@@ -51,7 +51,8 @@ class Vit(nn.Module):
 
     def forward(self, patches: torch.Tensor, grid_P: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Patches [P, 3 * patch**2] and their grid ids [P] -> features [P, E]."""
-        x_PE = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)) + self.position_embedding(grid_P)
+        position_PE = self.position_embedding.weight[grid_P]  # its gradient has the same bits every time, on GPUs too
+        x_PE = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)) + position_PE
         for layer in self.layers:
             x_PE = layer(x_PE, attend)
         return self.post_norm(x_PE)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megabagel.errors import UserError
 from megabagel.parallel import host
+from megabagel.parallel.progress import all_reduced
 from megabagel.parallel.topology import Topology
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ def largest(*mine: int) -> list[int]:
     """The largest of each number over all ranks, on every rank: one small all-reduce."""
     found = torch.tensor(mine, device=host.device())
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.tolist()
+    return all_reduced(found).tolist()
 
 
 def union(topology: Topology, mine: frozenset[T]) -> frozenset[T]:
@@ -55,7 +56,7 @@ def _attempt(topology: Topology, action: Callable[[], T]) -> tuple[T | None, dic
         message = str(error)
     failed = torch.tensor(int(message is not None), device=host.device())
     dist.all_reduce(failed, dist.ReduceOp.MAX)
-    if not failed:
+    if not all_reduced(failed):
         return result, {}
     messages: list[str | None] = [None] * topology.world.size
     dist.all_gather_object(messages, message)

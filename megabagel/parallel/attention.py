@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from megabagel_kernels.attention.configs import Configs, configs_here, lacking_here
+from megabagel_kernels.attention.configs import Configs, configs_here, lacking_head, lacking_here
 from megabagel_kernels.attention.flex_engine import (
     BLOCK,
     FA4_BLOCK_ROWS,
@@ -72,7 +72,7 @@ def choose_attention(config: Config) -> AttentionEngine:
     wanted, why = name, "asked for"
     if name == "auto":
         name, why = ("triton", "kernels for this GPU") if cuda else ("host", "this is a CPU")
-    lacking = {"triton": partial(lacking_here, dtype, config.model.kv_channels), "fa4": partial(lacking_fa4, dtype)}
+    lacking = {"triton": partial(_lacking_triton, config), "fa4": partial(lacking_fa4, dtype)}
     if name in lacking and (reason := lacking[name]()):
         if wanted != "auto":
             raise UserError(f"parallel.attention={name}: {reason}. Or use auto: the best engine of this machine.")
@@ -100,6 +100,16 @@ def _flex() -> AttentionEngine:
 def _fa4() -> AttentionEngine:
     plan = partial(_plan_flex, rows=FA4_BLOCK_ROWS[torch.cuda.get_device_capability()[0]])
     return AttentionEngine("fa4", plan, partial(flex_attention_packed, backend="FLASH"), _to_device)
+
+
+def _lacking_triton(config: Config) -> str:
+    """Why the kernels cannot run this model here; empty if they can."""
+    model = config.model
+    heads = {"the model (model.head_dim, else hidden / heads)": model.kv_channels}
+    if model.visual_und:
+        heads["the ViT (model.vit.hidden / model.vit.heads)"] = vit_head(config)
+    unfit = (f"{who} has {reason}" for who, head in heads.items() if (reason := lacking_head(head)))
+    return lacking_here(parameter_dtype(config), model.kv_channels) or next(unfit, "")
 
 
 def _plan_triton(codes: AttentionCodes, head: int, configs: dict[int, Configs]) -> TritonPlan:

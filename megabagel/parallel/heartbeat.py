@@ -32,7 +32,7 @@ _BEAT_S = 1.0
 _SUSPECTED_S = 3.0
 """Silence that convicts once a connection was lost; well above a beat, well below a launcher's patience."""
 _FAREWELL_S = 3.0
-"""How long a rank that leaves waits for the others to take notice."""
+"""How long a rank that leaves by itself waits for the others to take notice."""
 
 
 @contextmanager
@@ -45,9 +45,12 @@ def watching(store: dist.Store, rank: int, size: int, run: RunConfig) -> Iterato
     progress.mark("start", 0)
     life = _Heartbeat(store, rank, size, run)
     life.start()
+    patience = _FAREWELL_S
     try:
         yield
+        patience = run.heartbeat_timeout
     except (UserError, Stopped):
+        patience = run.heartbeat_timeout
         raise  # of all ranks alike
     except Exception as error:
         verdict = life.explain(error)
@@ -55,7 +58,7 @@ def watching(store: dist.Store, rank: int, size: int, run: RunConfig) -> Iterato
             raise
         raise RankLost(verdict) from error
     finally:
-        life.stop()
+        life.stop(patience)
 
 
 class _Heartbeat:
@@ -77,15 +80,15 @@ class _Heartbeat:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """End both threads, then let the others go before the store goes with this process."""
+    def stop(self, patience: float) -> None:
+        """End both threads, then let the others go before the store goes with this process: `patience` seconds."""
         self._leaving.set()
         self._threads[0].join(timeout=_FAREWELL_S)
         if self._threads[0].is_alive():
             return  # the store's host is gone
         with suppress(dist.DistError):
             left = self._store.add("left", 1)
-            end = time.monotonic() + _FAREWELL_S
+            end = time.monotonic() + patience
             while self._rank == 0 and left < self._size and time.monotonic() < end:
                 time.sleep(0.01)
                 left = self._store.add("left", 0)

@@ -40,6 +40,8 @@ def megatron_config(config: Config) -> TransformerConfig:
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
+        # Embeddings by indexing, whose gradient on a GPU has the same bits every time. A CPU's are so by themselves.
+        deterministic_mode=torch.cuda.is_available(),
         calculate_per_token_loss=True,
         normalization="RMSNorm",
         add_bias_linear=False,

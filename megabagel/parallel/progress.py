@@ -8,14 +8,24 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the command line marks phases before it needs torch
+    from torch import Tensor
 
 _PACKAGE = Path(__file__).parents[1]
-_COLLECTIVES = ("torch/distributed/distributed_c10d.py", "pipeline_parallel/p2p_communication.py")
+_OWN = "parallel/progress.py"
+_COLLECTIVES = (
+    "torch/distributed/distributed_c10d.py",
+    "pipeline_parallel/p2p_communication.py",
+    "core/optimizer/clip_grads.py",
+    _OWN,
+)
 """Files whose functions are named after what they wait for."""
 _SEVERAL = "coalescing_manager"
 """In torch.distributed: several collectives as one; who started them has the better name."""
-_BETWEEN = "parallel/host.py"
-"""Our file that torch calls on the way to a collective."""
+_BETWEEN = ("parallel/host.py", _OWN)
+"""Our files on the way to a collective."""
 
 
 @dataclass
@@ -42,6 +52,16 @@ def mark(phase: str, step: int | None = None) -> None:
         now.step = step
 
 
+def alive() -> None:
+    """Within a phase that may be long: it gets on. Not a mark, as ranks do so in different numbers."""
+    now.since = time.monotonic()
+
+
+def all_reduced(found: "Tensor") -> "Tensor":
+    """The result of an all-reduce in host memory. On a GPU this waits for the other ranks, and whereabouts say so."""
+    return found.cpu()
+
+
 Whereabouts = tuple[str | None, str]
 """(collective that is waited in, or None; innermost line of ours that is executed)."""
 
@@ -49,7 +69,8 @@ Whereabouts = tuple[str | None, str]
 def whereabouts() -> Whereabouts:
     """Where the main thread is, found on its stack, so that nothing has to be announced.
 
-    On a GPU a collective is only launched by its call: what is found then is the line that waits for the device.
+    On a GPU a collective is only launched by its call: what is found then is `all_reduced`, or else the line that waits
+    for the device.
     """
     return _locate(_outwards(sys._current_frames().get(threading.main_thread().ident or 0)))
 

@@ -62,9 +62,12 @@ class PipelineStage(nn.Module):
 
 
 def build_stages(
-    config: Config, topology: Topology, megatron: TransformerConfig, kernels: Kernels = TORCH
+    config: Config, topology: Topology, megatron: TransformerConfig, kernels: Kernels = TORCH, draw: bool = True
 ) -> list[PipelineStage]:
-    """This rank's model chunks (vpp of them), initialised, in `train.precision`, on this rank's device."""
+    """This rank's model chunks (vpp of them), initialised, in `train.precision`, on this rank's device.
+
+    Without `draw`, a checkpoint has to fill what would be drawn.
+    """
     factory = MegatronLayers(megatron, topology, kernels)
     split = layer_split(config)
     vit, tp = config.model.vit, topology.tp.size
@@ -82,7 +85,7 @@ def build_stages(
             recompute=config.parallel.recompute,
             freeze=config.train.freeze,
         )
-        initialise(model, config.model, config.train.seed)
+        initialise(model, config.model, config.train.seed, draw)
         _to(model, parameter_dtype(config))
         chunks.append(PipelineStage(model, megatron, config.model.hidden, chunk if config.parallel.vpp > 1 else None))
     return chunks

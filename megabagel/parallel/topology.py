@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megabagel.config.checks import check_world
 from megabagel.config.schema import Config, RunConfig
-from megabagel.errors import UserError
+from megabagel.errors import Stopped, UserError
 from megabagel.parallel import host
 from megabagel.parallel.heartbeat import watching
 from megabagel.parallel.launched import launch_facts
@@ -51,7 +51,6 @@ class Topology:
     """All ranks of one stage that share a pack."""
     dp_cp: Axis
     """All ranks that hold the same weights."""
-    local_rank: int
 
     def describe(self) -> str:
         """The grid in a line."""
@@ -68,7 +67,7 @@ def distributed(config: Config) -> Iterator[Topology]:
     check_world(config, launch_facts()[1])
     with joined(config.run):
         try:
-            yield build(config, launch_facts()[2])
+            yield build(config)
         finally:
             teardown()
 
@@ -96,8 +95,12 @@ def joined(run: RunConfig | None = None) -> Iterator[Axis]:
             world = dist.group.WORLD
             assert world is not None
             yield Axis(rank, size, world)
-        finally:
-            dist.destroy_process_group()
+        except (UserError, Stopped):
+            dist.destroy_process_group()  # of all ranks alike
+            raise
+        # A rank that fails alone keeps the group until its process ends: NCCL would wait for the others here, who do
+        # not know yet, and the failure would never be told.
+        dist.destroy_process_group()
 
 
 def patience(run: RunConfig) -> timedelta:
@@ -120,7 +123,7 @@ def device_of(local_rank: int, visible: int) -> int:
     return local_rank
 
 
-def build(config: Config, local_rank: int = 0) -> Topology:
+def build(config: Config) -> Topology:
     """Make megatron-core's groups for the config's grid inside the running process group."""
     from megatron.core import parallel_state as state
 
@@ -146,7 +149,6 @@ def build(config: Config, local_rank: int = 0) -> Topology:
         dp=axis(state.get_data_parallel_group()),
         tp_cp=axis(state.get_tensor_and_context_parallel_group()),
         dp_cp=axis(state.get_data_parallel_group(with_context_parallel=True)),
-        local_rank=local_rank,
     )
 
 

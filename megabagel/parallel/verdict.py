@@ -42,7 +42,8 @@ def judge(beats: Mapping[int, Beat], silence: Mapping[int, float], patience: flo
     slow = [rank for rank, beat in beats.items() if beat["age"] > timeout / 2]
     busy = [rank for rank in slow if beats[rank]["collective"] is None]
     least = min((beats[rank]["step"], beats[rank]["marks"]) for rank in slow)
-    blamed = busy or [rank for rank in slow if (beats[rank]["step"], beats[rank]["marks"]) == least]
+    behind = [rank for rank in slow if (beats[rank]["step"], beats[rank]["marks"]) == least]
+    blamed = busy if 0 < len(busy) < len(slow) else behind  # on a GPU ranks may wait without a sign of it
     told = [f"{_who(rank, beats)} hangs {_where(beats[rank])}" for rank in blamed]
     others = [rank for rank in slow if rank not in blamed]
     return f"no progress within run.timeout={timeout:g} s: {_listed(told)}{_meanwhile(others, beats)}"

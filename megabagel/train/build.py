@@ -57,8 +57,11 @@ def open_data(config: Config, topology: Topology) -> Data:
     return Data(sources, tokenizer, decode, everywhere(topology, lambda: _latents(config, sources)))
 
 
-def build_trainer(config: Config, topology: Topology, data: Data | None = None) -> Trainer:
-    """The trainer of this rank; `data` are those of the config by default. Raises UserError."""
+def build_trainer(config: Config, topology: Topology, data: Data | None = None, draw: bool = True) -> Trainer:
+    """The trainer of this rank; `data` are those of the config by default. Raises UserError.
+
+    Without `draw` its weights are for a checkpoint to fill: none are drawn.
+    """
     data = data or open_data(config, topology)
     plan = everywhere(topology, lambda: GlobalPlan(data.sources, config))
     codec = everywhere(topology, lambda: build_codec(config.model.vae, host.device()))
@@ -69,7 +72,8 @@ def build_trainer(config: Config, topology: Topology, data: Data | None = None) 
     planner = Planner.of(config, topology, attention)
     loader = Loader(plan, data.tokenizer, data.decode, config, encoders, dp, planner, data.latents)
     megatron = megatron_config(config)
-    optimizer = Optimizer(config.train, megatron, build_stages(config, topology, megatron, kernels), topology)
+    stages = build_stages(config, topology, megatron, kernels, draw)
+    optimizer = Optimizer(config.train, megatron, stages, topology)
     runner = StepRunner(config, topology, optimizer)
     factory = MegatronLayers(megatron, topology, kernels)
     builder = InputBuilder(config, topology, factory, codec, host.device(), attention)

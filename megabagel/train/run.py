@@ -4,10 +4,12 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from megabagel.checkpoint import store
@@ -19,7 +21,7 @@ from megabagel.parallel import host
 from megabagel.parallel.agree import everywhere, largest, once, union
 from megabagel.parallel.progress import mark
 from megabagel.parallel.topology import Topology, distributed
-from megabagel.train.build import build_trainer
+from megabagel.train.build import Data, build_trainer, open_data
 from megabagel.train.evidence import evidence_path, write_evidence
 from megabagel.train.judge import Fault
 from megabagel.train.schedule import learning_rate
@@ -44,20 +46,29 @@ def main(config: Config, stop: StopRequest | None = None) -> None:
         configure_log(topology)
         logger.info("grid: %s, %s on %s", topology.describe(), config.train.precision, host.backend())
         folder = Path(config.run.dir)
-        once(topology, lambda: _prepare(config, folder))
-        trainer = build_trainer(config, topology)
+        once(topology, lambda: _probe(folder))
+        data = open_data(config, topology)
         mark("load")
         checkpoint = store.find(config, topology)
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
-        elif config.run.init_from:
-            trainer.start_from(Path(config.run.init_from))
+        trainer = _build(config, topology, data, checkpoint)
+        once(topology, lambda: _take_over(config, folder))  # whatever refuses a start has had its say
         first = topology.world.first
         telemetry = everywhere(topology, lambda: Telemetry(config, first=first, step=trainer.step))
         try:
             _loop(trainer, telemetry, stop or StopRequest())
         finally:
             telemetry.close()
+
+
+def _build(config: Config, topology: Topology, data: Data, checkpoint: Path | None) -> Trainer:
+    """The trainer with its weights: those of the checkpoint to resume, of `run.init_from`, or fresh ones."""
+    mark("build")
+    source = checkpoint or (Path(config.run.init_from) if config.run.init_from else None)
+    trainer = build_trainer(config, topology, data, draw=source is None)
+    if source is not None:
+        mark("load")
+        (trainer.resume if checkpoint else trainer.start_from)(source)
+    return trainer
 
 
 def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> None:
@@ -161,15 +172,32 @@ def _record(trainer: Trainer, step: Step, losses: Losses, norm: float) -> dict[s
     }
 
 
-def _prepare(config: Config, folder: Path) -> None:
+def _probe(folder: Path) -> None:
+    """Find out whether the run can be written, rather now than at the first checkpoint. What is there stays."""
     checkpoints = folder / "checkpoints"
-    try:
+    with _writing(folder):
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for place in (folder, checkpoints):
+            TemporaryFile(dir=place).close()
+
+
+def _take_over(config: Config, folder: Path) -> None:
+    """Make the folder this run's: its config, and no checkpoints of a run that it does not go on from."""
+    checkpoints = folder / "checkpoints"
+    with _writing(folder):
         if config.run.resume == "none" and any(checkpoints.glob("step_*")):
             aside = next(path for number in count(1) if not (path := folder / f"checkpoints-{number}").exists())
             checkpoints.rename(aside)
+            checkpoints.mkdir()
             logger.warning("run.resume=none: the checkpoints of an earlier run are now in %s", aside)
-        checkpoints.mkdir(parents=True, exist_ok=True)  # rather now than at the first checkpoint
         dump(config, folder / "config.yaml")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns what a disk refuses into a user's error that names the folder."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"run.dir={folder}: cannot be written ({error}); choose a folder with space and rights"

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 class StopRequest:
     """Notes the first signal that asks this process to stop; later ones change nothing, not even during a save.
 
-    The handlers hold inside the `with` block, in the main thread. Processes that are forked meanwhile inherit them, so
-    that a signal to all processes of a job does not end the writer of a checkpoint.
+    The handlers hold inside the `with` block, in the main thread. So a signal to all processes of a job ends no save:
+    a checkpoint is written by a thread of this process, and workers that read data ignore both signals by themselves.
 
     A thread names a time limit that is too short: the main thread runs its handlers late while it waits for a device
     or for other ranks, and by then Slurm may have ended it without a word.

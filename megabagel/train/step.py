@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megabagel.config.schema import Config, TrainConfig
 from megabagel.model.inputs import Outputs, StageInputs
 from megabagel.parallel import host
-from megabagel.parallel.progress import mark
+from megabagel.parallel.progress import all_reduced, mark
 from megabagel.parallel.topology import Topology
 from megabagel.sequence.layout import layout_rows
 from megabagel.sequence.pack import Pack
@@ -154,7 +154,7 @@ class StepRunner:
             found[:, 1] *= self.rows_split
         mark("losses")
         dist.all_reduce(found)
-        divided = found.sum(2).cpu() / torch.tensor([[max(c.ce, 1), max(c.mse, 1)] for c in counts])
+        divided = all_reduced(found.sum(2)) / torch.tensor([[max(c.ce, 1), max(c.mse, 1)] for c in counts])
         ce, mse = divided.sum(0).tolist()
         return Losses(ce, mse, config.ce_weight * ce + config.mse_weight * mse, found.cpu())
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -280,6 +280,56 @@ def test_auto_takes_the_newest_that_is_whole_and_says_so(ranks: RankPool, tmp_pa
         assert [line.split(": ")[0][-13:] for line in lines] == ["step_00000003", "step_00000002"]
         assert "rank_00000.safetensors: 0 bytes, expected" in lines[0] and "no complete checkpoint" in lines[1]
         assert "none of 3 checkpoints" in error and "rank_00000.safetensors" in error and "run.resume=none" in error
+
+
+def chosen(config: Config) -> str:
+    from megabagel.checkpoint import store
+
+    return str(store.find(config, grid_of(config)))
+
+
+@pytest.mark.parametrize(("written", "found"), [(1, "step_00000003"), (4, "step_00000002")])
+def test_a_checkpoint_that_latest_does_not_name_yet(ranks: RankPool, tmp_path: Path, written: int, found: str) -> None:
+    """Completed after `latest` was written, by a run that was killed between; or long before, by another run."""
+    config = config_in(tmp_path)
+    ranks.run(1, save_steps, config, [1, 2, 3])
+    root = tmp_path / "checkpoints"
+    (root / "latest").write_text("step_00000002")
+    for step in (1, 2, 3):
+        os.utime(root / f"step_0000000{step}/manifest.json", (step, step))
+    os.utime(root / "latest", (written + 1, written + 1))
+    for folder in ranks.run(2, chosen, config):
+        assert folder.endswith(found)
+
+
+def test_host_memory_is_pinned_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not rounded up, and given back before more is taken."""
+    from megabagel.checkpoint import strategy
+
+    class Runtime:
+        held: ClassVar[dict[int, int]] = {}
+        seen: ClassVar[list[int]] = []
+
+        def cudaHostRegister(self, at: int, size: int, flags: int) -> int:
+            assert not self.held
+            self.held[at] = size
+            self.seen.append(size)
+            return 0
+
+        def cudaHostUnregister(self, at: int) -> int:
+            del self.held[at]
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    copies = strategy.HostCopies()
+    for rows in (3, 2, 5):
+        data = torch.arange(rows * 7.0).view(rows, 7)
+        (part,) = copies.take([strategy.Part("weight/a", (rows, 7), (0, 0), strategy._held(data))])
+        assert all(torch.equal(read, data) for read in part.data.read())
+        assert Runtime.held == {copies.buffer.data_ptr(): len(copies.buffer)}
+    assert Runtime.seen == [3 * 28, 5 * 28]
 
 
 def read_with_seed(config: Config, seed: int) -> str:

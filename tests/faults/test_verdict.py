@@ -1,7 +1,12 @@
 """Who is to blame, from hand-made signs of life."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
+from torch import Tensor
+
+from megabagel.parallel import progress
 from megabagel.parallel.verdict import Beat, judge
 
 
@@ -44,6 +49,36 @@ def test_of_ranks_in_different_collectives_the_one_behind_hangs() -> None:
     beats = {0: beat(**WAITING), 1: beat(**WAITING), 2: beat(**{**WAITING, "step": 6})}
     said = judge(beats, dict.fromkeys(beats, 0.0), patience=10.0, timeout=99.0)
     assert said is not None and "rank 2 (node) hangs in phase forward after step 6" in said.split("Mean")[0]
+
+
+def test_where_waiting_shows_nowhere_the_one_behind_hangs() -> None:
+    """On a GPU all of them wait for the device, in no collective."""
+    beats = {rank: beat(age=99.0, marks=86 if rank == 5 else 90) for rank in range(8)}
+    said = judge(beats, dict.fromkeys(beats, 0.0), patience=10.0, timeout=98.0)
+    assert said is not None
+    blamed, _, others = said.partition("Meanwhile")
+    assert blamed.count("hangs") == 1 and "rank 5 (node) hangs" in blamed
+    assert others.count("rank ") == 4 and "and 3 more" in others
+
+
+def test_waiting_for_the_result_of_a_collective_shows() -> None:
+    class Device(Tensor):
+        def cpu(self) -> Any:
+            with ThreadPoolExecutor(1) as pool:  # as the heart does
+                found.append(pool.submit(progress.whereabouts).result())
+            return self
+
+    found: list[progress.Whereabouts] = []
+    progress.all_reduced(Device())
+    ((collective, _),) = found
+    assert collective == "all_reduced"
+
+
+def test_a_sign_of_life_is_no_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks draw different numbers of tensors, and yet their marks can be compared."""
+    monkeypatch.setattr(progress, "now", progress.Progress(phase="build", marks=3, since=-100.0))
+    progress.alive()
+    assert (progress.now.marks, progress.now.phase) == (3, "build") and progress.now.since > -100.0
 
 
 def test_a_rank_that_moves_is_not_blamed() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megabagel.config.schema import Config
+from megabagel.config.schema import Config, VitConfig
 from megabagel.errors import UserError
 from tests.parallel.scenario import base_config
 
@@ -36,6 +36,44 @@ def test_kernels_need_a_gpu_or_the_interpreter() -> None:
     lacking = "there is no GPU" if find_spec("triton") else "Triton is not installed"
     with pytest.raises(UserError, match=rf"parallel\.attention=triton: {lacking}.*Or use auto"):
         choose_attention(config("triton"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "engine", "why"),
+    [
+        ({}, "triton", "kernels for this GPU"),
+        (
+            {"head_dim": 136},
+            "flex",
+            "the model (model.head_dim, else hidden / heads) has head dim 136",
+        ),
+        ({"head_dim": 12}, "flex", "head dim 12, the kernels take multiples of 8 from 8 to 128"),
+        (
+            {"vit": VitConfig(hidden=40, heads=2)},
+            "flex",
+            "ViT (model.vit.hidden / model.vit.heads) has head dim 20",
+        ),
+        ({"vit": VitConfig(hidden=40, heads=2), "visual_und": False}, "triton", "kernels for this GPU"),
+    ],
+)
+def test_heads_that_the_kernels_cannot_run_go_to_another_engine(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], engine: str, why: str
+) -> None:
+    from megabagel.parallel import attention as module
+
+    monkeypatch.setattr("megabagel.parallel.host.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(module, "lacking_here", lambda *_: "")
+    monkeypatch.setattr(module, "configs_here", lambda *_: None)
+
+    def asked(name: str) -> Config:
+        return replace(config(name), model=replace(config(name).model, **changes))
+
+    with caplog.at_level(logging.INFO):
+        assert module.choose_attention(asked("auto")).name == engine
+    assert caplog.messages[0].startswith(f"attention engine: {engine} (") and why in caplog.messages[0]
+    if engine != "triton":
+        with pytest.raises(UserError, match=r"parallel\.attention=triton: .* head dim \d+, the kernels.*Or use auto"):
+            module.choose_attention(asked("triton"))
 
 
 def pretend(patch: pytest.MonkeyPatch, *, installed: bool, capability: tuple[int, int] | None) -> None:

@@ -51,7 +51,7 @@ def backward(name: str) -> Found:
     from megabagel.parity.packs import given, official_batch, packed_batch
 
     case, alone = open_case(FOLDER / name), Axis(0, 1, NO_GROUP)
-    topology = Topology(world=alone, tp=alone, pp=alone, cp=alone, dp=alone, tp_cp=alone, dp_cp=alone, local_rank=0)
+    topology = Topology(world=alone, tp=alone, pp=alone, cp=alone, dp=alone, tp_cp=alone, dp_cp=alone)
     config = _config(case)
     official = official_batch(case, config.model)
     batch = packed_batch(official, config, Encoders(True, 0, 1, 0, 1))

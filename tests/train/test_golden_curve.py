@@ -1,8 +1,8 @@
 """The loss curve of tiny.yaml, bit for bit: a refactor that moves it by one bit fails here.
 
 Sums are added in another order by other instruction sets, so the run is held to the plainest ones, with one thread. The
-rest is arithmetic that processors of all makes do alike: the first steps came out the same on an AMD Zen 4 and, emulated
-by `qemu-x86_64 -cpu`, on a Haswell and an EPYC, whose approximate reciprocals and roots differ.
+rest is arithmetic that all processors do alike: the first steps came out the same on an AMD Zen 4, and emulated by
+`qemu-x86_64 -cpu` on a Haswell and an EPYC, whose approximate reciprocals and roots differ.
 What should change the curve is recorded anew by `python -m tests.train.test_golden_curve`, and said so in the commit.
 """
 

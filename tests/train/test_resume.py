@@ -15,7 +15,7 @@ import pytest
 from megabagel.config.schema import Config
 from megabagel.data.plan import GlobalPlan
 from tests.config.tree import change
-from tests.parallel.pool import RankPool
+from tests.parallel.pool import RankError, RankPool
 from tests.parallel.scenario import on_grid
 from tests.small_run import small_config, sources_of
 
@@ -50,12 +50,40 @@ def train(config: Config, cut: int | None = None) -> list[int]:
         begun.append(trainer.step)
         return train_step(trainer, step)
 
-    with mock.patch.object(run, "distributed", here), mock.patch.object(run.Trainer, "train_step", mortal):
+    patches = mock.patch.object(run, "distributed", here), mock.patch.object(run.Trainer, "train_step", mortal)
+    with patches[0], patches[1], weights_left_open_show():
         try:
             run.main(config)
         except Cut:
             assert cut is not None
     return begun
+
+
+@contextmanager
+def weights_left_open_show() -> Iterator[None]:
+    """What is left to a checkpoint to fill is NaN before. A new stage may add norms, which start as ones."""
+    from megabagel.train import build
+
+    build_stages = build.build_stages
+
+    def shown(config: Config, topology: Any, megatron: Any, kernels: Any, draw: bool) -> Any:
+        stages = build_stages(config, topology, megatron, kernels, draw)
+        for weight in (weight for stage in stages for weight in stage.parameters() if not draw):
+            if weight.ndim > 1 or not config.run.init_from:
+                weight.data.fill_(math.nan)
+        return stages
+
+    with mock.patch.object(build, "build_stages", shown):
+        yield
+
+
+def tensors_drawn(config: Config) -> int:
+    """How many initial weights the program draws on this rank."""
+    from megabagel.parallel import initialise
+
+    with mock.patch.object(initialise, "normal", mock.Mock(wraps=initialise.normal)) as normal:
+        train(config)
+    return normal.call_count
 
 
 class Bench:
@@ -198,6 +226,41 @@ def test_resume_none_starts_over(bench: Bench, uncut: Path) -> None:
     assert latest == "step_00000003" and (folder / "checkpoints" / latest / "manifest.json").is_file()
     bench.run("over")
     assert bench.begun == [3, 4, 5] and records(folder) == records(uncut)
+
+
+def test_only_a_fresh_start_draws_weights(ranks: RankPool, shapes: Path, tmp_path: Path) -> None:
+    config = change(small_config(shapes, tmp_path / "one"), {"train.steps": 1})
+    assert ranks.run(1, tensors_drawn, config)[0] > 20
+    assert ranks.run(1, tensors_drawn, change(config, {"train.steps": 2})) == [0]
+    stage = {"run.dir": str(tmp_path / "two"), "run.init_from": str(tmp_path / "one/checkpoints/step_00000002")}
+    assert ranks.run(1, tensors_drawn, change(config, stage)) == [0]
+    assert all(math.isfinite(line["loss"]) for line in records(tmp_path / "two"))
+
+
+def test_frozen_weights_come_back_too(bench: Bench) -> None:
+    """They are no one's shard; in bf16 the model's own copy is all there is of them."""
+    options = {"train__precision": "bf16", "train__freeze": ("vit", "latent")}
+    whole = bench.run("frozen", **options)
+    folder = bench.run("frozen-cut", cut=CUT, **options)
+    bench.run("frozen-cut", **options)
+    assert bench.begun == [4, 5] and records(folder) == records(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model__ffn": 64}, "model.ffn=64, but .* was trained with 48"),
+        ({"data__root": "/typo", "run__resume": "none"}, "/typo"),
+        ({"parallel__attention": "triton", "run__resume": "none"}, "parallel.attention=triton"),
+    ],
+)
+def test_a_start_that_is_refused_changes_nothing(bench: Bench, changes: dict[str, Any], said: str) -> None:
+    folder = bench.run("refused", train__steps=2)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(RankError, match=f"UserError.*{said}"):
+        bench.run("refused", train__steps=2, **changes)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert not list(folder.glob("checkpoints-*"))
 
 
 def damage_an_image(config: Config) -> None:

@@ -13,7 +13,7 @@ from tests.config.tree import change
 from tests.parallel.pool import RankError, RankPool
 from tests.parallel.scenario import on_grid
 from tests.small_run import small_config
-from tests.train.test_resume import train
+from tests.train.test_resume import train, weights_left_open_show
 
 Weights = dict[str, np.ndarray]
 CONNECTOR_ALONE = ("llm", "vit", "latent")
@@ -25,7 +25,8 @@ def weights_at_start(config: Config) -> tuple[Weights, Weights, int]:
     from megabagel.train.build import build_trainer
 
     host.install()
-    trainer = build_trainer(config, topology.build(config))
+    with weights_left_open_show():
+        trainer = build_trainer(config, topology.build(config), draw=False)
     assert config.run.init_from is not None
     trainer.start_from(Path(config.run.init_from))
     found: dict[str, Weights] = {"weight": {}, "ema": {}}

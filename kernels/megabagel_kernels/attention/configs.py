@@ -88,6 +88,10 @@ INTERPRETER = Configs(Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64,
 """For Triton's CPU interpreter, whose time goes by the number of blocks."""
 
 
+HEAD_DIMS = range(8, 129, 8)
+"""Channels of a head that the kernels take."""
+
+
 def tile_width(head_dim: int) -> int:
     """Columns of a tile: the next power of two, and at least 16 for the matrix products."""
     return max(16, 1 << (head_dim - 1).bit_length())
@@ -121,6 +125,13 @@ def configs_here(dtype: torch.dtype, head_dim: int) -> Configs:
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability()
     return configs_for(triton.__version__, 10 * major + minor, dtype, head_dim)
+
+
+def lacking_head(head_dim: int) -> str:
+    """Why the attention kernels cannot run heads of `head_dim` channels; empty if they can."""
+    if head_dim in HEAD_DIMS:
+        return ""
+    return f"head dim {head_dim}, the kernels take multiples of {HEAD_DIMS.step} from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
 
 
 def lacking_here(dtype: torch.dtype, head_dim: int) -> str:

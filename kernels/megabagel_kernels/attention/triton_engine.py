@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megabagel_kernels.attention.configs import Config, Configs, tile_width
+from megabagel_kernels.attention.configs import HEAD_DIMS, Config, Configs, tile_width
 from megabagel_kernels.attention.mask import PADDING, AttentionCodes, Codes, check, visible_pairs
 from megabagel_kernels.attention.schedule import BlockLists, Kinds, classify
 from megabagel_kernels.attention.triton_engine_ops import attention_op
@@ -119,9 +119,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: TritonPlan, scale: float) -> N
     check_shape("v", v, (plan.keys, kv_heads, head_dim))
     if kv_heads == 0 or q.shape[1] == 0 or q.shape[1] % kv_heads:
         raise ValueError(f"q has {q.shape[1]} heads and k {kv_heads}, expected a multiple of the latter")
-    check_range("head dim", head_dim, 8, 128)
-    if head_dim % 8:
-        raise ValueError(f"head dim is {head_dim}, expected a multiple of 8")
+    check_range("head dim", head_dim, HEAD_DIMS[0], HEAD_DIMS[-1])
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head dim is {head_dim}, expected a multiple of {HEAD_DIMS.step}")
     if plan.configs.descriptors and head_dim != tile_width(head_dim):
         raise ValueError(f"head dim is {head_dim}, the plan is for head dims such as {tile_width(head_dim)}")
     check_dtype("q", q, *DTYPES)

@@ -4,7 +4,7 @@ Legend: C rows of this context-parallel rank, R rows of all of them; N query hea
 tensor-parallel rank, H head dimension.
 
 Queries stay where they are. With grouped queries K and V are small beside the hidden state, so all ranks' K and V are
-gathered in one collective and the mask's integers, which carry the sequence order, do the rest (kernels-design 3).
+gathered in one collective and the mask's integers, which carry the sequence order, do the rest.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """A pack: several samples laid end to end, with everything attention and the losses need to know (S tokens).
 
-The mask is five integers per token (kernels-design section 1): query i sees key j iff
+The mask is five integers per token (docs/kernels.md): query i sees key j iff
 a0[i] <= code[j] < a1[i] or b0[i] <= code[j] < b1[i]. Public keys carry their sequence position as code, private ones
 (noised images, seen by their own split and by later groups of their chain) PRIVATE + a number of their own.
 """

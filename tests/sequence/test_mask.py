@@ -78,7 +78,7 @@ def test_any_pack_of_items(pack_drawn):
 @examples(100)
 @given(packs())
 def test_codes_are_positions_of_public_keys_and_private_numbers_of_noised_ones(pack_drawn):
-    """Kernels count on it: public codes grow with the sequence, private ones start at PRIVATE (kernels-design 1)."""
+    """Kernels count on it: public codes grow with the sequence, private ones start at PRIVATE."""
     pack, _, tokens = pack_drawn
     hidden = np.array([token.mode is Mode.NOISE for sample in tokens for token in sample])
     code = np.asarray(pack.codes.key_code)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 every_type = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+low_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 Function = Callable[..., Any]
 
@@ -69,3 +70,12 @@ def assert_exact(function: Function, reference: Function, leaves: Sequence[Tenso
         error = relative(result, exact)
         print(f"{low} result or gradient {place}: error {error:.1e}, allowed {bound:.1e}")  # pytest -rP shows them
         assert error <= bound, (place, error, bound)
+
+
+def assert_gradients_rounded_once(function: Function, leaves: Sequence[Tensor], *rest: object) -> None:
+    """Gradients in a low type are, bit by bit, the rounded ones of the same numbers in fp32: no part of them is kept
+    in the low type, which a bound on the error is too wide to see."""
+    low, count = leaves[0].dtype, len(leaves)
+    found, wide = (outcome(function, x, rest, low)[-count:] for x in (leaves, [leaf.float() for leaf in leaves]))
+    for place, (gradient, exact) in enumerate(zip(found, wide, strict=True)):
+        assert gradient.dtype == low and torch.equal(gradient, exact.to(low)), place

@@ -26,6 +26,11 @@ def test_equals_the_reference(rows: int, words: int, slice_words: int, dtype: to
     cases.check_against_reference("triton", rows, words, slice_words, dtype)
 
 
+def test_many_slices_lose_no_bits_of_the_sum():
+    """So many that a gradient of hidden states added up in bf16 would leave the bound."""
+    cases.check_against_reference("triton", 17, 301, 4, torch.bfloat16)
+
+
 @every_type
 def test_a_slice_of_several_pieces(dtype: torch.dtype):
     """Both passes on more columns than a program takes at once, of a wider tensor."""

@@ -14,7 +14,16 @@ from megabagel_kernels.philox import noise_rows
 from torch import Tensor
 
 from tests.kernels.triton import bf16_shim
-from tests.kernels.triton.exactness import assert_exact, both_types, every_type, guarded, guarded_memory, relative
+from tests.kernels.triton.exactness import (
+    assert_exact,
+    assert_gradients_rounded_once,
+    both_types,
+    every_type,
+    guarded,
+    guarded_memory,
+    low_types,
+    relative,
+)  # fmt: skip
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "Triton reads TRITON_INTERPRET when it is imported"
 bf16_shim.install()
@@ -178,6 +187,14 @@ def test_permuted_rows_give_permuted_bits(dtype: torch.dtype):
     assert torch.equal(shuffled, plain[order])
     gradients = [torch.autograd.grad(x.sum(), v_GC)[0] for x in (plain, shuffled)]
     assert torch.equal(*gradients) and gradients[0].dtype == dtype
+
+
+@low_types
+def test_the_gradient_is_rounded_once(dtype: torch.dtype):
+    target, weight_G = keyed(17, 64, dtype), normal(17).abs()
+    assert_gradients_rounded_once(
+        lambda v_GC: flow_triton.flow_losses(v_GC, target, weight_G).total_G, [normal(17, 64, dtype=dtype)]
+    )
 
 
 def test_no_rows_and_no_gradient():

@@ -14,7 +14,14 @@ from megabagel_kernels.glue_triton_swiglu import swiglu
 from torch import Tensor
 
 from tests.kernels.triton import bf16_shim
-from tests.kernels.triton.exactness import assert_exact, both_types, every_type, guarded_memory
+from tests.kernels.triton.exactness import (
+    assert_exact,
+    assert_gradients_rounded_once,
+    both_types,
+    every_type,
+    guarded_memory,
+    low_types,
+)  # fmt: skip
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "Triton reads TRITON_INTERPRET when it is imported"
 bf16_shim.install()
@@ -89,6 +96,15 @@ def test_positions_move_with_their_rows():
     gammas, tables = (normal(64), normal(64) + 1), angles(32)
     plain = qk_norm_rope(x, *gammas, 20, positions(37), *tables, EPS)
     assert torch.equal(qk_norm_rope(x[order], *gammas, 20, positions(37)[order], *tables, EPS), plain[order])
+
+
+@low_types
+def test_gradients_are_rounded_once(dtype: torch.dtype):
+    """Several programs of each expert: their parts of the gradient of gamma are added in fp32."""
+    gammas = [1 + normal(64, dtype=dtype), 1 - normal(64, dtype=dtype)]
+    assert_gradients_rounded_once(rms_norm, [normal(129, 64, dtype=dtype), *gammas], 65, EPS)
+    heads = normal(129, 3, 64, dtype=dtype)
+    assert_gradients_rounded_once(qk_norm_rope, [heads, *gammas], 65, positions(129), *angles(32), EPS)
 
 
 def test_gradients_repeat_bit_by_bit():

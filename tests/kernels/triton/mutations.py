@@ -1,8 +1,9 @@
 """Plants errors in the kernels and the schedule, one at a time, and checks that the tests catch each.
 
-    python -m tests.kernels.triton.mutations [--only NAME]
+    python -m tests.kernels.triton.mutations [--only WORDS]
 
-Works on a copy of the package, so the sources stay as they are. Exits with 1 if an error goes unnoticed.
+Plants those whose name or file contains WORDS, or all. Works on a copy of the package, so the sources stay as they are.
+Exits with 1 if an error goes unnoticed.
 """
 
 import argparse
@@ -18,15 +19,20 @@ import megabagel_kernels
 
 PACKAGE = Path(megabagel_kernels.__file__).parent
 REPOSITORY = Path(__file__).parents[3]
-FORWARD, BACKWARD = "triton_kernels.py", "triton_kernels_backward.py"
-OPS, ENGINE, SCHEDULE = "triton_engine_ops.py", "triton_engine.py", "schedule.py"
-VALUES = "tests/kernels/triton/interpreted_attention.py"
-BLOCKS = "tests/kernels/test_schedule.py"
+FORWARD, BACKWARD = "attention/triton_kernels.py", "attention/triton_kernels_backward.py"
+OPS, ENGINE, SCHEDULE = (f"attention/{name}.py" for name in ("triton_engine_ops", "triton_engine", "schedule"))
+FLOW, PHILOX = "flow_triton.py", "philox.py"
+GLUE, NORM, ROPE, SWIGLU = (f"glue_triton{part}.py" for part in ("", "_norm", "_rope", "_swiglu"))
+SLICES, PASSES = "linear_cross_entropy.py", "linear_cross_entropy_triton.py"
+VALUES, FLOWS, GLUES, ENTROPIES = (
+    f"tests/kernels/triton/interpreted_{name}.py" for name in ("attention", "flow", "glue", "cross_entropy")
+)
+BLOCKS, DRAWS = "tests/kernels/test_schedule.py", "tests/kernels/test_philox.py"
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old` becomes `new` everywhere in `file`; some of `tests` have to fail."""
+    """`old` becomes `new` everywhere in `file` of the package; some of `tests` have to fail."""
 
     name: str
     file: str
@@ -35,7 +41,7 @@ class Mutation:
     tests: tuple[str, ...] = (VALUES,)
 
 
-MUTATIONS = [
+ATTENTION = [
     Mutation("interval closed at its end", FORWARD, "(code < a1)", "(code <= a1)"),
     Mutation("private interval open at its start", FORWARD, "(b0 <= code)", "(b0 < code)"),
     Mutation("padding keys get code 0", ENGINE, "_padded(codes.key_code, PADDING)", "_padded(codes.key_code, 0)"),
@@ -71,12 +77,105 @@ MUTATIONS = [
     Mutation("pieces across a jump of codes", SCHEDULE, "cut[1:] |= (step != 0) & (step != 1)", "pass", (BLOCKS,)),
 ]  # fmt: skip
 
+NOISE_AND_FLOW_LOSS = [
+    Mutation("channels slowest in a patch", FLOW, "feature % CHANNELS, feature // CHANNELS",
+             "feature // (PATCH * PATCH), feature % (PATCH * PATCH)", (FLOWS,)),
+    Mutation("patches numbered down the columns", FLOW, "patches = width // PATCH", "patches = height // PATCH",
+             (FLOWS,)),
+    Mutation("noise numbered by the row of the pack", FLOW, "tl.load(SEED + image)[:, None], place[:, None]",
+             "tl.load(SEED + image)[:, None], g[:, None]", (FLOWS,)),
+    Mutation("noise numbered by the padded width", FLOW, "place[:, None] * C + feature",
+             "place[:, None] * CP + feature", (FLOWS,)),
+    Mutation("seed of the loss cut to 32 bits", FLOW, "tl.randn(seed[:, None]", "tl.randn(seed.to(tl.int32)[:, None]",
+             (FLOWS,)),
+    Mutation("timestep on the wrong side", FLOW, "(1.0 - time)[:, None] * x0 + time[:, None] * eps",
+             "time[:, None] * x0 + (1.0 - time)[:, None] * eps", (FLOWS,)),
+    Mutation("target with the wrong sign", FLOW, "eps - x0, 0.0", "x0 - eps, 0.0", (FLOWS,)),
+    Mutation("infinite latents are real", FLOW, 'tl.abs(x0) < float("inf")', "x0 == x0", (FLOWS,)),
+    Mutation("loss is a mean over padded columns", FLOW, "tl.sum(error * error, 1) / C",
+             "tl.sum(error * error, 1) / CP", (FLOWS,)),
+    Mutation("weight lost in the gradient", FLOW, "gradient = error * weight[:, None]", "gradient = error", (FLOWS,)),
+    Mutation("gradient of the square without its 2", FLOW, "(2.0 / C)", "(1.0 / C)", (FLOWS,)),
+    Mutation("reference term has no gradient", FLOW, "gradient += error * weight[:, None]", "pass", (FLOWS,)),
+    Mutation("reference term takes the flow's weight", FLOW, "weight = tl.load(REF_WEIGHT + g, mask=inside, other=0.0)",
+             "pass", (FLOWS,)),
+    Mutation("logged loss carries the weight", FLOW, "tl.store(MSE + g, mse,", "tl.store(MSE + g, mse * weight,",
+             (FLOWS,)),
+    Mutation("stride of v used for the target", FLOW, "g[:, None] * target_stride", "g[:, None] * v_stride", (FLOWS,)),
+    Mutation("upstream gradient of the losses ignored", FLOW, "(gradient_GC * dtotal_G[:, None])", "gradient_GC",
+             (FLOWS,)),
+    Mutation("gradient of the losses kept in low precision", FLOW, "features, dtype=torch.float32)\n    return total_G",
+             "features)\n    return total_G", (FLOWS,)),
+    Mutation("Philox of seven rounds", PHILOX, "_ROUNDS = 10", "_ROUNDS = 7", (DRAWS,)),
+    Mutation("high half of a draw's number dropped", PHILOX, "counter >> 32, zero, zero", "zero, zero, zero", (DRAWS,)),
+]  # fmt: skip
+
+GLUE_KERNELS = [
+    Mutation("gamma of the other expert", GLUE, "if of_gen:", "if not of_gen:", (GLUES,)),
+    Mutation("last program of und runs into gen", GLUE, "tl.where(of_gen, T, border)", "T", (GLUES,)),
+    Mutation("norm forgets eps in backward", NORM, "/ W + eps)\n        normed", "/ W)\n        normed", (GLUES,)),
+    Mutation("norm is a mean over padded columns", NORM, "tl.sum(x * x, 0) / W", "tl.sum(x * x, 0) / WP", (GLUES,)),
+    Mutation("norm of the sum before it is rounded", NORM, "x = rounded(x, TOTAL)", "pass", (GLUES,)),
+    Mutation("gradient of the residual path forgotten", NORM, "HAS_DTOTAL=dtotal_TW is not None", "HAS_DTOTAL=False",
+             (GLUES,)),
+    Mutation("gradient of the norm's scale forgotten", NORM, " - normed * (tl.sum(dnormed * normed, 0) / W))", ")",
+             (GLUES,)),
+    Mutation("gradient of gamma has gamma in it", NORM, "dgamma += dnormed * normed\n        dnormed *= gamma",
+             "dnormed *= gamma\n        dgamma += dnormed * normed", (GLUES,)),
+    Mutation("parts of gamma's gradient in low precision", NORM, "all_programs, width, dtype=torch.float32)",
+             "all_programs, width)", (GLUES,)),
+    Mutation("heads turned the wrong way", ROPE, "first * cos - second * sin, second * cos + first * sin",
+             "first * cos + second * sin, second * cos - first * sin", (GLUES,)),
+    Mutation("gradient of heads not turned back", ROPE, "dy_first * cos + dy_second * sin",
+             "dy_first * cos - dy_second * sin", (GLUES,)),
+    Mutation("gamma of the first half for both", ROPE, "UND + R, GEN + R", "UND, GEN", (GLUES,)),
+    Mutation("angles of the row's number", ROPE,
+             "position = tl.load(POSITION + rows, mask=rows < stop, other=0).to(tl.int32)", "position = rows % 40",
+             (GLUES,)),
+    Mutation("width of the table for its stride", ROPE, "position[:, None] * table_stride", "position[:, None] * R",
+             (GLUES,)),
+    Mutation("mean over half a head", ROPE, "square / H + eps", "square / R + eps", (GLUES,)),
+    Mutation("gradient of gamma from the last head alone", ROPE, "dgamma_second += d_second",
+             "dgamma_second = d_second", (GLUES,)),
+    Mutation("rows of a fused projection taken as dense", ROPE, "x_TNH.stride(0),\n", "heads * width,\n", (GLUES,)),
+    Mutation("derivative of silu cut short", SWIGLU, "sigmoid * (1.0 + gate * (1.0 - sigmoid))", "sigmoid", (GLUES,)),
+    Mutation("up read a block after gate", SWIGLU, "stride + F + columns", "stride + COLS + columns", (GLUES,)),
+    Mutation("last piece of a wide row skipped", SWIGLU, "triton.cdiv(width, COLS)", "max(1, width // COLS)", (GLUES,)),
+]  # fmt: skip
+
+CROSS_ENTROPY = [
+    Mutation("sum of words not rescaled to the new peak", PASSES, "total * tl.exp(peak - new_peak)", "total",
+             (ENTROPIES,)),
+    Mutation("logits beyond the slice are 0", PASSES, 'other=-float("inf")', "other=0.0", (ENTROPIES,)),
+    Mutation("label one past the slice taken for its own", PASSES, "(label < S)", "(label <= S)", (ENTROPIES,)),
+    Mutation("label's word has no gradient", PASSES, "(softmax - one_hot)", "softmax", (ENTROPIES,)),
+    Mutation("last piece of a slice has no gradient", PASSES, "triton.cdiv(words, COLS)", "max(1, words // COLS)",
+             (ENTROPIES,)),
+    Mutation("last slice of words skipped", SLICES, "weight_VI.split(words):",
+             "weight_VI.split(words)[: len(weight_VI) // words or 1]:", (ENTROPIES,)),
+    Mutation("labels not counted from the shard in forward", SLICES, "label_K - shard.first - start", "label_K - start",
+             (ENTROPIES,)),
+    Mutation("labels not counted from the shard in backward", SLICES, "label_K - ctx.first - start", "label_K - start",
+             (ENTROPIES,)),
+    Mutation("labels not counted from the slice", SLICES, "label_K - ctx.first - start", "label_K - ctx.first",
+             (ENTROPIES,)),
+    Mutation("each shard divides by its own sum", SLICES,
+             "target_K = shard.all_sum(torch.stack([(lse_K - peak_K).exp(), target_K]))",
+             "target_K = (lse_K - peak_K).exp(), shard.all_sum(target_K)", (ENTROPIES,)),
+    Mutation("ignored rows keep their gradient", SLICES, "torch.where(label_K == ctx.ignore, 0, dloss_K)", "dloss_K",
+             (ENTROPIES,)),
+    Mutation("gradient of hidden states in low precision", SLICES, "torch.zeros_like(hidden_KI, dtype=lse_K.dtype)",
+             "torch.zeros_like(hidden_KI)", (ENTROPIES,)),
+]  # fmt: skip
+
+MUTATIONS = ATTENTION + NOISE_AND_FLOW_LOSS + GLUE_KERNELS + CROSS_ENTROPY
+
 
 def is_caught(mutation: Mutation, folder: Path) -> bool:
     """Whether the tests fail on a copy of the package with the error in it."""
     copy = folder / "megabagel_kernels"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    path = copy / "attention" / mutation.file
+    path = copy / mutation.file
     source = path.read_text()
     assert mutation.old in source, f"{mutation.name}: {mutation.file} does not contain {mutation.old!r}"
     path.write_text(source.replace(mutation.old, mutation.new))
@@ -91,11 +190,11 @@ def is_caught(mutation: Mutation, folder: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", help="mutations whose name contains this")
+    parser.add_argument("--only", default="", help="errors whose name or file contains this")
     only = parser.parse_args().only
     missed = 0
     for mutation in MUTATIONS:
-        if only in mutation.name:
+        if only in mutation.name or only in mutation.file:
             with tempfile.TemporaryDirectory() as folder:
                 caught = is_caught(mutation, Path(folder))
             print("caught" if caught else "MISSED", mutation.name, sep="  ", flush=True)

@@ -127,7 +127,8 @@ def _read_stderr(rank: _Rank) -> None:
 
     def pump() -> None:
         for line in stream:
-            line = line.removeprefix(f"[rank{rank.index}]: ")  # torch.distributed's mark on tracebacks
+            for mark in (f"[rank{rank.index}]: ", f"[rank {rank.index}] "):  # torch.distributed's and our log's
+                line = line.removeprefix(mark)
             if rank.held or line.startswith(_LAST_WORDS):
                 rank.held.append(line)
             else:

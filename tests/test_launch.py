@@ -89,6 +89,11 @@ def test_rank_0_is_shown_as_it_is_and_others_by_their_marked_stderr() -> None:
     )
 
 
+def test_a_line_that_names_its_rank_is_marked_once() -> None:
+    err = launched("print(f'[rank {rank}] late', file=sys.stderr)", 2)[2]
+    assert sorted(err.splitlines()) == ["[rank 0] late", "[rank 1] late"]
+
+
 def test_stderr_of_other_ranks_is_shown_at_once() -> None:
     process = start("if rank: print('hello', file=sys.stderr, flush=True); time.sleep(60)\ntime.sleep(60)", 2)
     assert process.stderr is not None

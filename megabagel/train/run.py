@@ -33,7 +33,14 @@ from megabagel.train.trainer import Outcome, Trainer
 
 logger = logging.getLogger(__name__)
 
-SAID_ONCE = ("megabagel.data.index", "megabagel.data.index_cache", "megabagel.data.plan")
+SAID_ONCE = (
+    "megabagel.checkpoint.store",
+    "megabagel.data.index",
+    "megabagel.data.index_cache",
+    "megabagel.data.plan",
+    "megabagel.train.run",
+    "megabagel.train.trainer",
+)
 """Loggers of what every rank finds alike: rank 0 speaks for all."""
 
 

@@ -26,6 +26,7 @@ from megabagel.data.documents import Document, ImageItem, Item, Member, TextItem
 from megabagel.data.index import Index
 from megabagel.data.plan import GlobalPlan, Source, open_sources
 from megabagel.data.reader import Reader
+from megabagel.data.shapes import ensure_dataset
 from megabagel.data.tokenizer import load_tokenizer
 from megabagel.data.visits import Rules
 from megabagel.sequence.flops import relative_time
@@ -59,6 +60,7 @@ def main() -> None:
     cases = {"drawn sizes, shares of the pre-training recipe": (config, drawn_sources(config))}
     if args.real:
         real = load(args.real)
+        ensure_dataset(real.data)
         data = replace(config.data, root=real.data.root, sources=real.data.sources, tokenizer=real.data.tokenizer)
         taken = replace(config, data=data)
         cases[f"sizes of the data of {args.real.name}"] = taken, open_sources(taken, load_tokenizer(data.tokenizer))

@@ -81,8 +81,12 @@ class Cluster:
         return self.state(job)
 
     def hurry(self, job: str) -> None:
-        """Start a requeued job now: it need not wait out Slurm's two minutes."""
+        """Start a requeued job now: it need not wait out Slurm's two minutes.
+
+        But not in the second in which it ended: its nodes would refuse it, as its credential was revoked then.
+        """
         if "Reason=BeginTime" in self.call("scontrol", "show", "job", job):
+            time.sleep(2)
             self.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # it may have started just now
 
     def log(self, job: str) -> str:

@@ -92,6 +92,11 @@ def read_manifest(folder: Path) -> Manifest:
     Raises UserError.
     """
     refuse_pickles(folder)
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"{folder}: no complete checkpoint there (expected {MANIFEST} in it). Name a folder such as "
+            "RUN/checkpoints/step_00000100."
+        )
     content = parse_json(folder / MANIFEST, _text(folder / MANIFEST))
     written = content.get("format") if isinstance(content, dict) else None
     if isinstance(written, int) and written != FORMAT:

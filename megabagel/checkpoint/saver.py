@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
@@ -27,9 +25,7 @@ from megabagel.checkpoint.strategy import HostCopies, SaveBoxes, bytes_of
 from megabagel.config.load import dump
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
-from megabagel.parallel import host
-from megabagel.parallel.agree import everywhere, once
-from megabagel.parallel.progress import all_reduced
+from megabagel.parallel.agree import everywhere, largest, once
 from megabagel.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -115,9 +111,8 @@ class Saver:
         """Complete a checkpoint that every rank has written; costs one small all-reduce, and nothing if none is on."""
         if self._writer is None:
             return
-        waiting = torch.tensor(int(not self._writer.done), device=host.device())
-        dist.all_reduce(waiting)
-        if not all_reduced(waiting):
+        (waiting,) = largest(int(not self._writer.done))
+        if not waiting:
             self._end()
 
     def wait(self) -> None:

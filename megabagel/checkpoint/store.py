@@ -45,7 +45,7 @@ def find(config: Config, topology: Topology) -> Path | None:
         try:
             _check(folder, topology)
         except UserError as error:
-            raise UserError(f"run.resume={folder}: {error}") from error
+            raise UserError(f"run.resume={folder}: {error} Mend it, or use run.resume=auto or none.") from error
         return folder
     root = Path(config.run.dir) / "checkpoints"
     if topology.world.first:

@@ -12,7 +12,6 @@ from megabagel.checkpoint.blocks import ANOTHER, SummedReader, check_files
 from megabagel.checkpoint.index import Entry, Index, StoredBox, box_name, from_json, header_entry, overlap
 from megabagel.checkpoint.manifest import (
     INDEX,
-    MANIFEST,
     METADATA,
     STATE,
     Manifest,
@@ -179,11 +178,6 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> Manifest:
 
     Raises UserError for the first damage.
     """
-    if not (folder / MANIFEST).is_file():
-        raise UserError(
-            f"{folder}: no complete checkpoint there (expected {MANIFEST} in it). Name a folder such as "
-            "RUN/checkpoints/step_00000100, or use run.resume=auto or none."
-        )
     stored = Stored(folder)
     stored.state()
     stored.check_headers(rank, ranks)

@@ -38,12 +38,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     bench.add_argument(
         "--sweep", metavar="FILE", type=Path, help="measure every grid of a YAML file, one after the other"
     )
-    bench.add_argument("--warmup", metavar="N", type=positive, help="steps before (default: 3)")
-    bench.add_argument("--steps", metavar="N", type=positive, help="measured steps (default: 10)")
-    bench.add_argument("--phases", metavar="N", type=positive, help="steps to tell phases apart (default: 3)")
+    bench.add_argument("--warmup", metavar="N", type=positive, help="steps before (default: %(default)s)")
+    bench.add_argument("--steps", metavar="N", type=positive, help="measured steps (default: %(default)s)")
+    bench.add_argument("--phases", metavar="N", type=positive, help="steps to tell phases apart (default: %(default)s)")
     bench.add_argument("--synthetic", action="store_true", help="drawn sizes and noise instead of the sources' files")
     bench.add_argument("--profile", action="store_true", help="also write a trace and a memory snapshot")
-    bench.add_argument("--out", metavar="DIR", type=Path, help="default: runs/bench")
+    bench.add_argument("--out", metavar="DIR", type=Path, help="default: %(default)s")
     bench.set_defaults(run=_bench, **DEFAULTS)
 
 
@@ -53,6 +53,7 @@ def _bench(args: argparse.Namespace) -> int:
     if args.sweep:
         return _sweep(args)
     if args.nproc:
+        _check(args, args.nproc, args.overrides)
         return _spawn(args, args.nproc, args.overrides, args.out)
     from megabagel.config.load import load
 
@@ -72,7 +73,6 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _spawn(args: argparse.Namespace, nproc: int, overrides: list[str], out: Path) -> int:
     """Measure on `nproc` local ranks."""
-    _check(args, nproc, overrides)
     numbers = {"--warmup": args.warmup, "--steps": args.steps, "--phases": args.phases, "--out": out}
     options = [str(word) for pair in numbers.items() for word in pair] + ["--profile"] * args.profile
     options += ["--synthetic"] * args.synthetic

@@ -36,11 +36,18 @@ def peak_flops(config: Config, device: torch.device) -> Peak:
     if config.telemetry.peak_tflops is not None:
         return Peak(config.telemetry.peak_tflops * 1e12, "telemetry.peak_tflops")
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, tflops in DENSE_BF16_TFLOPS.items():
-            if part in name:
-                return Peak(tflops * 1e12, f"data sheet of {part}, dense bf16")
+        known = data_sheet_peak(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known
     return _measured(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+
+
+def data_sheet_peak(name: str) -> Peak | None:
+    """Peak of the GPU of that name by its data sheet; None where none is known."""
+    for part, tflops in DENSE_BF16_TFLOPS.items():
+        if part in name:
+            return Peak(tflops * 1e12, f"data sheet of {part}, dense bf16")
+    return None
 
 
 def rates(flops: Flops, tokens: int, seconds: float, devices: int, peak: Peak) -> dict[str, float]:

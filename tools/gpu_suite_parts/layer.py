@@ -26,7 +26,7 @@ from megabagel.model.layers import Layer
 from megabagel.model.positions import rope_tables
 from megabagel.sequence.flops import branch_parameters
 from megabagel.sequence.items import DELIMITERS, Item, Latent, Text
-from megabagel.train.throughput import DENSE_BF16_TFLOPS
+from megabagel.train.throughput import data_sheet_peak
 
 SEVEN_B = ModelConfig(layers=1, hidden=3584, heads=28, kv_heads=4, ffn=18_944)
 TOY = ModelConfig(layers=1, hidden=64, heads=4, kv_heads=2, ffn=96)
@@ -75,7 +75,8 @@ def measure(setting: Setting, report: Report, kernels: Kernels, tokens: int, und
 
 def peak_tflops(device: str) -> float | None:
     """Dense bf16 peak of a GPU by its name; None where no data sheet is known."""
-    return next((tflops for part, tflops in DENSE_BF16_TFLOPS.items() if part in device), None)
+    known = data_sheet_peak(device)
+    return known.flops / 1e12 if known else None
 
 
 def samples(side: int, tokens: int, und: int, gen: int) -> list[list[Item]]:

@@ -24,21 +24,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megabagel.runtime.device import comm_backend
 from safetensors.torch import load_file, save_file
 
 from megabagel.config.schema import CheckpointConfig, Config, ModelConfig, RunConfig
-from megabagel.parallel import host
+from megabagel.runtime import cpu_backend
 
-host.install()  # before anything imports megatron
+cpu_backend.install()  # before anything imports megatron
 
 from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 from torch.distributed import checkpoint as dcp  # noqa: E402
 
-from megabagel.checkpoint import store  # noqa: E402
-from megabagel.checkpoint.official.names import model_shapes  # noqa: E402
+from megabagel.checkpoint import api  # noqa: E402
+from megabagel.checkpoint.hf.names import model_shapes  # noqa: E402
+from megabagel.checkpoint.reader import verify  # noqa: E402
 from megabagel.checkpoint.reshard import reshard  # noqa: E402
-from megabagel.checkpoint.stored import verify  # noqa: E402
-from megabagel.parallel import topology  # noqa: E402
+from megabagel.parallel import mesh  # noqa: E402
 
 MODEL = ModelConfig(layers=2, hidden=768, heads=12, kv_heads=4, ffn=2048, vocab=24000, latent_grid=32)
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=MODEL.layers)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()
-    dist.init_process_group(host.backend(), store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(comm_backend(), store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         found = measure(Path(name), replace(MODEL, layers=args.layers), args.rounds)
     dist.destroy_process_group()
@@ -67,7 +68,7 @@ def measure(folder: Path, model: ModelConfig, rounds: int) -> dict[str, Any]:
     """All figures."""
     checkpoint, resharded = folder / "run/checkpoints/step_00000001", folder / "resharded"
     config = Config(model=model, run=RunConfig(dir=str(folder / "run")), checkpoint=CheckpointConfig(keep=1))
-    grid = topology.build(config)
+    grid = mesh.build(config)
     tensors = state_of(model)
     size = sum(tensor.data.nbytes for tensor in tensors.values())
     steps = {"device": lambda: time.sleep(STEP_SECONDS), "host": stand_in()}
@@ -134,7 +135,7 @@ def stall(
 ) -> dict[str, float]:
     """Seconds by which a save makes training longer, blocking and async, in turns."""
     plain, blocking, beside, taken = [], [], [], []
-    savers = {on: store.Saver(replace(config, checkpoint=replace(config.checkpoint, async_save=on)), grid)
+    savers = {on: api.Saver(replace(config, checkpoint=replace(config.checkpoint, async_save=on)), grid)
               for on in (False, True)}  # fmt: skip
     savers[True].save(1, tensors, {})  # allocates the host copy, once per run
     savers[True].wait()
@@ -186,7 +187,7 @@ def rivals(folder: Path, config: Config, grid: Any, tensors: dict[str, ShardedTe
         dcp.save(plain, checkpoint_id=dcp_folder)
 
     return [
-        ("megabagel", lambda: store.save(config, grid, 1, tensors, {}), lambda: store.load(checkpoint, tensors)),
+        ("megabagel", lambda: api.save(config, grid, 1, tensors, {}), lambda: api.load(checkpoint, tensors)),
         ("torch DCP", save_dcp, lambda: dcp.load(plain, checkpoint_id=dcp_folder)),
         ("plain safetensors", save_plain, load_plain),
     ]

@@ -21,15 +21,15 @@ from pathlib import Path
 import torch
 
 from megabagel.config.schema import ModelConfig, VitConfig
-from megabagel.parallel import host
+from megabagel.runtime import cpu_backend
 
-host.install()  # before anything imports megatron
+cpu_backend.install()  # before anything imports megatron
 
-from megabagel.checkpoint.official.config import llm_json, vit_json  # noqa: E402
-from megabagel.checkpoint.official.folder import LLM_CONFIG, VIT_CONFIG, write_json  # noqa: E402
-from megabagel.checkpoint.official.names import official_shapes, table_sides  # noqa: E402
-from megabagel.checkpoint.official.writer import write_safetensors  # noqa: E402
-from megabagel.checkpoint.stream import LazyTensor, row_ranges  # noqa: E402
+from megabagel.checkpoint.hf.config import llm_json, vit_json  # noqa: E402
+from megabagel.checkpoint.hf.folder import LLM_CONFIG, VIT_CONFIG, write_json  # noqa: E402
+from megabagel.checkpoint.hf.names import official_shapes, table_sides  # noqa: E402
+from megabagel.checkpoint.hf.writer import write_safetensors  # noqa: E402
+from megabagel.checkpoint.lazy import LazyTensor, row_ranges  # noqa: E402
 from megabagel.model.positions import sincos_table  # noqa: E402
 
 BAGEL_7B = ModelConfig(

@@ -33,7 +33,7 @@ from megabagel.config.schema import ResizeConfig
 from megabagel.data.decode import Request
 from megabagel.data.decode.dali import DaliEngine
 from megabagel.data.decode.host import HostEngine
-from megabagel.data.transforms import resize_target
+from megabagel.data.decode.transforms import resize_target
 
 FORMATS = ("JPEG", "PNG")
 RIVALS = ("official", "host", "dali")

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from megabagel.data import index_cache
-from megabagel.data.catalog import Documents, usable
 from megabagel.data.documents import Document, ImageItem, Member, TextItem
-from megabagel.data.table import TableBuilder, joined
+from megabagel.data.index import index_cache
+from megabagel.data.index.document_table import TableBuilder, joined
+from megabagel.data.index.documents_view import Documents, usable
 
 SHARD = 1000
 """Samples per shard."""

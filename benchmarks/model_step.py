@@ -31,7 +31,7 @@ from megabagel.model.factory import SingleDevice
 from megabagel.model.inputs import Outputs, StageInputs
 from megabagel.model.vae_blocks import BlockCodec
 from megabagel.parallel.inputs import InputBuilder
-from megabagel.parallel.topology import distributed
+from megabagel.parallel.mesh import distributed
 from megabagel.sequence.batch import PackedBatch
 from megabagel.sequence.flops import needed_flops
 from megabagel.sequence.images import vae_images, vit_images
@@ -140,9 +140,9 @@ def main() -> None:
 
     config = benchmark_config()
     batch, model = draw_batch(config), build_model(config.model)
-    with distributed(config) as topology:
+    with distributed(config) as mesh:
         torch.set_num_threads(1)
-        inputs = InputBuilder(config, topology, SingleDevice(), BlockCodec(), torch.device("cpu")).build(batch)
+        inputs = InputBuilder(config, mesh, SingleDevice(), BlockCodec(), torch.device("cpu")).build(batch)
         flops = needed_flops(batch.pack, config.model)
         result: dict[str, Any] = {"tokens": batch.pack.tokens, "rows": batch.layout.rows, "gflop": flops / 1e9}
         result |= measure(model, inputs, flops, arguments.runs)

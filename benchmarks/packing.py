@@ -22,13 +22,13 @@ import numpy as np
 
 from megabagel.config.load import load
 from megabagel.config.schema import Config
+from megabagel.data.builders.toy_shapes import ensure_dataset
 from megabagel.data.documents import Document, ImageItem, Item, Member, TextItem, assign_roles
-from megabagel.data.index import Index
-from megabagel.data.plan import GlobalPlan, Source, open_sources
-from megabagel.data.reader import Reader
-from megabagel.data.shapes import ensure_dataset
-from megabagel.data.tokenizer import load_tokenizer
-from megabagel.data.visits import Rules
+from megabagel.data.formats.reader import Reader
+from megabagel.data.index.index import Index
+from megabagel.data.plan.global_plan import GlobalPlan, Source, open_sources
+from megabagel.data.plan.planned_sample import Rules
+from megabagel.data.tokenize.tokenizer import load_tokenizer
 from megabagel.sequence.flops import relative_time
 from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.layout import build_layout, layout_rows

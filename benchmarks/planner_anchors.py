@@ -11,13 +11,13 @@ from pathlib import Path
 
 from megabagel.config.load import load
 from megabagel.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
-from megabagel.plan.calibration import Calibration
-from megabagel.plan.case import Case, System
-from megabagel.plan.grid import Grid, Recompute
-from megabagel.plan.hardware import CATALOG
-from megabagel.plan.memory import peak
-from megabagel.plan.step import step_time
-from megabagel.plan.workload import Workload, typical_workload
+from megabagel.planner.calibration import Calibration
+from megabagel.planner.grid import Grid, Recompute
+from megabagel.planner.hardware import CATALOG
+from megabagel.planner.memory import peak
+from megabagel.planner.scenario import Case, System
+from megabagel.planner.step import step_time
+from megabagel.planner.workload import Workload, typical_workload
 from megabagel.sequence.items import Item, Latent, Text
 from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.pack import build_pack

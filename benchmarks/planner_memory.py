@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.parallel.pool import RankPool
-from tests.plan.measured import measured, rows
-from tests.plan.test_memory import GRIDS
+from tests.planner.test_memory import GRIDS
+from tests.support.measured import measured, rows
+from tests.support.rank_pool import RankPool
 
 
 def main() -> None:

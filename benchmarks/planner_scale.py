@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megabagel.config.load import load
 from megabagel.config.schema import Config
-from megabagel.parallel import host
+from megabagel.runtime import cpu_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "examples" / "configs" / "bagel_7b_pt.yaml"
@@ -22,9 +22,9 @@ Point = tuple[int, float, str]
 def best_grids(config: Config, weak: bool) -> list[Point]:
     """The fastest grid that fits, by number of GPUs; numbers without one are left out."""
     from megabagel.errors import UserError
-    from megabagel.plan.estimate import Planner
-    from megabagel.plan.hardware import CATALOG
-    from megabagel.plan.search import search
+    from megabagel.planner.estimate import Planner
+    from megabagel.planner.hardware import CATALOG
+    from megabagel.planner.search import search
 
     points = []
     for gpus in GPUS:
@@ -71,7 +71,7 @@ def chart(curves: dict[str, list[Point]]) -> str:
 
 def main() -> None:
     """Simulate, draw and print."""
-    host.install()  # before anything imports megatron
+    cpu_backend.install()  # before anything imports megatron
     config = load(RECIPE, [f"model.vae.path={RECIPE}"])
     curves = {
         "weak: 1.5 packs per GPU and step": best_grids(config, weak=True),

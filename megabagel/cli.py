@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megabagel.commands import bench, checkpoint, convert, data, doctor, parity, plan, train
 from megabagel.errors import STOP_PREFIX, Stopped, UserError
-from megabagel.launch import ERROR_PREFIX, USER_ERROR
+from megabagel.runtime.launch import ERROR_PREFIX, USER_ERROR
 
 INTERRUPTED = 130
 

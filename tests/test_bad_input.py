@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, models
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
 from megabagel.sequence.items import SPECIAL_TOKENS
-from tests.clumsy import command, fill, job, metrics, once_training, pairs, small_disk, tiny_run
-from tests.data.pictures import BAD, ODD
-from tests.parallel.pool import RankPool
+from tests.support.cli_harness import command, fill, job, metrics, once_training, pairs, small_disk, tiny_run
+from tests.support.pictures import BAD, ODD
+from tests.support.rank_pool import RankPool
 
 both = pytest.mark.parametrize("size", [1, 2])
 FOREVER = "train.steps=100000"
@@ -156,8 +156,8 @@ def steps_in_step() -> tuple[list[int], str]:
     """Steps that this rank sees when rank 1 has only two of three, and the message that it ends with."""
     import torch.distributed as dist
 
-    from megabagel.data.loader import Step
-    from megabagel.parallel.topology import build
+    from megabagel.data.load.loader import Step
+    from megabagel.parallel.mesh import build
     from megabagel.train.run import in_step
 
     def steps() -> Iterator[Step]:

@@ -12,7 +12,7 @@ from megabagel import cli
 from megabagel.config.load import dump
 from megabagel.config.schema import Config
 from megabagel.errors import Preempted, UserError
-from tests.config.tree import VALID, change
+from tests.support.config_tree import VALID, change
 
 HERE = Path(__file__).parents[1]
 
@@ -202,9 +202,9 @@ def test_data_prepare(
         assert (images, out, options) == (Path("images"), Path("out"), expected)
         return "12 samples"
 
-    module = types.ModuleType("megabagel.data.prepare")
+    module = types.ModuleType("megabagel.data.builders.prepare")
     module.prepare = prepare  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "megabagel.data.prepare", module)
+    monkeypatch.setitem(sys.modules, "megabagel.data.builders.prepare", module)
     assert cli.main(["data", "prepare", "images", *options, "out"]) == 0
     assert capsys.readouterr().out == "12 samples\n"
 

@@ -171,7 +171,7 @@ def test_rooms_import_only_what_they_may() -> None:
         ("megabagel.sequence.pack", "def f():\n    from megatron.core import x", "library 'megatron'"),
         ("megabagel.model.layers", "import torch\ntorch.distributed.get_rank()", "library 'torch.distributed'"),
         ("megabagel.model.layers", "from torch import distributed", "library 'torch.distributed'"),
-        ("megabagel.model.layers", "from ..parallel import topology", "room 'parallel'"),
+        ("megabagel.model.layers", "from ..parallel import mesh", "room 'parallel'"),
         ("megabagel.model.layers", "from megabagel import parallel", "room 'parallel'"),
         ("megabagel.train.loop", "from megabagel.cli import main", "room 'cli'"),
         ("megabagel.train.loop", "try:\n    import apex\nexcept ImportError:\n    pass", "library 'apex'"),
@@ -188,7 +188,7 @@ def test_a_breach_is_found(module: str, source: str, says: str) -> None:
     [
         ("megabagel.model.layers", False, "from .vit import Vit\nfrom . import flow\nfrom ..config import schema"),
         ("megabagel.model", True, "from .vit import Vit\nfrom ..config import schema\nimport json"),
-        ("megabagel.parallel.topology", False, "from torch import distributed\nimport megatron.core.parallel_state"),
+        ("megabagel.parallel.mesh", False, "from torch import distributed\nimport megatron.core.parallel_state"),
         ("megabagel.train.sinks", False, "from torch.utils.tensorboard import SummaryWriter"),
     ],
 )

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from megabagel.config.load import load
-from tests.checkpoint.official.test_parts import Parts
-from tests.parity_files import FOLDER as CASES
+from tests.checkpoint.hf.test_parts import Parts
+from tests.support.parity_files import FOLDER as CASES
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))

@@ -23,7 +23,7 @@ from corpus_parts.writing import captioned, write_corpus
 from PIL import Image
 
 from megabagel.data.documents import SampleError
-from megabagel.data.samples import caption_text
+from megabagel.data.formats.samples import caption_text
 from megabagel.errors import UserError
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")

@@ -23,8 +23,8 @@ from corpus_parts.html_page import read_page
 from corpus_parts.web_filters import WEB_FILTERS, english
 from corpus_parts.writing import interleaved, text_parts, write_corpus
 
-from megabagel.data.bpe import train_bpe
 from megabagel.data.files import write_atomic
+from megabagel.data.tokenize.bpe import train_bpe
 from megabagel.errors import UserError
 
 PAGES = Path("/usr/share/gimp/2.0/help/en")

@@ -65,7 +65,7 @@ class Scene:
         train += [*words]
         if fault:
             rank = [sys.executable, "-m", "tools.faulty_rank", fault, *train]
-            launch = f"import sys; from megabagel.launch import spawn; sys.exit(spawn({rank!r}, 2))"
+            launch = f"import sys; from megabagel.runtime.launch import spawn; sys.exit(spawn({rank!r}, 2))"
             command = [sys.executable, "-c", launch]
         else:
             command = [sys.executable, "-m", "megabagel", *train, *([] if env else ["--nproc", "2"])]

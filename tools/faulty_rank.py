@@ -10,7 +10,7 @@ RANK, STEP = 1, 2
 
 def hang_in_data() -> None:
     """Wait for ever for a batch, as for a file system that does not answer."""
-    from megabagel.data.loader import Loader
+    from megabagel.data.load.loader import Loader
 
     steps = Loader.steps
 
@@ -69,8 +69,8 @@ if __name__ == "__main__":
     import os
 
     from megabagel.cli import main
-    from megabagel.parallel import host
+    from megabagel.runtime import cpu_backend
 
-    host.install()
+    cpu_backend.install()
     plant(sys.argv[1], int(os.environ["RANK"]))
     sys.exit(main(sys.argv[2:]))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megabagel.data.shapes import write_shapes
+from megabagel.data.builders.toy_shapes import write_shapes
 
 CONFIG = Path(__file__).resolve().parent.parent / "examples/configs/tiny.yaml"
 SETTINGS = (

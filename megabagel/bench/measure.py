@@ -15,10 +15,10 @@ from megabagel.bench.report import Measurement
 from megabagel.bench.synthetic import noise, synthetic_sources
 from megabagel.checkpoint.manifest import versions
 from megabagel.config.schema import Config
-from megabagel.data.loader import Step
-from megabagel.data.tokenizer import ByteTokenizer
-from megabagel.parallel import host
-from megabagel.parallel.topology import Topology
+from megabagel.data.load.loader import Step
+from megabagel.data.tokenize.tokenizer import ByteTokenizer
+from megabagel.parallel.mesh import Mesh
+from megabagel.runtime.device import current_device, peak_memory
 from megabagel.sequence.flops import Flops
 from megabagel.sequence.sizes import total
 from megabagel.train.build import Data, build_trainer
@@ -48,35 +48,35 @@ class Request:
         return self.warmup + self.steps + self.phased + 2 * (self.profile is not None)
 
 
-def measure(name: str, config: Config, topology: Topology, request: Request) -> Measurement:
+def measure(name: str, config: Config, mesh: Mesh, request: Request) -> Measurement:
     """Train `request.all` steps of a fresh run and say how fast they were. Called on every rank, the same on all.
 
     Nothing is written: no checkpoint, no metrics.
     """
     drawn = Data(synthetic_sources(config), ByteTokenizer(), noise, None) if request.synthetic else None
-    trainer = build_trainer(config, topology, drawn)
-    feed = in_step(topology, trainer.loader.steps(request.all))
+    trainer = build_trainer(config, mesh, drawn)
+    feed = in_step(mesh, trainer.loader.steps(request.all))
     for _ in range(request.warmup):
         trainer.train_step(next(feed))
     seconds, steps = _run(trainer, feed, request.steps)
     steady = _memory()
     phases = _phases(trainer, feed, request.phased)
     if request.profile is not None:
-        with profiled(request.profile, first=topology.world.first):
+        with profiled(request.profile, first=mesh.world.first):
             for _ in range(2):
                 trainer.train_step(next(feed))
-    ranks = _gathered(topology, (phases, steady, host.peak_memory()))
+    ranks = _gathered(mesh, (phases, steady, peak_memory()))
     means = {phase: sum(found[phase] for found, _, _ in ranks) / len(ranks) for phase in PHASES}
     size = total(pack.size for step in steps for pack in step.plan.packs)
     flops = sum((flops for step in steps for flops in step.plan.flops), Flops(0, 0, 0, 0))
-    peak = peak_flops(config, host.device())
+    peak = peak_flops(config, current_device())
     grid = config.parallel
     about = versions()
     return Measurement(
         name=name,
         config=asdict(config),
-        world=topology.world.size,
-        grid={"tp": grid.tp, "pp": grid.pp, "vpp": grid.vpp, "cp": grid.cp, "dp": topology.dp.size},
+        world=mesh.world.size,
+        grid={"tp": grid.tp, "pp": grid.pp, "vpp": grid.vpp, "cp": grid.cp, "dp": mesh.dp.size},
         device=_device(),
         batches="synthetic" if request.synthetic else "real",
         peak_flops=peak.flops,
@@ -91,7 +91,7 @@ def measure(name: str, config: Config, topology: Topology, request: Request) -> 
         phases=means,
         phased_step=sum(means.values()),
         busy=[sum(found[phase] for phase in BUSY) for found, _, _ in ranks],
-        planned=_planned(steps, topology.dp.size),
+        planned=_planned(steps, mesh.dp.size),
         memory_peak=[peak for _, _, peak in ranks],
         memory_steady=[steady for _, steady, _ in ranks],
         versions={name: number for name, number in about.items() if name != "commit"},
@@ -136,25 +136,25 @@ def _planned(steps: list[Step], ranks: int) -> float:
     return sum(found) / len(found)
 
 
-def _gathered(topology: Topology, mine: tuple[dict[str, float], int, int]) -> list[tuple[dict[str, float], int, int]]:
-    found: list[tuple[dict[str, float], int, int]] = [({}, 0, 0)] * topology.world.size
+def _gathered(mesh: Mesh, mine: tuple[dict[str, float], int, int]) -> list[tuple[dict[str, float], int, int]]:
+    found: list[tuple[dict[str, float], int, int]] = [({}, 0, 0)] * mesh.world.size
     dist.all_gather_object(found, mine)
     return found
 
 
 def _settle() -> None:
-    if host.device().type == "cuda":
+    if current_device().type == "cuda":
         torch.cuda.synchronize()
 
 
 def _memory() -> int:
     """Bytes that this process holds now: on its GPU, or resident."""
-    if host.device().type == "cuda":
+    if current_device().type == "cuda":
         return torch.cuda.memory_allocated()
     return psutil.Process().memory_info().rss
 
 
 def _device() -> str:
-    if host.device().type == "cuda":
+    if current_device().type == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads per rank"

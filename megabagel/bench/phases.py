@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import layers, mappings
 
 from megabagel.bench.stopwatch import Stopwatch
 from megabagel.model.vit import Vit
-from megabagel.parallel import host
+from megabagel.runtime.device import current_device
 from megabagel.train.trainer import Trainer
 
 PHASES = (
@@ -48,7 +48,7 @@ _TRANSFERS = [name for name in vars(P2PCommunicator) if name.startswith(("recv_"
 @contextmanager
 def watched(trainer: Trainer) -> Iterator[Stopwatch]:
     """A stopwatch that runs while the trainer's steps do."""
-    cuda = host.device().type == "cuda"
+    cuda = current_device().type == "cuda"
     watch = Stopwatch(torch.cuda.synchronize) if cuda else Stopwatch()
 
     def wrap(owner: Any, name: str, phase: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megabagel.errors import UserError
-from megabagel.parallel import host
+from megabagel.runtime.device import current_device
 
 TRACE, CUDA_MEMORY, CPU_MEMORY = "trace.json", "memory.pickle", "memory.json"
 MOST = 40
@@ -26,7 +26,7 @@ def profiled(folder: str, *, first: bool) -> Iterator[None]:
     if not first:
         yield
         return
-    cuda = host.device().type == "cuda"
+    cuda = current_device().type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     if cuda:
         torch.cuda.memory._record_memory_history()  # torch's only interface to the snapshot

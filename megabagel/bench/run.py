@@ -6,9 +6,9 @@ from pathlib import Path
 from megabagel.bench.measure import Request, measure
 from megabagel.bench.output import save
 from megabagel.config.schema import Config
-from megabagel.parallel import host
-from megabagel.parallel.agree import once
-from megabagel.parallel.topology import distributed
+from megabagel.parallel.mesh import distributed
+from megabagel.runtime.collective_errors import once
+from megabagel.runtime.device import comm_backend
 from megabagel.train.run import configure_log
 
 logger = logging.getLogger(__name__)
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 def main(config: Config, name: str, request: Request, out: Path) -> None:
     """Measure `config` on the ranks of this job and write the report into `out`; called once per rank."""
-    with distributed(config) as topology:
-        configure_log(topology)
-        logger.info("grid: %s, %s on %s", topology.describe(), config.train.precision, host.backend())
-        found = measure(f"{name} {_grid(config, topology.dp.size)}", config, topology, request)
-        once(topology, lambda: save([found], out))
+    with distributed(config) as mesh:
+        configure_log(mesh)
+        logger.info("grid: %s, %s on %s", mesh.describe(), config.train.precision, comm_backend())
+        found = measure(f"{name} {_grid(config, mesh.dp.size)}", config, mesh, request)
+        once(mesh, lambda: save([found], out))
 
 
 def _grid(config: Config, dp: int) -> str:

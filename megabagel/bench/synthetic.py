@@ -26,9 +26,9 @@ from megabagel.data.documents import (
     TextRole,
     assign_roles,
 )
-from megabagel.data.index import Index
-from megabagel.data.plan import Source
-from megabagel.data.reader import Reader
+from megabagel.data.formats.reader import Reader
+from megabagel.data.index.index import Index
+from megabagel.data.plan.global_plan import Source
 from megabagel.sequence.keys import generator
 
 DOCUMENTS = 2048

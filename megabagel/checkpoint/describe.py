@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megabagel.checkpoint.index import NAMES
-from megabagel.checkpoint.stored import Stored
+from megabagel.checkpoint.reader import Stored
 
 
 def describe(folder: Path) -> dict[str, Any]:

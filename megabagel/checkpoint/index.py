@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megabagel.checkpoint.blocks import ANOTHER, Sums
+from megabagel.checkpoint.checksums import ANOTHER, Sums
 from megabagel.errors import UserError
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -25,7 +25,7 @@ NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 @dataclass(frozen=True)
-class StoredBox:
+class StoredSlice:
     """A box of a tensor in a file."""
 
     file: str
@@ -41,9 +41,9 @@ class Entry:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    boxes: tuple[StoredBox, ...]
+    boxes: tuple[StoredSlice, ...]
 
-    def nbytes(self, box: StoredBox) -> int:
+    def nbytes(self, box: StoredSlice) -> int:
         """Bytes of a box."""
         return prod(box.shape) * self.dtype.itemsize
 
@@ -52,12 +52,12 @@ Index = dict[str, Entry]
 """By key: `<kind>/<name>`."""
 
 
-def box_name(key: str, offset: tuple[int, ...]) -> str:
+def slice_name(key: str, offset: tuple[int, ...]) -> str:
     """What a box is called in its file: `weight/heads.lm_head.weight@132,0`."""
     return f"{key}@{','.join(map(str, offset))}"
 
 
-def header_entry(entry: Entry, box: StoredBox) -> dict[str, Any]:
+def header_entry(entry: Entry, box: StoredSlice) -> dict[str, Any]:
     """What the header of its file says of a box."""
     place = [box.start, box.start + entry.nbytes(box)]
     return {"dtype": NAMES[entry.dtype], "shape": list(box.shape), "data_offsets": place}
@@ -96,7 +96,7 @@ def from_json(path: Path, content: Any, files: Mapping[str, Sums]) -> Index:
     for key, about in content.items():
         try:
             boxes = tuple(
-                StoredBox(file, _sizes(at, 0), _sizes(shape, 1), start) for file, at, shape, start in about["boxes"]
+                StoredSlice(file, _sizes(at, 0), _sizes(shape, 1), start) for file, at, shape, start in about["boxes"]
             )
             entry = index[key] = Entry(TYPES[about["dtype"]], _sizes(about["shape"], 1), boxes)
         except (KeyError, TypeError, ValueError) as error:
@@ -113,7 +113,7 @@ def _sizes(values: Any, least: int) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _misplaced(entry: Entry, box: StoredBox, files: Mapping[str, Sums]) -> str | None:
+def _misplaced(entry: Entry, box: StoredSlice, files: Mapping[str, Sums]) -> str | None:
     """What is wrong with a box by itself."""
     if not isinstance(box.file, str) or box.file not in files:
         return f"a box lies in {box.file!r}, which the manifest does not list"
@@ -128,7 +128,7 @@ def _misplaced(entry: Entry, box: StoredBox, files: Mapping[str, Sums]) -> str |
 
 def untiled(entry: Entry) -> str | None:
     """Why the boxes of a tensor do not tile it, if so; each is known to lie inside."""
-    active: list[StoredBox] = []
+    active: list[StoredSlice] = []
     for box in sorted(entry.boxes, key=lambda box: box.offset):
         active = [other for other in active if other.offset[0] + other.shape[0] > box.offset[0]]
         for other in active:

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megabagel.checkpoint.blocks import ANOTHER, BLOCK, SummedReader, Sums, checksum, sums_of_file
+from megabagel.checkpoint.checksums import ANOTHER, BLOCK, SummedReader, Sums, checksum, sums_of_file
 from megabagel.config.schema import ModelConfig
 from megabagel.config.typed import Problems, build
 from megabagel.errors import UserError

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megabagel.checkpoint.blocks import check_files
+from megabagel.checkpoint.checksums import check_files
+from megabagel.checkpoint.hf.folder import new_folder
+from megabagel.checkpoint.lazy import Part, file_of, write_file, write_index
 from megabagel.checkpoint.manifest import INDEX, MANIFEST, METADATA, Manifest, model_of, write_manifest
-from megabagel.checkpoint.official.folder import new_folder
-from megabagel.checkpoint.stored import Stored
-from megabagel.checkpoint.stream import Part, file_of, write_file, write_index
+from megabagel.checkpoint.reader import Stored
 from megabagel.checkpoint.tensors import MOMENTS, Shard, boxes_of
 from megabagel.config.checks import RULES
 from megabagel.config.schema import Config, ModelConfig, ParallelConfig
@@ -145,26 +145,26 @@ class Plan(SingleDevice):
         self.rank, self.shards = rank, size
 
     def column(self, inputs: int, blocks: Mapping[str, int], *, bias: bool, rows_split: bool) -> nn.Module:
-        """Split by outputs."""
+        """Segment by outputs."""
         linear = nn.Linear(inputs, sum(blocks.values()) // self.shards, bias=bias)
         for parameter in linear.parameters():
             shard(parameter, 0, blocks, self.rank, self.shards)
         return linear
 
     def row(self, inputs: int, outputs: int, *, bias: bool, rows_split: bool) -> nn.Module:
-        """Split by inputs."""
+        """Segment by inputs."""
         linear = nn.Linear(inputs // self.shards, outputs, bias=bias)
         self._shard(linear, 1, inputs)
         return linear
 
     def embedding(self, vocabulary: int, width: int) -> nn.Module:
-        """Split by words."""
+        """Segment by words."""
         table = nn.Embedding(vocabulary // self.shards, width)
         self._shard(table, 0, vocabulary)
         return table
 
     def head(self, width: int, vocabulary: int) -> nn.Module:
-        """Split by words."""
+        """Segment by words."""
         head = super().head(width, vocabulary // self.shards)
         self._shard(head, 0, vocabulary)
         return head

@@ -21,12 +21,12 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from megabagel.checkpoint.manifest import CONFIG, MANIFEST, STATE, flush, replace_file, write_manifest
-from megabagel.checkpoint.strategy import HostCopies, SaveBoxes, bytes_of
+from megabagel.checkpoint.megatron_strategy import HostCopies, SaveSlices, bytes_of
 from megabagel.config.load import dump
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
-from megabagel.parallel.agree import everywhere, largest, once
-from megabagel.parallel.topology import Topology
+from megabagel.parallel.mesh import Mesh
+from megabagel.runtime.collective_errors import everywhere, largest, once
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _ROOM = 1 << 16
 class Writer:
     """A rank's file being written, at once or by a thread."""
 
-    def __init__(self, step: int, request: AsyncRequest, strategy: SaveBoxes, beside: bool) -> None:
+    def __init__(self, step: int, request: AsyncRequest, strategy: SaveSlices, beside: bool) -> None:
         self.step, self.request, self.strategy = step, request, strategy
         self.began = time.monotonic()
         self._error: BaseException | None = None
@@ -74,8 +74,8 @@ class Saver:
     disk refuses is a UserError on every rank, at the latest at the next step's `poll`; the checkpoints before stay.
     """
 
-    def __init__(self, config: Config, topology: Topology) -> None:
-        self.config, self.topology = config, topology
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
         self.root = Path(config.run.dir) / "checkpoints"
         self._copies = HostCopies() if config.checkpoint.async_save else None
         self._writer: Writer | None = None
@@ -97,8 +97,8 @@ class Saver:
         size, boxes = bytes_of(tensors)
         partial = self._partial(step)
         with self._giving_back(partial):
-            once(self.topology, lambda: self._prepare(partial, state, size + boxes * _BOX_OVERHEAD + _ROOM))
-        strategy, beside = SaveBoxes(self._copies), self._copies is not None
+            once(self.mesh, lambda: self._prepare(partial, state, size + boxes * _BOX_OVERHEAD + _ROOM))
+        strategy, beside = SaveSlices(self._copies), self._copies is not None
         request = strategy.async_save(tensors, partial)
         if self._copies is not None:
             logger.info("checkpoint of step %d: %s MiB copied to host memory per rank, written beside the next steps",
@@ -131,8 +131,8 @@ class Saver:
         partial = self._partial(writer.step)
         with self._giving_back(partial):
             for work in (writer.result, *writer.request.finalize_fns):
-                everywhere(self.topology, _named(partial, work))
-            once(self.topology, lambda: self._complete(partial, writer))
+                everywhere(self.mesh, _named(partial, work))
+            once(self.mesh, lambda: self._complete(partial, writer))
         logger.info("checkpoint %s (%.1f s)", self.folder(writer.step), time.monotonic() - writer.began)
 
     def folder(self, step: int) -> Path:
@@ -158,7 +158,7 @@ class Saver:
         """On rank 0: the manifest, the name, `latest`; then forget old ones."""
         train, final = self.config.train, self.folder(writer.step)
         with _writing(partial):
-            axes = {name: getattr(self.topology, name).size for name in ("tp", "pp", "cp", "dp")}
+            axes = {name: getattr(self.mesh, name).size for name in ("tp", "pp", "cp", "dp")}
             grid = axes | {"vpp": self.config.parallel.vpp}
             about = {"step": writer.step, "grid": grid, "ema": train.ema, "freeze": train.freeze}
             write_manifest(partial, self.config.model, writer.strategy.sums, **about, seed=train.seed)
@@ -178,7 +178,7 @@ class Saver:
         try:
             yield
         except UserError:
-            if self.topology.world.first:
+            if self.mesh.world.first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
@@ -195,11 +195,9 @@ class Saver:
                 yield gone
 
 
-def save(
-    config: Config, topology: Topology, step: int, tensors: dict[str, ShardedTensor], state: dict[str, Any]
-) -> Path:
+def save(config: Config, mesh: Mesh, step: int, tensors: dict[str, ShardedTensor], state: dict[str, Any]) -> Path:
     """Write one checkpoint and return its folder when it is complete. Raises UserError on every rank."""
-    saver = Saver(replace(config, checkpoint=replace(config.checkpoint, async_save=False)), topology)
+    saver = Saver(replace(config, checkpoint=replace(config.checkpoint, async_save=False)), mesh)
     saver.save(step, tensors, state)
     return saver.folder(step)
 

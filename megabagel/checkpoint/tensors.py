@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megabagel.checkpoint.boxes import boxes
+from megabagel.checkpoint.slices import boxes
 from megabagel.model.sharding import Piece, pieces
+from megabagel.parallel.mesh import Mesh
 from megabagel.parallel.stages import PipelineStage
-from megabagel.parallel.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -47,7 +47,7 @@ def optimizer_shards(distributed: Any, ema: dict[torch.Tensor, torch.Tensor]) ->
                     yield Shard(parameter, ranges["param"].start, ranges["param"].end, states)
 
 
-def frozen_tensors(stages: list[PipelineStage], topology: Topology) -> dict[str, ShardedTensor]:
+def frozen_tensors(stages: list[PipelineStage], mesh: Mesh) -> dict[str, ShardedTensor]:
     """Weights that do not learn, which the optimizer does not hold: this rank's pieces, in the type of the model."""
     found = {}
     for name, parameter in (named for stage in stages for named in stage.model.named_parameters()):
@@ -61,23 +61,21 @@ def frozen_tensors(stages: list[PipelineStage], topology: Topology) -> dict[str,
                 global_shape=piece.shape,
                 global_offset=piece.offset,
                 axis_fragmentations=None,
-                replica_id=(topology.dp_cp.rank, topology.tp.rank if piece.replicated else 0),
+                replica_id=(mesh.dp_cp.rank, mesh.tp.rank if piece.replicated else 0),
             )
     return found
 
 
-def sharded_tensors(
-    stages: list[PipelineStage], shards: Iterable[Shard], topology: Topology
-) -> dict[str, ShardedTensor]:
+def sharded_tensors(stages: list[PipelineStage], shards: Iterable[Shard], mesh: Mesh) -> dict[str, ShardedTensor]:
     """Every box of every shard of this rank, under unique labels, and the weights that do not learn."""
     names = {parameter: name for stage in stages for name, parameter in stage.model.named_parameters()}
     found = {}
     for shard in shards:
         for piece in pieces(names[shard.parameter], shard.parameter):
             for kind, flat in shard.states.items():
-                for number, tensor in enumerate(boxes_of(shard, piece, kind, flat.detach(), topology.tp.rank)):
+                for number, tensor in enumerate(boxes_of(shard, piece, kind, flat.detach(), mesh.tp.rank)):
                     found[f"{kind}/{piece.name}/{number}"] = tensor
-    return found | frozen_tensors(stages, topology)
+    return found | frozen_tensors(stages, mesh)
 
 
 def boxes_of(shard: Shard, piece: Piece, kind: str, flat: torch.Tensor, tp_rank: int) -> Iterator[ShardedTensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megabagel.commands.words import positive, refuse_second_launcher
 from megabagel.errors import UserError
-from megabagel.launch import spawn
+from megabagel.runtime.launch import spawn
 
 DEFAULTS = {
     "nproc": None,
@@ -58,9 +58,9 @@ def _bench(args: argparse.Namespace) -> int:
     from megabagel.config.load import load
 
     config = load(Path(args.config), args.overrides)
-    from megabagel.parallel import host
+    from megabagel.runtime import cpu_backend
 
-    host.install()  # before anything imports megatron
+    cpu_backend.install()  # before anything imports megatron
     from megabagel.bench.measure import Request
     from megabagel.bench.run import main
 

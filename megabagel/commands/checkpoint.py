@@ -68,9 +68,9 @@ def _reshard(args: argparse.Namespace) -> int:
     drop = {"optimizer", "ema"} if args.weights_only else {what for what in (args.drop or "").split(",") if what}
     if drop - {"optimizer", "ema"}:
         raise UserError(f"--drop {args.drop}: expected optimizer, ema or optimizer,ema")
-    from megabagel.parallel import host
+    from megabagel.runtime import cpu_backend
 
-    host.install()  # before anything imports megatron
+    cpu_backend.install()  # before anything imports megatron
     from megabagel.checkpoint.reshard import reshard
 
     grid = reshard(args.source, args.out, changes, drop)
@@ -97,7 +97,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from megabagel.checkpoint.stored import verify
+    from megabagel.checkpoint.reader import verify
 
     manifest = verify(args.checkpoint)
     size = sum(sums.size for sums in manifest.files.values())

@@ -59,25 +59,25 @@ def _import_hf(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if (any(parts) or options) if args.source else not all(parts):
         raise UserError("import-hf: expected either DIR alone, or all of --llm, --vit and --vae; then OUT")
-    from megabagel.parallel import host
+    from megabagel.runtime import cpu_backend
 
-    host.install()  # before anything imports megatron
+    cpu_backend.install()  # before anything imports megatron
     if args.source:
-        from megabagel.checkpoint.official.importer import import_folder
+        from megabagel.checkpoint.hf.importer import import_folder
 
         print(import_folder(args.source, args.out))
     else:
-        from megabagel.checkpoint.official.parts import import_parts
+        from megabagel.checkpoint.hf.parts import import_parts
 
         print(import_parts(*parts, args.out, **options))
     return 0
 
 
 def _export_hf(args: argparse.Namespace) -> int:
-    from megabagel.parallel import host
+    from megabagel.runtime import cpu_backend
 
-    host.install()  # before anything imports megatron
-    from megabagel.checkpoint.official.exporter import export
+    cpu_backend.install()  # before anything imports megatron
+    from megabagel.checkpoint.hf.exporter import export
 
     print(export(args.checkpoint, args.out, args.weights, args.dtype, args.assets))
     return 0

@@ -37,7 +37,7 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from megabagel.data.prepare import prepare
+    from megabagel.data.builders.prepare import prepare
 
     print(prepare(args.images, args.out, samples_per_shard=args.samples_per_shard, name=args.name))
     return 0
@@ -58,10 +58,10 @@ def _add_index(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _index(args: argparse.Namespace) -> int:
-    from megabagel.data.index import index_source
-    from megabagel.data.shapes import ensure_dataset
-    from megabagel.data.survey import survey
-    from megabagel.data.tokenizer import load_tokenizer
+    from megabagel.data.builders.toy_shapes import ensure_dataset
+    from megabagel.data.index.index import index_source
+    from megabagel.data.index.index_report import survey
+    from megabagel.data.tokenize.tokenizer import load_tokenizer
 
     data = _config(args).data
     ensure_dataset(data)
@@ -111,10 +111,10 @@ def _add_stats(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from megabagel.data.plan import open_sources
-    from megabagel.data.shapes import ensure_dataset
+    from megabagel.data.builders.toy_shapes import ensure_dataset
+    from megabagel.data.plan.global_plan import open_sources
     from megabagel.data.stats import count_steps
-    from megabagel.data.tokenizer import load_tokenizer
+    from megabagel.data.tokenize.tokenizer import load_tokenizer
 
     config = load(args.config, args.overrides)
     ensure_dataset(config.data)
@@ -142,19 +142,19 @@ def _add_latents(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _latents(args: argparse.Namespace) -> int:
+    from megabagel.data.builders.toy_shapes import ensure_dataset
     from megabagel.data.decode import choose_engine
-    from megabagel.data.latents import write_latents
-    from megabagel.data.plan import open_sources
-    from megabagel.data.shapes import ensure_dataset
-    from megabagel.data.tokenizer import load_tokenizer
+    from megabagel.data.load.latents import write_latents
+    from megabagel.data.plan.global_plan import open_sources
+    from megabagel.data.tokenize.tokenizer import load_tokenizer
     from megabagel.model.vae import build_codec, codec_fingerprint
-    from megabagel.parallel import host
+    from megabagel.runtime.device import current_device
 
     config = load(args.config, [*args.overrides, "data.latents=null"])
     data = config.data
     ensure_dataset(data)
     sources = open_sources(config, load_tokenizer(data.tokenizer))
-    codec, device = build_codec(config.model.vae, host.device()), host.device()
+    codec, device = build_codec(config.model.vae, current_device()), current_device()
     print(
         write_latents(
             *(config, sources, args.out, choose_engine(data.decode, device, data.decode_threads)),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megabagel.commands.words import is_override, positive, refuse_second_launcher
 from megabagel.errors import UserError
-from megabagel.launch import spawn
+from megabagel.runtime.launch import spawn
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,9 +38,9 @@ def _parity(args: argparse.Namespace) -> int:
         options = ["--random-weights"] * args.random_weights + (["--time", str(args.time)] if args.time else [])
         options += ["--json", str(args.json)] if args.json else []
         return spawn([sys.executable, "-m", "megabagel", "parity", *args.overrides, *options], args.nproc)
-    from megabagel.parallel import host
+    from megabagel.runtime import cpu_backend
 
-    host.install()  # before anything imports megatron
+    cpu_backend.install()  # before anything imports megatron
     from megabagel.parity.run import Request, main
 
     return main(Request(tuple(cases), tuple(overrides), args.time, args.random_weights, args.json))

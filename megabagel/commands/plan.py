@@ -11,9 +11,9 @@ from megabagel.errors import UserError
 
 if TYPE_CHECKING:
     from megabagel.config.schema import Config
-    from megabagel.plan.calibration import Calibration
-    from megabagel.plan.estimate import Planner
-    from megabagel.plan.grid import Grid, Precision
+    from megabagel.planner.calibration import Calibration
+    from megabagel.planner.estimate import Planner
+    from megabagel.planner.grid import Grid, Precision
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -73,15 +73,15 @@ def _load(path: Path, overrides: list[str]) -> "Config":
 
 def _plan(args: argparse.Namespace) -> int:
     config = _load(args.config, args.overrides)
-    from megabagel.plan.hardware import find_gpu
+    from megabagel.planner.hardware import find_gpu
 
     gpu = find_gpu(args.gpu)
-    from megabagel.parallel import host
+    from megabagel.runtime import cpu_backend
 
-    host.install()  # before anything imports megatron
-    from megabagel.plan import report
-    from megabagel.plan.estimate import Planner
-    from megabagel.plan.search import search, what_would_fit
+    cpu_backend.install()  # before anything imports megatron
+    from megabagel.planner import report
+    from megabagel.planner.estimate import Planner
+    from megabagel.planner.search import search, what_would_fit
 
     planner = Planner(config, gpu)
     if args.calibration:
@@ -99,8 +99,8 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _calibrated(planner: "Planner", path: Path) -> "Calibration":
-    from megabagel.plan.calibration import corrected, read_measurements
-    from megabagel.plan.estimate import Planner
+    from megabagel.planner.calibration import corrected, read_measurements
+    from megabagel.planner.estimate import Planner
 
     runs = read_measurements(path, planner.config, planner.gpu.name)
     ratios = []
@@ -113,7 +113,7 @@ def _calibrated(planner: "Planner", path: Path) -> "Calibration":
 
 def _named(args: argparse.Namespace, config: "Config") -> "Grid":
     """The grid of --explain."""
-    from megabagel.plan.grid import Grid
+    from megabagel.planner.grid import Grid
 
     words = dict.fromkeys(("tp", "pp", "vpp", "cp", "recompute"))
     for word in args.explain.split(","):
@@ -139,7 +139,7 @@ def _named(args: argparse.Namespace, config: "Config") -> "Grid":
 
 
 def _check_grid(config: "Config", grid: "Grid", place: str, gpus: int | None = None) -> None:
-    from megabagel.plan.grid import why_illegal
+    from megabagel.planner.grid import why_illegal
 
     if wrong := why_illegal(grid.apply(config), gpus or grid.gpus):
         raise UserError(f"{place}: {wrong}")
@@ -147,10 +147,10 @@ def _check_grid(config: "Config", grid: "Grid", place: str, gpus: int | None = N
 
 def _dryrun(args: argparse.Namespace) -> int:
     config = _load(args.config, args.overrides)
-    from megabagel.parallel import host
+    from megabagel.runtime import cpu_backend
 
-    host.install()  # before anything imports megatron
-    from megabagel.plan.dryrun import dry_run
+    cpu_backend.install()  # before anything imports megatron
+    from megabagel.planner.dryrun import dry_run
 
     outcome = dry_run(config, args.world_size, args.ranks)
     print(outcome.text)

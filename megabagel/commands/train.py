@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from megabagel.commands.words import positive, refuse_second_launcher
-from megabagel.launch import spawn
-from megabagel.train.signals import StopRequest
+from megabagel.runtime.launch import spawn
+from megabagel.runtime.signals import StopRequest
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,9 +38,9 @@ def _train(args: argparse.Namespace) -> int:
         return spawn([sys.executable, "-m", "megabagel", "train", str(args.config), *args.overrides], args.nproc)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings about connections that end; ours name the rank
     with StopRequest() as stop:  # from here on: importing takes seconds
-        from megabagel.parallel import host
+        from megabagel.runtime import cpu_backend
 
-        host.install()  # before anything imports megatron
+        cpu_backend.install()  # before anything imports megatron
         from megabagel.train.run import main as run
 
         run(config, stop)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from megabagel.config.schema import Config
-from megabagel.data.choices import shown_items
 from megabagel.data.documents import ImageItem
-from megabagel.data.plan import GlobalPlan, Source, StepPlan
+from megabagel.data.plan.augmentation import shown_items
+from megabagel.data.plan.global_plan import GlobalPlan, Source, StepPlan
 from megabagel.sequence.sizes import Size
 
 

@@ -15,7 +15,7 @@ from megabagel_kernels.attention.configs import lacking_here
 
 from megabagel.doctor.row import Row, absent, ok, wrong
 from megabagel.errors import UserError
-from megabagel.parallel.topology import launch_facts
+from megabagel.parallel.mesh import read_launch_env
 
 GIB = 2**30
 FEWEST_FILES = 4096
@@ -137,7 +137,7 @@ def disk(folder: Path) -> Row:
 def launch(env: Mapping[str, str]) -> Row:
     """How this process was started: by torchrun, srun or alone, and whether the variables agree."""
     try:
-        rank, size, local_rank = launch_facts()
+        rank, size, local_rank = read_launch_env()
     except UserError as error:
         return wrong("launch", "contradictory variables", str(error))
     who = "torchrun" if "RANK" in env else "srun" if size > 1 else "alone"

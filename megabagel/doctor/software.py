@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 from megabagel.doctor.row import Row, absent, ok, wrong
 from megabagel.errors import UserError
-from megabagel.parallel.packages import check_apex
+from megabagel.runtime.packages import check_apex
 
 
 def python() -> Row:
@@ -115,9 +115,9 @@ def software() -> Iterator[Row]:
     torch = package("torch", "torch")
     yield torch
     if torch.status == "ok":
-        from megabagel.parallel import host
+        from megabagel.runtime import cpu_backend
 
-        host.quieten()  # and no more: what would end a run is a row here
+        cpu_backend.quieten()  # and no more: what would end a run is a row here
         yield package("megatron-core", "megatron.core")
         yield transformer_engine()
         yield triton()

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 
 from megabagel.config.schema import Config
-from megabagel.data.tokenizer import TextTokenizer
-from megabagel.data.words import Writer
+from megabagel.data.tokenize.token_ids import Writer
+from megabagel.data.tokenize.tokenizer import TextTokenizer
 from megabagel.errors import UserError
 from megabagel.model.inputs import Outputs, StageInputs
 from megabagel.model.noise import normal
 from megabagel.parallel.inputs import Drive, InputBuilder
-from megabagel.parallel.topology import Topology
+from megabagel.parallel.mesh import Mesh
 from megabagel.sequence.batch import PackedBatch
 from megabagel.sequence.items import Item, Latent, Text, item_tokens
 from megabagel.sequence.keys import SampleKey, seed64
@@ -46,9 +46,9 @@ class EulerSampler:
     """Draws `telemetry.prompts` with the weights in training; every rank calls it together and gets the same."""
 
     def __init__(
-        self, config: Config, topology: Topology, builder: InputBuilder, tokenizer: TextTokenizer, evaluate: Evaluate
+        self, config: Config, mesh: Mesh, builder: InputBuilder, tokenizer: TextTokenizer, evaluate: Evaluate
     ) -> None:
-        self.config, self.topology, self.builder, self.evaluate = config, topology, builder, evaluate
+        self.config, self.mesh, self.builder, self.evaluate = config, mesh, builder, evaluate
         self.tokenizer, self.writer = tokenizer, Writer(tokenizer)
         assert builder.codec is not None
         self.codec = builder.codec
@@ -84,12 +84,12 @@ class EulerSampler:
     def _velocity(self, batch: PackedBatch, drive: Drive) -> torch.Tensor:
         """[L, C] on every rank: the last stage's ranks put their rows together."""
         outputs = self.evaluate(self.builder.build(batch, drive))
-        grid = self.topology
+        grid = self.mesh
         found = torch.zeros(drive.x_t_LC.shape, device=self.builder.device)
         rows_split = self.config.parallel.sp and grid.tp.size > 1
         if outputs is not None and grid.dp.first and (grid.tp.first or rows_split):
             layout = batch.layout
-            token_G = layout.rank(grid.cp.rank)[layout.borders[grid.cp.rank] :]
+            token_G = layout.rank(grid.cp.rank)[layout.num_und[grid.cp.rank] :]
             latent_G = np.where(token_G >= 0, batch.pack.fill_S[token_G], -1)
             latent_g = self.builder.factory.share(torch.from_numpy(latent_G).to(found.device))
             found[latent_g[latent_g >= 0]] = outputs.velocity_gC.float()[latent_g >= 0]

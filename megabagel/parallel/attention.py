@@ -31,9 +31,9 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
 from megabagel.model.inputs import Attend
-from megabagel.parallel import host
 from megabagel.parallel.megatron import parameter_dtype
-from megabagel.parallel.topology import Axis
+from megabagel.parallel.mesh import Axis
+from megabagel.runtime.device import current_device
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def choose_attention(config: Config) -> AttentionEngine:
 
     Raises UserError when the one that was asked for cannot run here.
     """
-    cuda, dtype, name = host.device().type == "cuda", parameter_dtype(config), config.parallel.attention
+    cuda, dtype, name = current_device().type == "cuda", parameter_dtype(config), config.parallel.attention
     wanted, why = name, "asked for"
     if name == "auto":
         name, why = ("triton", "kernels for this GPU") if cuda else ("host", "this is a CPU")
@@ -85,7 +85,7 @@ def choose_attention(config: Config) -> AttentionEngine:
 
 
 def _to_device(plan: Any) -> Any:
-    return plan.to(host.device())
+    return plan.to(current_device())
 
 
 def _plan_flex(codes: AttentionCodes, head: int, rows: int) -> FlexPlan:
@@ -94,7 +94,7 @@ def _plan_flex(codes: AttentionCodes, head: int, rows: int) -> FlexPlan:
 
 def _flex() -> AttentionEngine:
     plan = partial(_plan_flex, rows=BLOCK)
-    return AttentionEngine("flex", plan, flex_attention_packed, _to_device, host.device().type == "cuda")
+    return AttentionEngine("flex", plan, flex_attention_packed, _to_device, current_device().type == "cuda")
 
 
 def _fa4() -> AttentionEngine:

@@ -18,8 +18,8 @@ from megabagel.model.inputs import LatentInputs, Rope, StageInputs, VitInputs
 from megabagel.model.positions import rope_tables
 from megabagel.model.vae import Codec
 from megabagel.parallel.attention import HOST, AttentionEngine, attend_across, join_over_cp
-from megabagel.parallel.plans import Planner, VitShares
-from megabagel.parallel.topology import Axis, Topology
+from megabagel.parallel.attention_plans import Planner, VitShares
+from megabagel.parallel.mesh import Axis, Mesh
 from megabagel.sequence.batch import PackedBatch
 from megabagel.sequence.grid import grid_ids
 from megabagel.sequence.images import index_latents, shares, vae_images, vit_images
@@ -49,23 +49,23 @@ class InputBuilder:
     def __init__(
         self,
         config: Config,
-        topology: Topology,
+        mesh: Mesh,
         factory: LayerFactory,
         codec: Codec | None,
         device: torch.device,
         attention: AttentionEngine = HOST,
     ) -> None:
-        self.config, self.topology, self.factory = config, topology, factory
+        self.config, self.mesh, self.factory = config, mesh, factory
         self.codec, self.device, self.attention = codec, device, attention
-        self.planned = Planner.of(config, topology, attention)
+        self.planned = Planner.of(config, mesh, attention)
 
     def build(self, batch: PackedBatch, outside: Drive | Given | None = None) -> StageInputs:
         """Tensors of one micro-batch. With a `Drive`, noised images take its latents and clean ones are not allowed."""
         batch = self.planned(batch)
         assert batch.plans is not None
-        pack, layout, cp = batch.pack, batch.layout, self.topology.cp
-        token_C, border = layout.rank(cp.rank), layout.borders[cp.rank]
-        first, last = self.topology.pp.first, self.topology.pp.last
+        pack, layout, cp = batch.pack, batch.layout, self.mesh.cp
+        token_C, border = layout.rank(cp.rank), layout.num_und[cp.rank]
+        first, last = self.mesh.pp.first, self.mesh.pp.last
         position_C = np.where(token_C >= 0, pack.position_S[token_C], 0)
         model = self.config.model
         rope = rope_tables(self._tensor(position_C), model.kv_channels, model.rope_base, model.rope_precision)
@@ -101,7 +101,7 @@ class InputBuilder:
 
     def _vit(self, batch: PackedBatch, token_U: np.ndarray) -> VitInputs:
         """Images of this context-parallel rank, and padding (see `VitShares`)."""
-        pack, config, cp = batch.pack, self.config.model, self.topology.cp
+        pack, config, cp = batch.pack, self.config.model, self.mesh.cp
         split, plans = VitShares.of(pack, cp.size), batch.plans
         assert plans is not None
         images = [image for _, image in vit_images(pack)]
@@ -195,7 +195,7 @@ class InputBuilder:
 
         Each rank of the stage encodes its share.
         """
-        pack, stage, width = batch.pack, self.topology.tp_cp, self.config.model.latent_dim
+        pack, stage, width = batch.pack, self.mesh.tp_cp, self.config.model.latent_dim
         assert self.codec is not None
         images = vae_images(pack)
         sizes = [image.tokens for image in images]

@@ -7,8 +7,8 @@ from megabagel_kernels.attention.configs import lacking_here
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
 from megabagel.model.kernels import TORCH, Kernels, triton_kernels
-from megabagel.parallel import host
 from megabagel.parallel.megatron import parameter_dtype
+from megabagel.runtime.device import current_device
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ def choose_kernels(config: Config) -> Kernels:
     when they were asked for and cannot run here.
     """
     name, why = config.parallel.kernels, "asked for"
-    if name == "auto" and host.device().type != "cuda":
+    if name == "auto" and current_device().type != "cuda":
         name, why = "torch", "this is a CPU"
     elif name != "torch":
         lacking = lacking_here(parameter_dtype(config), config.model.kv_channels)

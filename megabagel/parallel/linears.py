@@ -23,16 +23,16 @@ from torch import nn
 
 from megabagel.model.kernels import TORCH, Kernels, WordLoss
 from megabagel.model.sharding import shard
-from megabagel.parallel.topology import Axis, Topology
+from megabagel.parallel.mesh import Axis, Mesh
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class MegatronLayers:
-    """Builds linears that are split over the tensor-parallel axis of a topology."""
+    """Builds linears that are split over the tensor-parallel axis of a mesh."""
 
-    def __init__(self, config: TransformerConfig, topology: Topology, kernels: Kernels = TORCH) -> None:
-        self.config, self.tp, self.kernels = config, topology.tp, kernels
+    def __init__(self, config: TransformerConfig, mesh: Mesh, kernels: Kernels = TORCH) -> None:
+        self.config, self.tp, self.kernels = config, mesh.tp, kernels
         self.rows_are_split = config.sequence_parallel and self.tp.size > 1
         self.whole_rows = replace(config, sequence_parallel=False)
 
@@ -165,7 +165,7 @@ def _reduced(x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType) -> torch.
 
 
 def _left_to_initialise(weight: torch.Tensor) -> None:
-    """Weights are filled by `parallel.initialise`, by name, so that they do not depend on the grid."""
+    """Weights are filled by `parallel.init_weights`, by name, so that they do not depend on the grid."""
 
 
 def _mark_partial(module: M) -> M:

@@ -4,7 +4,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megabagel.config.schema import Config
-from megabagel.parallel.wire import wire_width
+from megabagel.parallel.stage_activations import wire_width
 
 
 def parameter_dtype(config: Config) -> torch.dtype:

@@ -9,15 +9,15 @@ from torch import nn
 
 from megabagel.config.schema import Config
 from megabagel.model.bagel import Bagel
+from megabagel.model.init_weights import init_weights
 from megabagel.model.inputs import Hidden, Outputs, StageInputs
 from megabagel.model.kernels import TORCH, Kernels
 from megabagel.model.vit import splits
-from megabagel.parallel import host
-from megabagel.parallel.initialise import initialise
 from megabagel.parallel.linears import MegatronLayers
 from megabagel.parallel.megatron import parameter_dtype
-from megabagel.parallel.topology import Topology
-from megabagel.parallel.wire import from_wire, to_wire
+from megabagel.parallel.mesh import Mesh
+from megabagel.parallel.stage_activations import from_wire, to_wire
+from megabagel.runtime.device import current_device
 
 logger = logging.getLogger(__name__)
 
@@ -62,20 +62,20 @@ class PipelineStage(nn.Module):
 
 
 def build_stages(
-    config: Config, topology: Topology, megatron: TransformerConfig, kernels: Kernels = TORCH, draw: bool = True
+    config: Config, mesh: Mesh, megatron: TransformerConfig, kernels: Kernels = TORCH, draw: bool = True
 ) -> list[PipelineStage]:
     """This rank's model chunks (vpp of them), initialised, in `train.precision`, on this rank's device.
 
     Without `draw`, a checkpoint has to fill what would be drawn.
     """
-    factory = MegatronLayers(megatron, topology, kernels)
+    factory = MegatronLayers(megatron, mesh, kernels)
     split = layer_split(config)
-    vit, tp = config.model.vit, topology.tp.size
-    if config.model.visual_und and topology.pp.first and not splits(vit, tp):
+    vit, tp = config.model.vit, mesh.tp.size
+    if config.model.visual_und and mesh.pp.first and not splits(vit, tp):
         logger.info("ViT tower: whole on every rank (heads %d, ffn %d do not split over tp %d)", vit.heads, vit.ffn, tp)
     chunks = []
     for chunk in range(config.parallel.vpp):
-        stage = chunk * topology.pp.size + topology.pp.rank
+        stage = chunk * mesh.pp.size + mesh.pp.rank
         model = Bagel(
             config.model,
             factory,
@@ -85,7 +85,7 @@ def build_stages(
             recompute=config.parallel.recompute,
             freeze=config.train.freeze,
         )
-        initialise(model, config.model, config.train.seed, draw)
+        init_weights(model, config.model, config.train.seed, draw)
         _to(model, parameter_dtype(config))
         chunks.append(PipelineStage(model, megatron, config.model.hidden, chunk if config.parallel.vpp > 1 else None))
     return chunks
@@ -95,4 +95,4 @@ def _to(model: Bagel, dtype: torch.dtype) -> None:
     """Cast weights to the run's precision and move all; frozen position tables stay fp32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    model.to(host.device())
+    model.to(current_device())

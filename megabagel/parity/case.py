@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megabagel.checkpoint.official.config import llm_fields, variant, vit_config
+from megabagel.checkpoint.hf.config import llm_fields, variant, vit_config
 from megabagel.config.schema import ModelConfig, VaeConfig
 from megabagel.errors import UserError
 

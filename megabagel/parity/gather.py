@@ -7,21 +7,21 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from torch import Tensor
 
-from megabagel.checkpoint.official.names import official_name
+from megabagel.checkpoint.hf.names import official_name
 from megabagel.checkpoint.tensors import Shard, optimizer_shards, sharded_tensors
 from megabagel.parity.machine import Machine
 
 
 def gather_gradients(machine: Machine) -> dict[str, Tensor]:
     """Gradients of the step just run, summed over ranks; nothing for weights that do not learn. {} but on rank 0."""
-    tensors = sharded_tensors(machine.stages, _gradients(machine), machine.topology).values()
+    tensors = sharded_tensors(machine.stages, _gradients(machine), machine.mesh).values()
     return _whole(tensor for tensor in tensors if tensor.key.startswith("grad/"))
 
 
 def gather_weights(machine: Machine, kind: str) -> dict[str, Tensor]:
     """Weights of one kind, `weight` or `ema`. {} but on rank 0."""
     shards = optimizer_shards(machine.optimizer.distributed, machine.optimizer.ema)
-    tensors = sharded_tensors(machine.stages, shards, machine.topology).values()
+    tensors = sharded_tensors(machine.stages, shards, machine.mesh).values()
     return _whole(tensor for tensor in tensors if tensor.key.startswith(f"{kind}/"))
 
 

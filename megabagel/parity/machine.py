@@ -7,22 +7,22 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megabagel.checkpoint import store
-from megabagel.checkpoint.official.files import TensorFiles
-from megabagel.checkpoint.official.importer import import_tensors
+from megabagel.checkpoint import api
+from megabagel.checkpoint.hf.files import TensorFiles
+from megabagel.checkpoint.hf.importer import import_tensors
 from megabagel.checkpoint.tensors import optimizer_shards, sharded_tensors
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
-from megabagel.parallel import host
-from megabagel.parallel.agree import everywhere, once
 from megabagel.parallel.attention import choose_attention
 from megabagel.parallel.inputs import InputBuilder
 from megabagel.parallel.kernels import choose_kernels
 from megabagel.parallel.linears import MegatronLayers
 from megabagel.parallel.megatron import megatron_config
+from megabagel.parallel.mesh import Mesh
 from megabagel.parallel.stages import PipelineStage, build_stages
-from megabagel.parallel.topology import Topology
 from megabagel.parity.case import Case
+from megabagel.runtime.collective_errors import everywhere, once
+from megabagel.runtime.device import current_device
 from megabagel.sequence.batch import Encoders
 from megabagel.train.optimizer import Optimizer
 from megabagel.train.step import StepRunner
@@ -33,7 +33,7 @@ class Machine:
     """One rank, ready to step."""
 
     config: Config
-    topology: Topology
+    mesh: Mesh
     stages: list[PipelineStage]
     optimizer: Optimizer
     runner: StepRunner
@@ -41,19 +41,19 @@ class Machine:
     encoders: Encoders
 
 
-def build_machine(config: Config, topology: Topology) -> Machine:
+def build_machine(config: Config, mesh: Mesh) -> Machine:
     """Build everything of `train.run` that a given batch needs, with keyed initial weights."""
     megatron, kernels, attention = megatron_config(config), choose_kernels(config), choose_attention(config)
-    stages = build_stages(config, topology, megatron, kernels)
-    optimizer = Optimizer(config.train, megatron, stages, topology)
+    stages = build_stages(config, mesh, megatron, kernels)
+    optimizer = Optimizer(config.train, megatron, stages, mesh)
     return Machine(
         config,
-        topology,
+        mesh,
         stages,
         optimizer,
-        StepRunner(config, topology, optimizer),
-        InputBuilder(config, topology, MegatronLayers(megatron, topology, kernels), None, host.device(), attention),
-        Encoders(topology.pp.first, topology.cp.rank, topology.cp.size, topology.tp_cp.rank, topology.tp_cp.size),
+        StepRunner(config, mesh, optimizer),
+        InputBuilder(config, mesh, MegatronLayers(megatron, mesh, kernels), None, current_device(), attention),
+        Encoders(mesh.pp.first, mesh.cp.rank, mesh.cp.size, mesh.tp_cp.rank, mesh.tp_cp.size),
     )
 
 
@@ -64,20 +64,20 @@ def load_weights(machine: Machine, case: Case) -> None:
     """
     if not case.weights:
         raise UserError(f"{case.path}: holds no weights; run it with --random-weights, or give the whole case")
-    folders: list[str] = [tempfile.mkdtemp(prefix="megabagel-parity-")] if machine.topology.world.first else [""]
+    folders: list[str] = [tempfile.mkdtemp(prefix="megabagel-parity-")] if machine.mesh.world.first else [""]
     dist.broadcast_object_list(folders)
     folder = Path(folders[0]) / "imported"
     wanted = set(case.weights)
     files = TensorFiles(case.path, keep=wanted.__contains__)
     try:
-        once(machine.topology, lambda: import_tensors(files, machine.config.model, folder))
+        once(machine.mesh, lambda: import_tensors(files, machine.config.model, folder))
         shards = optimizer_shards(machine.optimizer.distributed, {})
-        tensors = sharded_tensors(machine.stages, shards, machine.topology)
-        mine = everywhere(machine.topology, lambda: store.weights_of(folder, machine.config, tensors))
-        everywhere(machine.topology, lambda: store.load(folder, mine))
+        tensors = sharded_tensors(machine.stages, shards, machine.mesh)
+        mine = everywhere(machine.mesh, lambda: api.weights_of(folder, machine.config, tensors))
+        everywhere(machine.mesh, lambda: api.load(folder, mine))
     finally:
         dist.barrier()
-        if machine.topology.world.first:
+        if machine.mesh.world.first:
             shutil.rmtree(folders[0])
     machine.optimizer.after_load(0)
     machine.optimizer.start_averages()

@@ -25,7 +25,7 @@ from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.layout import build_layout, layout_rows
 from megabagel.sequence.pack import Pack, build_pack
 from megabagel.sequence.patches import patchify
-from megabagel.sequence.sample import LATENT, TEXT, VIT, LatentImage, SamplePlan, Split, lay_out
+from megabagel.sequence.sample import LATENT, TEXT, VIT, LatentImage, SamplePlan, Segment, lay_out
 
 DROPOUT = {Text: "text", Vit: "vit", Latent: "vae"}
 """Kinds of items in the official words for dropout."""
@@ -131,14 +131,14 @@ def _items(sample: dict[str, Any], model: ModelConfig) -> Iterator[Item]:
 
 
 def _plans_of_batch(name: str, tensors: dict[str, Tensor], model: ModelConfig) -> Iterator[SamplePlan]:
-    """Plans read off a batch whose samples are not described: kinds, positions and splits as they are there."""
+    """Plans read off a batch whose samples are not described: kinds, positions and segments as they are there."""
     total = int(tensors["sequence_length"])
     kind_S, ce_S = np.zeros(total, np.uint8), np.zeros(total, bool)
     for stream, kind in (("packed_vit_token_indexes", VIT), ("packed_vae_token_indexes", LATENT)):
         kind_S[tensors.get(stream, torch.zeros(0, dtype=torch.int64)).numpy()] = kind
     ce_S[tensors.get("ce_loss_indexes", torch.zeros(0, dtype=torch.int64)).numpy()] = True
     position_S = tensors["packed_position_ids"].numpy().astype(np.int32)
-    splits = zip(tensors["split_lens"].tolist(), tensors["attn_modes"].tolist(), strict=True)
+    segments = zip(tensors["split_lens"].tolist(), tensors["attn_modes"].tolist(), strict=True)
     vits, latents = iter(_vits(tensors, model)), iter(_latents(tensors))
     start = 0
     for number, length in enumerate(tensors["sample_lens"].tolist()[:-1]):  # the last one is padding
@@ -146,9 +146,9 @@ def _plans_of_batch(name: str, tensors: dict[str, Tensor], model: ModelConfig) -
         plan = SamplePlan(
             SampleKey(0, name, number, 0), kind_S=kind_S[rows], position_S=position_S[rows], ce_S=ce_S[rows]
         )
-        while sum(split.length for split in plan.splits) < length:
-            size, mode = next(splits)
-            plan.splits.append(Split(Mode(mode), size))
+        while sum(segment.length for segment in plan.segments) < length:
+            size, mode = next(segments)
+            plan.segments.append(Segment(Mode(mode), size))
         _take(plan.vits, vits, int((plan.kind_S == VIT).sum()))
         _take(plan.latents, latents, int((plan.kind_S == LATENT).sum()))
         yield plan

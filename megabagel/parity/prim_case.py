@@ -17,18 +17,18 @@ from torch import Tensor
 from megabagel.config.schema import ResizeConfig, VaeConfig
 from megabagel.data.decode.contract import DecodeError, Request
 from megabagel.data.decode.host import decode_image
-from megabagel.data.transforms import resize_target
+from megabagel.data.decode.transforms import resize_target
 from megabagel.errors import UserError
 from megabagel.model.flow import timestep, timestep_features
 from megabagel.model.positions import apply_rope, rope_tables, sincos_table
 from megabagel.model.vae_flux import FluxCodec, load_autoencoder
 from megabagel.parity.case import Case
-from megabagel.parity.rows import Gates, Row, compare
+from megabagel.parity.comparisons import Gates, Row, compare
 from megabagel.sequence.grid import grid_ids
 from megabagel.sequence.items import Mode
 from megabagel.sequence.pack import mask_codes
 from megabagel.sequence.patches import patchify
-from megabagel.sequence.sample import Split
+from megabagel.sequence.sample import Segment
 
 ROPE_BASE = 1e6
 MODES = {"causal": Mode.CAUSAL, "full": Mode.FULL, "noise": Mode.NOISE}
@@ -65,12 +65,12 @@ def left_out(case: Case) -> list[str]:
 
 def _mask(name: str, entries: Entries, about: dict[str, Any]) -> Result:
     layout = about["masks"][int(name)]
-    splits = iter(Split(MODES[m], n) for m, n in zip(layout["attn_modes"], layout["split_lens"], strict=True))
-    samples: list[list[Split]] = []
+    segments = iter(Segment(MODES[m], n) for m, n in zip(layout["attn_modes"], layout["split_lens"], strict=True))
+    samples: list[list[Segment]] = []
     for length in layout["sample_lens"]:
         samples.append([])
-        while sum(split.length for split in samples[-1]) < length:
-            samples[-1].append(next(splits))
+        while sum(segment.length for segment in samples[-1]) < length:
+            samples[-1].append(next(segments))
     return torch.from_numpy(dense_mask(mask_codes(samples))), True
 
 

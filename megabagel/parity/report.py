@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megabagel.errors import UserError
-from megabagel.parity.rows import Row
+from megabagel.parity.comparisons import Row
 
 
 @dataclass(frozen=True)

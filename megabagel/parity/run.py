@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from megabagel.config.checks import check_world
 from megabagel.config.schema import Config
-from megabagel.parallel import host
-from megabagel.parallel.topology import Topology, build, joined, teardown
+from megabagel.parallel.mesh import Mesh, build, joined, teardown
 from megabagel.parity import prim_case, trace_case, train_case
 from megabagel.parity.case import Case, open_case, stem_of, understood
+from megabagel.parity.comparisons import SPLIT, Gates
 from megabagel.parity.report import Clock, Report, check_writable, write_json
-from megabagel.parity.rows import SPLIT, Gates
+from megabagel.runtime.device import current_device
 from megabagel.sequence.flops import TRAIN, needed_flops
 
 DIFFERS, NOT_YET = 1, 3
@@ -64,7 +64,7 @@ def _about(request: Request, size: int) -> dict[str, object]:
     return {
         "ranks": size,
         "overrides": list(request.overrides),
-        "device": str(host.device()),
+        "device": str(current_device()),
         "torch": torch.__version__,
         "random_weights": request.random_weights,
     }
@@ -80,11 +80,11 @@ def _run(case: Case, request: Request, size: int) -> Report:
         trace = case.kind == "trace"
         config = trace_case.trace_config(case, overrides) if trace else train_case.train_config(case, overrides, size)
     check_world(config, size)
-    topology = build(config)
+    mesh = build(config)
     try:
-        gates = Gates(1.0 if size == topology.dp.size else SPLIT, config.train.precision == "bf16")
+        gates = Gates(1.0 if size == mesh.dp.size else SPLIT, config.train.precision == "bf16")
         run = _trace if trace else _train
-        return _agreed(run(case, config, topology, gates, request))
+        return _agreed(run(case, config, mesh, gates, request))
     finally:
         teardown()
 
@@ -96,20 +96,20 @@ def _agreed(report: Report) -> Report:
     return shared[0]
 
 
-def _trace(case: Case, config: Config, topology: Topology, gates: Gates, request: Request) -> Report:
+def _trace(case: Case, config: Config, mesh: Mesh, gates: Gates, request: Request) -> Report:
     rule, notes = trace_case.rule_of(case), []
     if request.runs or request.random_weights:
         notes.append("--time and --random-weights are for train_* cases; this one ran without")
     several = len(case.entry("plan_list")[0]) > 1
     if several and config.train.loss_normalization != rule:
         notes.append(f"this trace was computed with train.loss_normalization={rule}")
-    return Report(case.name, trace_case.compare_trace(case, config, topology, gates), notes=notes)
+    return Report(case.name, trace_case.compare_trace(case, config, mesh, gates), notes=notes)
 
 
-def _train(case: Case, config: Config, topology: Topology, gates: Gates, request: Request) -> Report:
-    run = train_case.prepare(case, config, topology, request.random_weights)
+def _train(case: Case, config: Config, mesh: Mesh, gates: Gates, request: Request) -> Report:
+    run = train_case.prepare(case, config, mesh, request.random_weights)
     if request.random_weights:
-        rows = train_case.compare_plan(run, gates) if topology.world.first else []
+        rows = train_case.compare_plan(run, gates) if mesh.world.first else []
     else:
         rows = train_case.compare_case(run, gates)
     clock = _time(run, request.runs) if request.runs else None
@@ -134,10 +134,10 @@ def _time(run: train_case.TrainRun, runs: int) -> Clock:
         dist.barrier()
         passes.append((time.perf_counter() - wall, time.process_time() - cpu))
     wall_seconds, cpu_seconds = (statistics.median(column) for column in zip(*passes, strict=True))
-    total = torch.tensor(cpu_seconds, dtype=torch.float64, device=host.device())
+    total = torch.tensor(cpu_seconds, dtype=torch.float64, device=current_device())
     dist.all_reduce(total)
     backward = run.machine.builder.attention.has_backward
-    packs = run.machine.runner.fewest_micro_batches * run.machine.topology.dp.size
+    packs = run.machine.runner.fewest_micro_batches * run.machine.mesh.dp.size
     work = needed_flops(run.official.pack, run.machine.config.model) * packs / (1 if backward else TRAIN)
     return Clock(
         runs, wall_seconds, float(total), work / wall_seconds / 1e9, "forward + backward" if backward else "forward"

@@ -6,12 +6,12 @@ import torch
 
 from megabagel.config.schema import Config, TrainConfig
 from megabagel.errors import UserError
-from megabagel.parallel.topology import Topology
+from megabagel.parallel.mesh import Mesh
 from megabagel.parity.case import Case, model_config, open_case
+from megabagel.parity.comparisons import Gates, Row, compare, worst
 from megabagel.parity.gather import gather_weights
 from megabagel.parity.machine import Machine, build_machine, load_weights
 from megabagel.parity.packs import OfficialBatch, given, official_batch, packed_batch
-from megabagel.parity.rows import Gates, Row, compare, worst
 from megabagel.parity.train_case import case_config, freeze_sets
 from megabagel.train.schedule import learning_rate
 from megabagel.train.step import Losses, denominators
@@ -48,10 +48,10 @@ def rule_of(case: Case) -> str:
     return case.about.get("loss_normalisation", "micro_step")
 
 
-def compare_trace(case: Case, config: Config, topology: Topology, gates: Gates) -> list[Row]:
+def compare_trace(case: Case, config: Config, mesh: Mesh, gates: Gates) -> list[Row]:
     """Train the steps of the trace and compare. Rows come on rank 0; called on all ranks."""
-    _check_ranks(case, config, topology.dp.size)
-    machine, batches = build_machine(config, topology), _batches(case)
+    _check_ranks(case, config, mesh.dp.size)
+    machine, batches = build_machine(config, mesh), _batches(case)
     if not machine.builder.attention.has_backward:
         raise UserError(
             f"{case.path}: a trace trains, but attention engine {config.parallel.attention} has no backward here"
@@ -63,7 +63,7 @@ def compare_trace(case: Case, config: Config, topology: Topology, gates: Gates) 
         losses, norm = _step(machine, [batches[name] for name in order], number)
         rows += _step_rows(case, config, number, losses, norm, gates)
     weights, averages = gather_weights(machine, "weight"), gather_weights(machine, "ema")
-    if not topology.world.first:
+    if not mesh.world.first:
         return []
     return rows + list(_weight_rows(case, first, weights, averages, gates))
 
@@ -91,7 +91,7 @@ def _check_ranks(case: Case, config: Config, dp: int) -> None:
 
 def _step(machine: Machine, batches: list[OfficialBatch], number: int) -> tuple[Losses, float]:
     """One optimizer step; every data-parallel rank takes its turn of the packs."""
-    config, dp = machine.config, machine.topology.dp
+    config, dp = machine.config, machine.mesh.dp
     inputs = [
         machine.builder.build(packed_batch(batch, config, machine.encoders), given(batch, config.model))
         for batch in batches[dp.rank :: dp.size]

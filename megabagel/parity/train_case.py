@@ -19,13 +19,13 @@ from megabagel.config.schema import (
     TrainConfig,
 )
 from megabagel.model.inputs import StageInputs
-from megabagel.parallel.topology import Topology
+from megabagel.parallel.mesh import Mesh
+from megabagel.parity.capture import Watch, visible
 from megabagel.parity.case import Case, model_config
+from megabagel.parity.comparisons import Gates, Row, compare, worst
 from megabagel.parity.gather import gather_gradients
 from megabagel.parity.machine import Machine, build_machine, load_weights
 from megabagel.parity.packs import OfficialBatch, given, official_batch, packed_batch, words_S
-from megabagel.parity.rows import Gates, Row, compare, worst
-from megabagel.parity.watch import Watch, visible
 from megabagel.sequence.batch import PackedBatch
 from megabagel.sequence.grid import grid_ids
 from megabagel.sequence.sample import LATENT, TEXT, VIT
@@ -86,9 +86,9 @@ def train_config(case: Case, overrides: list[str], ranks: int) -> Config:
     return case_config(case, [official_batch(case, model_config(case))], train, overrides)
 
 
-def prepare(case: Case, config: Config, topology: Topology, random_weights: bool) -> TrainRun:
+def prepare(case: Case, config: Config, mesh: Mesh, random_weights: bool) -> TrainRun:
     """Build the model of a case, with its weights or with keyed random ones, and its batch for this rank."""
-    machine = build_machine(config, topology)
+    machine = build_machine(config, mesh)
     if not random_weights:
         load_weights(machine, case)
     official = official_batch(case, config.model)
@@ -113,7 +113,7 @@ def _run(run: TrainRun, inputs: StageInputs) -> Losses:
 
 def _counts(run: TrainRun, copies: int) -> Counts:
     """Denominators that make the sums over `copies` on every replica the numbers of one batch."""
-    pack, times = run.official.pack, copies * run.machine.topology.dp.size
+    pack, times = run.official.pack, copies * run.machine.mesh.dp.size
     return Counts(pack.ce_tokens * times, pack.mse_tokens * times)
 
 
@@ -124,7 +124,7 @@ def compare_case(run: TrainRun, gates: Gates) -> list[Row]:
     with watch.watching():
         losses = _run(run, inputs)
     found, gradients = watch.whole(), gather_gradients(machine) if backward else {}
-    if not machine.topology.world.first:
+    if not machine.mesh.world.first:
         return []
     return [
         *_plan_rows(run, gates),
@@ -144,11 +144,11 @@ def _plan_rows(run: TrainRun, gates: Gates) -> Iterator[Row]:
     batch, pack, model = run.official, run.official.pack, run.machine.config.model
     follows = np.flatnonzero(pack.ce_S) + 1
     vits = [image for sample in pack.samples for image in sample.vits]
-    splits = [split for sample in pack.samples for split in sample.splits]
+    segments = [segment for sample in pack.samples for segment in sample.segments]
     ours: dict[str, Any] = {
         "sample_lens": [sample.tokens for sample in pack.samples],
-        "split_lens": [split.length for split in splits],
-        "attn_modes": [int(split.mode) for split in splits],
+        "split_lens": [segment.length for segment in segments],
+        "attn_modes": [int(segment.mode) for segment in segments],
         "vit_token_seqlens": [image.rows * image.cols for image in vits],
         "patchified_vae_latent_shapes": [(image.rows, image.cols) for image in pack.latents],
         "packed_position_ids": pack.position_S,

@@ -1,7 +1,7 @@
 """Items: what a sample is made of, in order, as sizes (bagel-reference sections 5 and 6).
 
 An item names its content by a slot (which text or image of the document) and says how large it is. Every item becomes
-one split of the attention rule; a clip of several frames shares one.
+one segment of the attention rule; a clip of several frames shares one.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from enum import IntEnum
 
 
 class Mode(IntEnum):
-    """How the tokens of a split see each other and are seen (BAGEL section 2.3, figure 15)."""
+    """How the tokens of a segment see each other and are seen (BAGEL section 2.3, figure 15)."""
 
     CAUSAL = 0
     FULL = 1
@@ -49,12 +49,12 @@ class Latent:
 
 @dataclass(frozen=True)
 class Clip:
-    """Several latent images in one split, full attention among them, one timestep for all.
+    """Several latent images in one segment, full attention among them, one timestep for all.
 
     `steps` holds, per frame, how far the RoPE counter moves after it; None follows the rule of a single image: one
     after a clean image, none after a noised one. With `chain`, a noised clip is a group of diffusion forcing (BAGEL
     section 2.3): it sees the earlier groups of its chain at their own noise levels, and only they see it. Without,
-    the released code's rule holds: the split is `noise` if its first frame is noised and has no step, else `full`.
+    the released code's rule holds: the segment is `noise` if its first frame is noised and has no step, else `full`.
     """
 
     frames: tuple[Latent, ...]
@@ -68,7 +68,7 @@ class Clip:
 
     @property
     def mode(self) -> Mode:
-        """Attention mode of the shared split."""
+        """Attention mode of the shared segment."""
         if self.chain is not None or (self.noised and self.steps[0] is None):
             return Mode.NOISE
         return Mode.FULL

@@ -19,7 +19,7 @@ from megabagel.sequence.sample import LATENT
 
 
 def layout_rows(max_tokens: int, chunk: int, cp: int) -> int:
-    """R for packs of at most `max_tokens`: a constant of the run, whatever the und/gen split of a pack."""
+    """R for packs of at most `max_tokens`: a constant of the run, whatever the und/gen segment of a pack."""
     unit = chunk * cp
     return -(-max_tokens // unit) * unit + unit
 
@@ -29,16 +29,16 @@ class Layout:
     """Where every token of a pack lies.
 
     token_R (int64): sequence index per row, -1 for padding; rank r owns rows [r * C, (r + 1) * C).
-    borders: und rows at the start of each rank's share, a multiple of the chunk.
+    num_und: und rows at the start of each rank's share, a multiple of the chunk.
     """
 
     token_R: np.ndarray
-    borders: tuple[int, ...]
+    num_und: tuple[int, ...]
 
     @property
     def cp(self) -> int:
         """Ranks that share the pack."""
-        return len(self.borders)
+        return len(self.num_und)
 
     @property
     def rows(self) -> int:

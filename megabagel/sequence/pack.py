@@ -2,7 +2,7 @@
 
 The mask is five integers per token (docs/kernels.md): query i sees key j iff
 a0[i] <= code[j] < a1[i] or b0[i] <= code[j] < b1[i]. Public keys carry their sequence position as code, private ones
-(noised images, seen by their own split and by later groups of their chain) PRIVATE + a number of their own.
+(noised images, seen by their own segment and by later groups of their chain) PRIVATE + a number of their own.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import numpy as np
 from megabagel_kernels.attention.mask import PRIVATE, AttentionCodes, visible_per_query
 
 from megabagel.sequence.items import Mode
-from megabagel.sequence.sample import LATENT, TEXT, LatentImage, SamplePlan, Split
+from megabagel.sequence.sample import LATENT, TEXT, LatentImage, SamplePlan, Segment
 
 
 @dataclass(frozen=True)
@@ -83,47 +83,47 @@ def build_pack(samples: list[SamplePlan]) -> Pack:
         position_S=np.concatenate([sample.position_S for sample in samples]),
         ce_S=np.concatenate([sample.ce_S for sample in samples]),
         sample_S=np.repeat(np.arange(len(samples), dtype=np.int32), lengths),
-        codes=mask_codes([sample.splits for sample in samples]),
+        codes=mask_codes([sample.segments for sample in samples]),
         fill_S=fill_S,
         noised_S=noised_S,
     )
 
 
-def mask_codes(samples: list[list[Split]]) -> AttentionCodes:
-    """Mask integers of a pack from its samples' splits, in sequence order (BAGEL section 2.3).
+def mask_codes(samples: list[list[Segment]]) -> AttentionCodes:
+    """Mask integers of a pack from its samples' segments, in sequence order (BAGEL section 2.3).
 
-    The noise splits of one chain are numbered consecutively, so that a later group sees one range of private codes.
+    The noise segments of one chain are numbered consecutively, so that a later group sees one range of private codes.
     """
-    total = sum(split.length for splits in samples for split in splits)
+    total = sum(segment.length for segments in samples for segment in segments)
     code, a0, a1, b0, b1 = (np.zeros(total, np.int32) for _ in range(5))
     start, group = 0, 0
-    for splits in samples:
+    for segments in samples:
         sample_start = start
-        groups, first_of_chain, group = _number_groups(splits, group)
-        for index, split in enumerate(splits):
-            rows = slice(start, start + split.length)
+        groups, first_of_chain, group = _number_groups(segments, group)
+        for index, segment in enumerate(segments):
+            rows = slice(start, start + segment.length)
             a0[rows] = sample_start
-            if split.mode is Mode.NOISE:
+            if segment.mode is Mode.NOISE:
                 own = PRIVATE + groups[index]
                 code[rows], a1[rows] = own, start
                 b0[rows], b1[rows] = PRIVATE + first_of_chain[index], own + 1
             else:
                 sequence = np.arange(rows.start, rows.stop, dtype=np.int32)
                 code[rows] = sequence
-                a1[rows] = sequence + 1 if split.mode is Mode.CAUSAL else rows.stop
+                a1[rows] = sequence + 1 if segment.mode is Mode.CAUSAL else rows.stop
             start = rows.stop
     return AttentionCodes(code, a0, a1, b0, b1)
 
 
-def _number_groups(splits: list[Split], group: int) -> tuple[dict[int, int], dict[int, int], int]:
-    """Give every noise split a private number; members of a chain follow one another.
+def _number_groups(segments: list[Segment], group: int) -> tuple[dict[int, int], dict[int, int], int]:
+    """Give every noise segment a private number; members of a chain follow one another.
 
-    Returns (number by split index, first number of its chain by split index, next free number).
+    Returns (number by segment index, first number of its chain by segment index, next free number).
     """
     members: dict[object, list[int]] = {}
-    for index, split in enumerate(splits):
-        if split.mode is Mode.NOISE:
-            members.setdefault(("alone", index) if split.chain is None else split.chain, []).append(index)
+    for index, segment in enumerate(segments):
+        if segment.mode is Mode.NOISE:
+            members.setdefault(("alone", index) if segment.chain is None else segment.chain, []).append(index)
     number, first = {}, {}
     for indices in members.values():
         for offset, index in enumerate(indices):

@@ -1,4 +1,4 @@
-"""Sample plan: from items to splits, RoPE ids, loss rows and noise draws (bagel-reference sections 5, 6, 9, 13)."""
+"""Sample plan: from items to segments, RoPE ids, loss rows and noise draws (bagel-reference sections 5, 6, 9, 13)."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Dropout:
 
 
 @dataclass(frozen=True)
-class Split:
+class Segment:
     """A run of tokens under one rule of attention. `chain` joins the groups of one diffusion-forcing sequence."""
 
     mode: Mode
@@ -59,14 +59,14 @@ class SamplePlan:
     """One sample as it enters a pack: S tokens, from sizes alone.
 
     items: what was kept after conditioning dropout, in order.
-    splits: attention runs, lengths sum to S.
+    segments: attention runs, lengths sum to S.
     kind_S (uint8): TEXT, VIT or LATENT. position_S (int32): RoPE ids. ce_S (bool): rows whose next token is a target.
     vits: (slot, rows, cols) per ViT image. latents: per latent image. Both in token order.
     """
 
     key: SampleKey
     items: list[Item] = field(default_factory=list)
-    splits: list[Split] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
     vits: list[Vit] = field(default_factory=list)
     latents: list[LatentImage] = field(default_factory=list)
     kind_S: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
@@ -108,9 +108,9 @@ def lay_out(items: list[Item], key: SampleKey, dropped: Collection[int], advance
             continue
         plan.items.append(item)
         if isinstance(item, Clip):
-            plan.splits.append(Split(item.mode, item_tokens(item), item.chain))
+            plan.segments.append(Segment(item.mode, item_tokens(item), item.chain))
         else:
-            plan.splits.append(Split(_mode(item), item_tokens(item)))
+            plan.segments.append(Segment(_mode(item), item_tokens(item)))
         for kind, position, loss, after in _tokens(item, counter):
             kinds.append(kind)
             positions.append(position)

@@ -9,25 +9,25 @@ from pathlib import Path
 
 from megabagel.checkpoint.saver import Saver
 from megabagel.config.schema import Config
+from megabagel.data.builders.toy_shapes import ensure_dataset
 from megabagel.data.decode import DecodeEngine, choose_engine
-from megabagel.data.latents import LatentCache, open_latents
-from megabagel.data.loader import Loader
-from megabagel.data.plan import GlobalPlan, Source, open_sources
-from megabagel.data.shapes import ensure_dataset
-from megabagel.data.tokenizer import TextTokenizer, load_tokenizer
+from megabagel.data.load.latents import LatentCache, open_latents
+from megabagel.data.load.loader import Loader
+from megabagel.data.plan.global_plan import GlobalPlan, Source, open_sources
+from megabagel.data.tokenize.tokenizer import TextTokenizer, load_tokenizer
 from megabagel.errors import UserError
 from megabagel.generate.euler import EulerSampler
 from megabagel.model.vae import build_codec, codec_fingerprint
-from megabagel.parallel import host
-from megabagel.parallel.agree import everywhere, once
 from megabagel.parallel.attention import AttentionEngine, choose_attention
+from megabagel.parallel.attention_plans import Planner
 from megabagel.parallel.inputs import InputBuilder
 from megabagel.parallel.kernels import choose_kernels
 from megabagel.parallel.linears import MegatronLayers
 from megabagel.parallel.megatron import megatron_config
-from megabagel.parallel.plans import Planner
+from megabagel.parallel.mesh import Mesh
 from megabagel.parallel.stages import build_stages
-from megabagel.parallel.topology import Topology
+from megabagel.runtime.collective_errors import everywhere, once
+from megabagel.runtime.device import current_device
 from megabagel.sequence.batch import Encoders
 from megabagel.train.judge import StepJudge
 from megabagel.train.optimizer import Optimizer
@@ -45,43 +45,43 @@ class Data:
     latents: LatentCache | None
 
 
-def open_data(config: Config, topology: Topology) -> Data:
+def open_data(config: Config, mesh: Mesh) -> Data:
     """Index the sources of a config and choose how they are read. Raises UserError."""
     data = config.data
-    once(topology, lambda: ensure_dataset(data))
-    tokenizer = everywhere(topology, lambda: _tokenizer(config))
+    once(mesh, lambda: ensure_dataset(data))
+    tokenizer = everywhere(mesh, lambda: _tokenizer(config))
     opened: list[list[Source]] = []
-    once(topology, lambda: opened.append(open_sources(config, tokenizer)))  # writes the cache that the others read
-    sources = everywhere(topology, lambda: opened[0] if opened else open_sources(config, tokenizer))
-    decode = everywhere(topology, lambda: choose_engine(data.decode, host.device(), data.decode_threads, data.workers))
-    return Data(sources, tokenizer, decode, everywhere(topology, lambda: _latents(config, sources)))
+    once(mesh, lambda: opened.append(open_sources(config, tokenizer)))  # writes the cache that the others read
+    sources = everywhere(mesh, lambda: opened[0] if opened else open_sources(config, tokenizer))
+    decode = everywhere(mesh, lambda: choose_engine(data.decode, current_device(), data.decode_threads, data.workers))
+    return Data(sources, tokenizer, decode, everywhere(mesh, lambda: _latents(config, sources)))
 
 
-def build_trainer(config: Config, topology: Topology, data: Data | None = None, draw: bool = True) -> Trainer:
+def build_trainer(config: Config, mesh: Mesh, data: Data | None = None, draw: bool = True) -> Trainer:
     """The trainer of this rank; `data` are those of the config by default. Raises UserError.
 
     Without `draw` its weights are for a checkpoint to fill: none are drawn.
     """
-    data = data or open_data(config, topology)
-    plan = everywhere(topology, lambda: GlobalPlan(data.sources, config))
-    codec = everywhere(topology, lambda: build_codec(config.model.vae, host.device()))
-    attention = everywhere(topology, lambda: _attention(config))
-    kernels = everywhere(topology, lambda: choose_kernels(config))
-    encoders = Encoders(topology.pp.first, topology.cp.rank, topology.cp.size, topology.tp_cp.rank, topology.tp_cp.size)
-    dp = (topology.dp.rank, topology.dp.size)
-    planner = Planner.of(config, topology, attention)
+    data = data or open_data(config, mesh)
+    plan = everywhere(mesh, lambda: GlobalPlan(data.sources, config))
+    codec = everywhere(mesh, lambda: build_codec(config.model.vae, current_device()))
+    attention = everywhere(mesh, lambda: _attention(config))
+    kernels = everywhere(mesh, lambda: choose_kernels(config))
+    encoders = Encoders(mesh.pp.first, mesh.cp.rank, mesh.cp.size, mesh.tp_cp.rank, mesh.tp_cp.size)
+    dp = (mesh.dp.rank, mesh.dp.size)
+    planner = Planner.of(config, mesh, attention)
     loader = Loader(plan, data.tokenizer, data.decode, config, encoders, dp, planner, data.latents)
     megatron = megatron_config(config)
-    stages = build_stages(config, topology, megatron, kernels, draw)
-    optimizer = Optimizer(config.train, megatron, stages, topology)
-    runner = StepRunner(config, topology, optimizer)
-    factory = MegatronLayers(megatron, topology, kernels)
-    builder = InputBuilder(config, topology, factory, codec, host.device(), attention)
+    stages = build_stages(config, mesh, megatron, kernels, draw)
+    optimizer = Optimizer(config.train, megatron, stages, mesh)
+    runner = StepRunner(config, mesh, optimizer)
+    factory = MegatronLayers(megatron, mesh, kernels)
+    builder = InputBuilder(config, mesh, factory, codec, current_device(), attention)
     sampler = None
     if config.telemetry.sample_every:
-        sampler = everywhere(topology, lambda: EulerSampler(config, topology, builder, data.tokenizer, runner.evaluate))
-    saver, judge = Saver(config, topology), StepJudge(config.train)
-    return Trainer(config, topology, plan, loader, optimizer, runner, builder, sampler, saver, judge)
+        sampler = everywhere(mesh, lambda: EulerSampler(config, mesh, builder, data.tokenizer, runner.evaluate))
+    saver, judge = Saver(config, mesh), StepJudge(config.train)
+    return Trainer(config, mesh, plan, loader, optimizer, runner, builder, sampler, saver, judge)
 
 
 def _attention(config: Config) -> AttentionEngine:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megabagel.data.documents import Document, Loose, Passage, TextItem
-from megabagel.data.index import Index
-from megabagel.data.plan import GlobalPlan, StepPlan
-from megabagel.data.visits import Visit
+from megabagel.data.index.index import Index
+from megabagel.data.plan.global_plan import GlobalPlan, StepPlan
+from megabagel.data.plan.planned_sample import Visit
 from megabagel.train.judge import Fault
 from megabagel.train.records import writing
 from megabagel.train.step import Losses

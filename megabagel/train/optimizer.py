@@ -13,16 +13,16 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megabagel.config.schema import TrainConfig
-from megabagel.parallel.progress import mark
+from megabagel.parallel.mesh import Axis, Mesh
 from megabagel.parallel.stages import PipelineStage
-from megabagel.parallel.topology import Axis, Topology
+from megabagel.runtime.phase import mark
 
 
 class Optimizer:
     """AdamW with clipping over this rank's model chunks, and the exponential moving average of the weights."""
 
     def __init__(
-        self, config: TrainConfig, megatron: TransformerConfig, stages: list[PipelineStage], topology: Topology
+        self, config: TrainConfig, megatron: TransformerConfig, stages: list[PipelineStage], mesh: Mesh
     ) -> None:
         self.config = config
         ddp = DistributedDataParallelConfig(
@@ -37,7 +37,7 @@ class Optimizer:
         self._allocate_moments()
         self._fuse_on_cpu()
         self.ema = {shard: shard.detach().clone() for shard in self.shards()} if config.ema else {}
-        megatron.finalize_model_grads_func = lambda chunks, *_, **__: finish_gradients(chunks, topology.tp)
+        megatron.finalize_model_grads_func = lambda chunks, *_, **__: finish_gradients(chunks, mesh.tp)
 
     def shards(self) -> list[torch.Tensor]:
         """This rank's fp32 weight shards, flat, in a fixed order."""

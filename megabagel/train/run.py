@@ -12,20 +12,20 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from megabagel.checkpoint import store
+from megabagel.checkpoint import api
 from megabagel.config.load import dump
 from megabagel.config.schema import Config
-from megabagel.data.loader import Step
+from megabagel.data.load.loader import Step
 from megabagel.errors import BadStep, Preempted, UserError
-from megabagel.parallel import host
-from megabagel.parallel.agree import everywhere, largest, once, union
-from megabagel.parallel.progress import mark
-from megabagel.parallel.topology import Topology, distributed
+from megabagel.parallel.mesh import Mesh, distributed
+from megabagel.runtime.collective_errors import everywhere, largest, once, union
+from megabagel.runtime.device import comm_backend, current_device, peak_memory
+from megabagel.runtime.phase import mark
+from megabagel.runtime.signals import StopRequest
 from megabagel.train.build import Data, build_trainer, open_data
 from megabagel.train.evidence import evidence_path, write_evidence
 from megabagel.train.judge import Fault
 from megabagel.train.schedule import learning_rate
-from megabagel.train.signals import StopRequest
 from megabagel.train.step import Losses
 from megabagel.train.telemetry import Telemetry
 from megabagel.train.throughput import peak_flops, rates
@@ -34,10 +34,10 @@ from megabagel.train.trainer import Outcome, Trainer
 logger = logging.getLogger(__name__)
 
 SAID_ONCE = (
-    "megabagel.checkpoint.store",
-    "megabagel.data.index",
-    "megabagel.data.index_cache",
-    "megabagel.data.plan",
+    "megabagel.checkpoint.api",
+    "megabagel.data.index.index",
+    "megabagel.data.index.index_cache",
+    "megabagel.data.plan.global_plan",
     "megabagel.train.run",
     "megabagel.train.trainer",
 )
@@ -49,29 +49,29 @@ def main(config: Config, stop: StopRequest | None = None) -> None:
 
     Raises Preempted when `stop` was asked for on any rank, BadStep for a step that the config does not let pass.
     """
-    with distributed(config) as topology:
-        configure_log(topology)
-        logger.info("grid: %s, %s on %s", topology.describe(), config.train.precision, host.backend())
+    with distributed(config) as mesh:
+        configure_log(mesh)
+        logger.info("grid: %s, %s on %s", mesh.describe(), config.train.precision, comm_backend())
         folder = Path(config.run.dir)
-        once(topology, lambda: _probe(folder))
-        data = open_data(config, topology)
+        once(mesh, lambda: _probe(folder))
+        data = open_data(config, mesh)
         mark("load")
-        checkpoint = store.find(config, topology)
-        trainer = _build(config, topology, data, checkpoint)
-        once(topology, lambda: _take_over(config, folder))  # whatever refuses a start has had its say
-        first = topology.world.first
-        telemetry = everywhere(topology, lambda: Telemetry(config, first=first, step=trainer.step))
+        checkpoint = api.find(config, mesh)
+        trainer = _build(config, mesh, data, checkpoint)
+        once(mesh, lambda: _take_over(config, folder))  # whatever refuses a start has had its say
+        first = mesh.world.first
+        telemetry = everywhere(mesh, lambda: Telemetry(config, first=first, step=trainer.step))
         try:
             _loop(trainer, telemetry, stop or StopRequest())
         finally:
             telemetry.close()
 
 
-def _build(config: Config, topology: Topology, data: Data, checkpoint: Path | None) -> Trainer:
+def _build(config: Config, mesh: Mesh, data: Data, checkpoint: Path | None) -> Trainer:
     """The trainer with its weights: those of the checkpoint to resume, of `run.init_from`, or fresh ones."""
     mark("build")
     source = checkpoint or (Path(config.run.init_from) if config.run.init_from else None)
-    trainer = build_trainer(config, topology, data, draw=source is None)
+    trainer = build_trainer(config, mesh, data, draw=source is None)
     if source is not None:
         mark("load")
         (trainer.resume if checkpoint else trainer.start_from)(source)
@@ -79,8 +79,8 @@ def _build(config: Config, topology: Topology, data: Data, checkpoint: Path | No
 
 
 def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> None:
-    config, topology = trainer.config, trainer.topology
-    peak = peak_flops(config, host.device())
+    config, mesh = trainer.config, trainer.mesh
+    peak = peak_flops(config, current_device())
     logger.info("peak for MFU: %.3g FLOP/s per rank (%s)", *peak)
     mark("data", trainer.step)
     for step in _steps(trainer):
@@ -88,21 +88,21 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> None:
         outcome = trainer.train_step(step)
         stop.finished += 1
         lost, signalled = largest(len(step.lost), stop.number)
-        trainer.lost_images += len(union(topology, step.lost)) if lost else 0
+        trainer.lost_images += len(union(mesh, step.lost)) if lost else 0
         seconds = time.perf_counter() - started
         mark("telemetry", trainer.step)
         if outcome.fault and _heed(trainer, step, outcome, outcome.fault):
-            once(topology, partial(telemetry.rewind, trainer.step))
+            once(mesh, partial(telemetry.rewind, trainer.step))
             continue
         record = _record(trainer, step, outcome.losses, outcome.norm)
         flops = sum(step.plan.flops[1:], step.plan.flops[0])
-        speed = rates(flops, record["tokens"], seconds, topology.world.size, peak)
-        record |= {"seconds": seconds, "data_wait": step.waited, **speed, "mem": host.peak_memory()}
-        once(topology, partial(telemetry.log_step, record))
+        speed = rates(flops, record["tokens"], seconds, mesh.world.size, peak)
+        record |= {"seconds": seconds, "data_wait": step.waited, **speed, "mem": peak_memory()}
+        once(mesh, partial(telemetry.log_step, record))
         done = trainer.step == config.train.steps
         if trainer.sampler and (done or trainer.step % config.telemetry.sample_every == 0):
             mark("sampling")
-            once(topology, partial(telemetry.log_images, trainer.step, trainer.sampler.draw()))
+            once(mesh, partial(telemetry.log_images, trainer.step, trainer.sampler.draw()))
         trainer.saver.poll()
         if done or signalled or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
             trainer.save(step.plan.state)
@@ -119,14 +119,14 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> None:
 def _steps(trainer: Trainer) -> Iterator[Step]:
     """Steps until the last one is finished; a rollback makes it as many more as it undid."""
     while (left := trainer.config.train.steps - trainer.step) > 0:
-        yield from in_step(trainer.topology, trainer.loader.steps(left))
+        yield from in_step(trainer.mesh, trainer.loader.steps(left))
 
 
-def in_step(topology: Topology, steps: Iterator[Step]) -> Iterator[Step]:
+def in_step(mesh: Mesh, steps: Iterator[Step]) -> Iterator[Step]:
     """The steps while every rank has its share of the next one. A rank without (a shard is gone) ends all of them."""
     mark("data")
     started = time.perf_counter()
-    while (step := everywhere(topology, lambda: next(steps, None))) is not None:
+    while (step := everywhere(mesh, lambda: next(steps, None))) is not None:
         yield replace(step, waited=time.perf_counter() - started)
         mark("data")
         started = time.perf_counter()
@@ -134,10 +134,10 @@ def in_step(topology: Topology, steps: Iterator[Step]) -> Iterator[Step]:
 
 def _heed(trainer: Trainer, step: Step, outcome: Outcome, fault: Fault) -> bool:
     """Write out the samples of a faulty step and do what its policy says; whether the run was rolled back."""
-    folder, topology = Path(trainer.config.run.dir), trainer.topology
+    folder, mesh = Path(trainer.config.run.dir), trainer.mesh
     path = evidence_path(folder, step.plan)
     losses, norm = outcome.losses, outcome.norm
-    once(topology, lambda: write_evidence(path, fault, losses, norm, step.plan, topology.dp.size, trainer.plan))
+    once(mesh, lambda: write_evidence(path, fault, losses, norm, step.plan, mesh.dp.size, trainer.plan))
     logger.warning("step %d: %s; policy: %s; samples: %s", trainer.step, fault.what, fault.action, path)
     if fault.action == "stop":
         raise BadStep(
@@ -211,12 +211,10 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def configure_log(topology: Topology) -> None:
+def configure_log(mesh: Mesh) -> None:
     """Messages of rank 0, and warnings of all."""
-    level = logging.INFO if topology.world.first else logging.WARNING
-    logging.basicConfig(
-        level=level, format=f"[rank {topology.world.rank}] %(message)s" if level > 20 else "%(message)s"
-    )
+    level = logging.INFO if mesh.world.first else logging.WARNING
+    logging.basicConfig(level=level, format=f"[rank {mesh.world.rank}] %(message)s" if level > 20 else "%(message)s")
     logging.getLogger("megabagel").setLevel(level)
     for name in SAID_ONCE:
-        logging.getLogger(name).setLevel(level if topology.world.first else logging.ERROR)
+        logging.getLogger(name).setLevel(level if mesh.world.first else logging.ERROR)

@@ -11,9 +11,9 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from megabagel.config.schema import Config, TrainConfig
 from megabagel.model.inputs import Outputs, StageInputs
-from megabagel.parallel import host
-from megabagel.parallel.progress import all_reduced, mark
-from megabagel.parallel.topology import Topology
+from megabagel.parallel.mesh import Mesh
+from megabagel.runtime.device import current_device
+from megabagel.runtime.phase import all_reduced, mark
 from megabagel.sequence.layout import layout_rows
 from megabagel.sequence.pack import Pack
 from megabagel.sequence.sizes import Size
@@ -80,8 +80,8 @@ Fed = tuple[StageInputs, Counts]
 class StepRunner:
     """Runs the schedule of the grid over this rank's model chunks."""
 
-    def __init__(self, config: Config, topology: Topology, optimizer: Optimizer) -> None:
-        self.config, self.topology, self.optimizer = config, topology, optimizer
+    def __init__(self, config: Config, mesh: Mesh, optimizer: Optimizer) -> None:
+        self.config, self.mesh, self.optimizer = config, mesh, optimizer
         grid = config.parallel
         self.rows = layout_rows(config.data.max_tokens, grid.chunk, grid.cp)
         self.rows_split = grid.sp and grid.tp > 1
@@ -120,7 +120,7 @@ class StepRunner:
     @property
     def fewest_micro_batches(self) -> int:
         """The interleaved schedule wants a multiple of the pipeline's length."""
-        return self.topology.pp.size if self.config.parallel.vpp > 1 else 1
+        return self.mesh.pp.size if self.config.parallel.vpp > 1 else 1
 
     def _schedule(self, micro_batches: Sequence[Fed], loss_func: Any, **options: Any) -> list[Any]:
         def forward_step(feed: Iterator[Fed], model: Any) -> tuple[Any, Any]:
@@ -144,9 +144,9 @@ class StepRunner:
 
     def _reduce(self, sums: list[torch.Tensor], counts: Sequence[Counts]) -> Losses:
         """Add up what the last stages found. Rows are split over tensor-parallel ranks, or else counted once."""
-        grid, config = self.topology, self.config.train
+        grid, config = self.mesh, self.config.train
         sources = len(self.config.data.sources) + 1
-        found = torch.zeros(len(counts), 2, sources, dtype=torch.float64, device=host.device())
+        found = torch.zeros(len(counts), 2, sources, dtype=torch.float64, device=current_device())
         if grid.pp.last:
             found += torch.stack(sums)
         if not grid.tp.first:

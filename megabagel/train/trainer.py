@@ -5,18 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megabagel.checkpoint import store
+from megabagel.checkpoint import api
 from megabagel.checkpoint.saver import Saver
 from megabagel.checkpoint.tensors import optimizer_shards, sharded_tensors
 from megabagel.config.schema import Config
-from megabagel.data.loader import Loader, Step
-from megabagel.data.plan import GlobalPlan
+from megabagel.data.load.loader import Loader, Step
+from megabagel.data.plan.global_plan import GlobalPlan
 from megabagel.errors import BadStep
 from megabagel.generate.euler import EulerSampler
-from megabagel.parallel.agree import everywhere
 from megabagel.parallel.inputs import InputBuilder
-from megabagel.parallel.progress import mark
-from megabagel.parallel.topology import Topology
+from megabagel.parallel.mesh import Mesh
+from megabagel.runtime.collective_errors import everywhere
+from megabagel.runtime.phase import mark
 from megabagel.train.judge import Fault, StepJudge
 from megabagel.train.optimizer import Optimizer
 from megabagel.train.schedule import learning_rate
@@ -36,10 +36,10 @@ class Outcome:
 
 @dataclass
 class Trainer:
-    """Everything one rank needs to train, built from a config on a topology."""
+    """Everything one rank needs to train, built from a config on a mesh."""
 
     config: Config
-    topology: Topology
+    mesh: Mesh
     plan: GlobalPlan
     loader: Loader
     optimizer: Optimizer
@@ -62,7 +62,7 @@ class Trainer:
     def train_step(self, step: Step) -> Outcome:
         """One step. A fault whose policy says so leaves weights, moments and averages as they were."""
         inputs = [self.builder.build(batch) for batch in step.batches]
-        counts = denominators(self.config.train, step.plan.micro_steps(self.topology.dp.size))
+        counts = denominators(self.config.train, step.plan.micro_steps(self.mesh.dp.size))
         losses = self.runner.backward(inputs, counts)
         mark("optimizer")
         norm = self.optimizer.gradient_norm()
@@ -77,7 +77,7 @@ class Trainer:
         """This rank's shards, as a checkpoint holds them."""
         stages = [chunk.module for chunk in self.optimizer.chunks]
         shards = optimizer_shards(self.optimizer.distributed, self.optimizer.ema)
-        return sharded_tensors(stages, shards, self.topology)
+        return sharded_tensors(stages, shards, self.mesh)
 
     def save(self, plan_state: dict[str, Any]) -> None:
         """Write a checkpoint of the finished steps, or begin to; `plan_state` is the data plan's after the last."""
@@ -94,7 +94,7 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint, whatever grid wrote it."""
         state = self._restore(folder)
-        everywhere(self.topology, lambda: self.plan.load_state(state["plan"]))
+        everywhere(self.mesh, lambda: self.plan.load_state(state["plan"]))
         logger.info("resumed from %s at step %d", folder, self.step)
 
     def roll_back(self, fault: Fault) -> None:
@@ -115,8 +115,8 @@ class Trainer:
     def _restore(self, folder: Path) -> dict[str, Any]:
         """Fill everything but the data plan from a checkpoint; returns its JSON state."""
         mark("load")
-        self.step, state = everywhere(self.topology, lambda: store.read(folder, self.config))
-        everywhere(self.topology, lambda: store.load(folder, self.tensors()))
+        self.step, state = everywhere(self.mesh, lambda: api.read(folder, self.config))
+        everywhere(self.mesh, lambda: api.load(folder, self.tensors()))
         self.updates, self.lost_images, self.newest = state["updates"], state["lost_images"], folder
         self.judge.load_state(state["judge"])
         self.optimizer.after_load(self.updates)
@@ -124,8 +124,8 @@ class Trainer:
 
     def start_from(self, folder: Path) -> None:
         """Take the weights of another run, or imported ones, for step 0; averages start from them."""
-        tensors = everywhere(self.topology, lambda: store.weights_of(folder, self.config, self.tensors()))
-        everywhere(self.topology, lambda: store.load(folder, tensors))
+        tensors = everywhere(self.mesh, lambda: api.weights_of(folder, self.config, self.tensors()))
+        everywhere(self.mesh, lambda: api.load(folder, tensors))
         self.optimizer.after_load(0)
         self.optimizer.start_averages()
         logger.info("weights from %s (%s)", folder, self.config.run.init_weights)

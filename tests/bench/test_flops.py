@@ -10,7 +10,7 @@ from benchmarks import model_step
 from megabagel.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, VitConfig
 from megabagel.model.vae_blocks import BlockCodec
 from megabagel.parallel.inputs import InputBuilder
-from megabagel.parallel.topology import distributed
+from megabagel.parallel.mesh import distributed
 from megabagel.sequence.flops import TRAIN, count_flops, needed_flops
 from megabagel.sequence.items import Item, Latent, Text, Vit
 from megabagel.sequence.sizes import Size, pack_size
@@ -39,8 +39,8 @@ def test_matrix_products_equal_those_that_torch_counts() -> None:
     exact = dataclasses.replace(config, data=DataConfig(max_tokens=batch.pack.tokens))  # no padding
     batch = model_step.draw_batch(exact)
     model = model_step.build_model(MODEL)
-    with distributed(exact) as topology:
-        builder = InputBuilder(exact, topology, model_step.SingleDevice(), BlockCodec(), torch.device("cpu"))
+    with distributed(exact) as mesh:
+        builder = InputBuilder(exact, mesh, model_step.SingleDevice(), BlockCodec(), torch.device("cpu"))
         inputs = builder.build(batch)
     counter = FlopCounterMode(display=False)
     with counter:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megabagel.cli import main
-from tests.checkpoint.damage import FIRST, flip
-from tests.checkpoint.states import config_on, write
-from tests.parallel.pool import RankPool
+from tests.support.checkpoint_states import config_on, write
+from tests.support.corruptions import FIRST, flip
+from tests.support.rank_pool import RankPool
 
 KEY = "weight/layers.0.attention.und.q.weight"
 
@@ -76,9 +76,9 @@ def test_diff_finds_one_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     """Of a number that is not finite too."""
     import torch
 
+    from megabagel.checkpoint.lazy import LazyTensor
+    from megabagel.checkpoint.lazy import write as write_tensors
     from megabagel.checkpoint.manifest import write_manifest
-    from megabagel.checkpoint.stream import LazyTensor
-    from megabagel.checkpoint.stream import write as write_tensors
     from megabagel.config.schema import ModelConfig
 
     numbers = torch.tensor([[1.0, -2.0], [0.0, torch.inf], [torch.nan, 4.0]])

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from megabagel.config.schema import CheckpointConfig, Config, RunConfig
-from tests.checkpoint.damage import DAMAGES, KEY, MARKER
-from tests.checkpoint.states import tensors_of, whole_tensors
-from tests.parallel.pool import RankPool
-from tests.parallel.scenario import Harness, base_config, on_grid
+from tests.support.checkpoint_states import tensors_of, whole_tensors
+from tests.support.corruptions import DAMAGES, KEY, MARKER
+from tests.support.grid_run import Harness, base_config, on_grid
+from tests.support.rank_pool import RankPool
 
 MAY_PASS = ("load", "init", "export")
 """Ways in that do not open every file: what they read must be what was written."""
@@ -32,18 +32,19 @@ def config_of(folder: Path) -> Config:
 
 def write(config: Config) -> None:
     """A checkpoint of the initial state as step 3."""
-    from megabagel.checkpoint import store
+    from megabagel.checkpoint import api
 
     harness = Harness(config)
-    store.save(config, harness.grid, 3, tensors_of(harness), {"plan": "kept"})
+    api.save(config, harness.grid, 3, tensors_of(harness), {"plan": "kept"})
 
 
 def ways_in(config: Config, good: Path, scratch: Path, damages: dict[str, None] | None = None) -> Outcomes:
     """What came of every damage by every way in; `damages` names others, which do nothing."""
-    from megabagel.parallel import host, topology
+    from megabagel.parallel import mesh
+    from megabagel.runtime import cpu_backend
 
-    host.install()
-    grid = topology.build(config)
+    cpu_backend.install()
+    grid = mesh.build(config)
     found = {}
     for name in damages or DAMAGES:
         root = scratch / "checkpoints"
@@ -58,18 +59,18 @@ def ways_in(config: Config, good: Path, scratch: Path, damages: dict[str, None] 
 
 
 def _try_all(config: Config, grid: Any, folder: Path) -> dict[str, str]:
-    from megabagel.checkpoint import store
+    from megabagel.checkpoint import api
     from megabagel.checkpoint.describe import describe
-    from megabagel.checkpoint.official.exporter import export
+    from megabagel.checkpoint.hf.exporter import export
+    from megabagel.checkpoint.reader import verify
     from megabagel.checkpoint.reshard import reshard
-    from megabagel.checkpoint.stored import verify
 
     named = replace(config, run=RunConfig(dir=config.run.dir, resume=str(folder)))
 
     good, out = folder.with_name("step_00000002"), folder.parent / "out"
 
     def load(tensors: dict[str, Any]) -> str:
-        store.load(folder, tensors)
+        api.load(folder, tensors)
         return hashlib.sha256(b"".join(tensors[name].data.numpy().tobytes() for name in sorted(tensors))).hexdigest()
 
     def exported() -> str:
@@ -77,10 +78,10 @@ def _try_all(config: Config, grid: Any, folder: Path) -> dict[str, str]:
         return hashlib.sha256((out / "ema.safetensors").read_bytes()).hexdigest()
 
     ways: dict[str, Callable[[], object]] = {
-        "auto": lambda: store.find(config, grid),
-        "named": lambda: store.find(named, grid),
+        "auto": lambda: api.find(config, grid),
+        "named": lambda: api.find(named, grid),
         "load": lambda: load(whole_tensors(good)),
-        "init": lambda: load(store.weights_of(folder, config, whole_tensors(good))),
+        "init": lambda: load(api.weights_of(folder, config, whole_tensors(good))),
         "verify": lambda: verify(folder),
         "reshard": lambda: reshard(folder, out, {"tp": 1}),
         "export": exported,

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from megabagel.config.schema import RunConfig
-from tests.checkpoint.states import AFTER, Grid, Life, config_on, read, whole, write
-from tests.config.tree import change
-from tests.parallel.pool import RankPool
+from tests.support.checkpoint_states import AFTER, Grid, Life, config_on, read, whole, write
+from tests.support.config_tree import change
+from tests.support.rank_pool import RankPool
 
 GRIDS: tuple[Grid, ...] = (  # tp, pp, vpp, cp, dp
     (1, 1, 1, 1, 1),
@@ -120,8 +120,8 @@ def test_reshard_writes_what_the_grid_writes(bench: Bench, tmp_path: Path, grid:
 def resharded(source: Path, out: Path, changes: dict[str, int], drop: tuple[str, ...]) -> list[str]:
     """Reshard; in what the result differs from the source."""
     from megabagel.checkpoint.describe import differences
+    from megabagel.checkpoint.reader import verify
     from megabagel.checkpoint.reshard import reshard
-    from megabagel.checkpoint.stored import verify
 
     reshard(source, out, changes, drop)
     verify(out)
@@ -164,7 +164,7 @@ def test_one_more_grid(bench: Bench, written: Grid, opened: Grid) -> None:
 
 def main() -> None:
     """Print the table."""
-    from tests.small_run import write_data
+    from tests.support.small_run import write_data
 
     with tempfile.TemporaryDirectory() as name:
         write_data(Path(name) / "shapes")

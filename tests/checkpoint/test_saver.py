@@ -18,8 +18,8 @@ from safetensors import safe_open
 from megabagel.config.load import to_dict
 from megabagel.config.schema import CheckpointConfig, Config, RunConfig
 from megabagel.errors import UserError
-from tests.parallel.pool import RankPool
-from tests.parallel.scenario import base_config
+from tests.support.grid_run import base_config
+from tests.support.rank_pool import RankPool
 
 ROWS = 6
 
@@ -29,10 +29,11 @@ def config_in(folder: Path, **checkpoint: Any) -> Config:
 
 
 def grid_of(config: Config) -> Any:
-    from megabagel.parallel import host, topology
+    from megabagel.parallel import mesh
+    from megabagel.runtime import cpu_backend
 
-    host.install()
-    return topology.build(config)
+    cpu_backend.install()
+    return mesh.build(config)
 
 
 def tensors_of(grid: Any, value: float) -> dict[str, Any]:
@@ -51,10 +52,10 @@ def tensors_of(grid: Any, value: float) -> dict[str, Any]:
 
 def loaded(folder: Path, grid: Any) -> float:
     """The value that a checkpoint was made with, from every number of it."""
-    from megabagel.checkpoint import store
+    from megabagel.checkpoint import api
 
     tensors = tensors_of(grid, torch.nan)
-    store.load(folder, tensors)
+    api.load(folder, tensors)
     values = {
         float(x) for key, t in tensors.items() for x in (t.data.float() - tensors_of(grid, 0)[key].data).flatten()
     }
@@ -64,37 +65,37 @@ def loaded(folder: Path, grid: Any) -> float:
 
 def everything(config: Config) -> dict[str, float]:
     """Name and value of every checkpoint there is, and of the one that is found."""
-    from megabagel.checkpoint import store
+    from megabagel.checkpoint import api
 
     grid = grid_of(config)
     root = Path(config.run.dir) / "checkpoints"
     found = {folder.name: loaded(folder, grid) for folder in sorted(root.glob("step_*"))}
-    newest = store.find(config, grid)
+    newest = api.find(config, grid)
     return found | ({"found": loaded(newest, grid)} if newest else {})
 
 
 @contextmanager
 def gate() -> Iterator[threading.Event]:
     """Writers wait until it is opened."""
-    from megabagel.checkpoint import strategy
+    from megabagel.checkpoint import megatron_strategy
 
-    opened, write_file = threading.Event(), strategy.write_file
+    opened, write_file = threading.Event(), megatron_strategy.write_file
 
     def slowly(*args: Any) -> Any:
         assert opened.wait(60)
         return write_file(*args)
 
-    with mock.patch.object(strategy, "write_file", slowly):
+    with mock.patch.object(megatron_strategy, "write_file", slowly):
         yield opened
 
 
 def train_on(config: Config) -> list[Any]:
     """Save, change the state at once, poll; the folder's names before and after the writer is done; logged lines."""
+    from megabagel.checkpoint import api
     from megabagel.checkpoint import saver as module
-    from megabagel.checkpoint import store
 
     grid, lines = grid_of(config), []
-    saver, tensors = store.Saver(config, grid), tensors_of(grid, 1)
+    saver, tensors = api.Saver(config, grid), tensors_of(grid, 1)
     root = Path(config.run.dir) / "checkpoints"
     with mock.patch.object(module.logger, "info", lambda text, *args: lines.append(text % args)), gate() as opened:
         saver.save(1, tensors, {"n": 1})
@@ -144,10 +145,10 @@ def test_what_a_checkpoint_says(ranks: RankPool, tmp_path: Path) -> None:
 
 
 def save_steps(config: Config, steps: list[int]) -> None:
-    from megabagel.checkpoint import store
+    from megabagel.checkpoint import api
 
     grid = grid_of(config)
-    saver = store.Saver(config, grid)
+    saver = api.Saver(config, grid)
     for step in steps:
         saver.save(step, tensors_of(grid, step), {})
     saver.close()
@@ -165,17 +166,19 @@ def test_keep(ranks: RankPool, tmp_path: Path, keep: int, every: int, left: list
 
 def fail(config: Config, rank: int) -> tuple[str, int]:
     """A disk that is full for one rank; the message on this one and how many steps later it came."""
-    from megabagel.checkpoint import store, strategy
+    from megabagel.checkpoint import api, megatron_strategy
 
     grid = grid_of(config)
-    saver = store.Saver(config, grid)
+    saver = api.Saver(config, grid)
     saver.save(1, tensors_of(grid, 1), {})
     saver.wait()
 
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    with mock.patch.object(strategy, "write_file", full if grid.world.rank == rank else strategy.write_file):
+    with mock.patch.object(
+        megatron_strategy, "write_file", full if grid.world.rank == rank else megatron_strategy.write_file
+    ):
         saver.save(2, tensors_of(grid, 2), {})
         for step in range(1000):
             try:
@@ -201,16 +204,16 @@ class Crash(BaseException):
 
 def crash_everywhere(config: Config, first: int) -> list[dict[str, float]]:
     """Save step 2 again and again, ending at the first, second, ... thing done to the disk; what is left each time."""
-    from megabagel.checkpoint import blocks, store
+    from megabagel.checkpoint import api, checksums
 
     grid = grid_of(config)
-    store.save(config, grid, first, tensors_of(grid, 1), {})
+    api.save(config, grid, first, tensors_of(grid, 1), {})
     found, ended = [], False
     while not ended:
-        with suppress(Crash), _power_for(len(found), blocks.SummedWriter):
-            store.save(config, grid, 2, tensors_of(grid, 2), {})
+        with suppress(Crash), _power_for(len(found), checksums.SummedWriter):
+            api.save(config, grid, 2, tensors_of(grid, 2), {})
             ended = True
-        newest = store.find(config, grid)
+        newest = api.find(config, grid)
         assert newest is not None
         found.append(loaded(newest, grid))
     return found
@@ -252,7 +255,7 @@ def test_a_crash_anywhere_leaves_what_was(ranks: RankPool, tmp_path: Path, first
 
 def fall_back(config: Config) -> tuple[str, list[str], str]:
     """What `auto` takes with damaged newer checkpoints, its warnings, and its error when all are damaged."""
-    from megabagel.checkpoint import store
+    from megabagel.checkpoint import api
 
     grid, lines = grid_of(config), []
     root = Path(config.run.dir) / "checkpoints"
@@ -260,13 +263,13 @@ def fall_back(config: Config) -> tuple[str, list[str], str]:
         (root / "step_00000003/rank_00000.safetensors").write_bytes(b"")
         (root / "step_00000002/manifest.json").unlink()
     torch.distributed.barrier()
-    with mock.patch.object(store.logger, "warning", lambda text, *args: lines.append(text % args)):
-        chosen = store.find(config, grid)
+    with mock.patch.object(api.logger, "warning", lambda text, *args: lines.append(text % args)):
+        chosen = api.find(config, grid)
     torch.distributed.barrier()
     (root / "step_00000001/state.json").write_text("[]")
     torch.distributed.barrier()
     try:
-        store.find(config, grid)
+        api.find(config, grid)
     except UserError as error:
         return str(chosen), lines, str(error)
     raise AssertionError("a fresh start in silence")
@@ -283,9 +286,9 @@ def test_auto_takes_the_newest_that_is_whole_and_says_so(ranks: RankPool, tmp_pa
 
 
 def chosen(config: Config) -> str:
-    from megabagel.checkpoint import store
+    from megabagel.checkpoint import api
 
-    return str(store.find(config, grid_of(config)))
+    return str(api.find(config, grid_of(config)))
 
 
 @pytest.mark.parametrize(("written", "found"), [(1, "step_00000003"), (4, "step_00000002")])
@@ -304,7 +307,7 @@ def test_a_checkpoint_that_latest_does_not_name_yet(ranks: RankPool, tmp_path: P
 
 def test_host_memory_is_pinned_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not rounded up, and given back before more is taken."""
-    from megabagel.checkpoint import strategy
+    from megabagel.checkpoint import megatron_strategy
 
     class Runtime:
         held: ClassVar[dict[int, int]] = {}
@@ -323,21 +326,21 @@ def test_host_memory_is_pinned_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    copies = strategy.HostCopies()
+    copies = megatron_strategy.HostCopies()
     for rows in (3, 2, 5):
         data = torch.arange(rows * 7.0).view(rows, 7)
-        (part,) = copies.take([strategy.Part("weight/a", (rows, 7), (0, 0), strategy._held(data))])
+        (part,) = copies.take([megatron_strategy.Part("weight/a", (rows, 7), (0, 0), megatron_strategy._held(data))])
         assert all(torch.equal(read, data) for read in part.data.read())
         assert Runtime.held == {copies.buffer.data_ptr(): len(copies.buffer)}
     assert Runtime.seen == [3 * 28, 5 * 28]
 
 
 def read_with_seed(config: Config, seed: int) -> str:
-    from megabagel.checkpoint import store
+    from megabagel.checkpoint import api
 
     other = replace(config, train=replace(config.train, seed=seed))
     try:
-        return str(store.read(Path(config.run.dir) / "checkpoints/step_00000001", other))
+        return str(api.read(Path(config.run.dir) / "checkpoints/step_00000001", other))
     except UserError as error:
         return str(error)
 

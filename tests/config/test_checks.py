@@ -14,7 +14,7 @@ from megabagel.config.ranges import RANGES
 from megabagel.config.schema import Config, SourceConfig
 from megabagel.config.typed import known_keys
 from megabagel.errors import UserError
-from tests.config.tree import VALID, change
+from tests.support.config_tree import VALID, change
 
 FLUX = {"model.vae.codec": "flux", "model.vae.path": __file__}  # any file that exists
 

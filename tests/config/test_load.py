@@ -14,7 +14,7 @@ from megabagel.config.load import dump, load, to_dict
 from megabagel.config.schema import Config
 from megabagel.config.typed import known_keys, nearest
 from megabagel.errors import UserError
-from tests.config.tree import VALID, change
+from tests.support.config_tree import VALID, change
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 

@@ -14,8 +14,8 @@ from megabagel.config.load import load
 from megabagel.config.rules import value_at
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
-from tests.clumsy import job, metrics
-from tests.parallel.pool import RankPool
+from tests.support.cli_harness import job, metrics
+from tests.support.rank_pool import RankPool
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 STAGES = ("align", "pt", "ct", "sft")
@@ -241,7 +241,7 @@ def test_the_formula_gives_the_published_size() -> None:
 
 @every_recipe
 def test_recipes_build_at_full_size(name: str) -> None:
-    from megabagel.checkpoint.official.names import official_shapes
+    from megabagel.checkpoint.hf.names import official_shapes
 
     shapes, model = official_shapes(recipe(name).model), recipe(name).model
     sizes = QWEN[name.split("_")[1]]
@@ -313,13 +313,14 @@ def test_recipes_train_scaled_down(name: str, ranks: RankPool, shapes: Path, tmp
 
 def moved(config: Config) -> set[str]:
     """Names of the weights that the run on this rank, inside the pool's process group, changes."""
-    from megabagel.parallel import host, topology
+    from megabagel.parallel import mesh
+    from megabagel.runtime import cpu_backend
     from megabagel.train import run
 
     @contextmanager
-    def here(config: Config) -> Iterator[topology.Topology]:
-        host.install()
-        yield topology.build(config)
+    def here(config: Config) -> Iterator[mesh.Mesh]:
+        cpu_backend.install()
+        yield mesh.build(config)
 
     def weights(trainer: run.Trainer) -> dict[str, Any]:
         (chunk,) = trainer.optimizer.chunks

@@ -9,7 +9,7 @@ from megabagel.data.decode import DecodeError, Request, choice, choose_engine, h
 from megabagel.data.decode.dali import DaliEngine
 from megabagel.data.decode.host import HostEngine, resample
 from megabagel.errors import UserError
-from tests.data.pictures import BAD, ODD, file_of, noise, turned
+from tests.support.pictures import BAD, ODD, file_of, noise, turned
 
 
 def decode(data: bytes, *sizes: tuple[int, int]) -> list[torch.Tensor]:

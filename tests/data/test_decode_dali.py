@@ -15,8 +15,8 @@ import torch
 from megabagel.data.decode import Request
 from megabagel.data.decode.dali import DaliEngine, resample_floats
 from megabagel.data.decode.host import HostEngine, resample
-from tests.data.bad_images import DOCUMENT, FILES, MARKERS, smooth, table
-from tests.data.pictures import file_of, noise
+from tests.support.bad_images import DOCUMENT, FILES, MARKERS, smooth, table
+from tests.support.pictures import file_of, noise
 
 pytest.importorskip("nvidia.dali")
 
@@ -27,7 +27,7 @@ SIZES = [(512, 512), (28, 42), (259, 200), (700, 476), (364, 700), (517, 510)]
 
 @pytest.fixture(scope="module")
 def corpus() -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.data.bad_images", "--json"]
+    command = [sys.executable, "-m", "tests.support.bad_images", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -58,7 +58,7 @@ def test_neighbours_do_not_matter(corpus: dict[str, Any]) -> None:
 
 def test_the_document_shows_the_outcomes(corpus: dict[str, Any]) -> None:
     shown = DOCUMENT.read_text().partition(MARKERS[0])[2].partition(MARKERS[1])[0]
-    assert shown == table(corpus["files"]), "python -m tests.data.bad_images writes the table"
+    assert shown == table(corpus["files"]), "python -m tests.support.bad_images writes the table"
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])

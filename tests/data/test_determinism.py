@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from megabagel.config.schema import Config
 from megabagel.data.decode.host import HostEngine
-from megabagel.data.loader import Loader, Step
-from megabagel.data.plan import GlobalPlan, Source
-from megabagel.data.tokenizer import load_tokenizer
+from megabagel.data.load.loader import Loader, Step
+from megabagel.data.plan.global_plan import GlobalPlan, Source
+from megabagel.data.tokenize.tokenizer import load_tokenizer
 from megabagel.sequence.batch import Encoders
-from tests.config.tree import change
-from tests.sequence.draws import examples
-from tests.small_run import small_config, sources_of
+from tests.support.config_tree import change
+from tests.support.small_run import small_config, sources_of
+from tests.support.strategies import examples
 
 STEPS = 40
 PACKS = 12

@@ -6,7 +6,7 @@ import pytest
 
 from megabagel.config.schema import Config, DataConfig, ModelConfig, ResizeConfig
 from megabagel.data.documents import Document, ImageItem, ImageRole, Member, Task, TextItem, TextRole, assign_roles
-from megabagel.data.expand import Expander
+from megabagel.data.plan.expand import Expander
 from megabagel.sequence.items import Clip, Item, Latent, Text, Vit
 from megabagel.sequence.keys import SampleKey
 

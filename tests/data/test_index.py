@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from megabagel.config.schema import DataConfig, SourceConfig
-from megabagel.data import index as module
 from megabagel.data.documents import Document, ImageItem, TextItem
 from megabagel.data.files import OPEN_FILES
-from megabagel.data.index import Index, build_index, find_shards, index_source
-from megabagel.data.shards import write_shards
-from megabagel.data.tokenizer import ByteTokenizer
+from megabagel.data.formats.shards import write_shards
+from megabagel.data.index import index as module
+from megabagel.data.index.index import Index, build_index, find_shards, index_source
+from megabagel.data.tokenize.tokenizer import ByteTokenizer
 from megabagel.errors import UserError
-from tests.data.pictures import BAD, ODD, file_of, noise
+from tests.support.pictures import BAD, ODD, file_of, noise
 
 BYTES = ByteTokenizer()
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from megabagel.data import index as module
-from megabagel.data.index import Index, build_index
-from megabagel.data.shards import write_shards
-from megabagel.data.tokenizer import ByteTokenizer
-from tests.data.pictures import file_of, noise
+from megabagel.data.formats.shards import write_shards
+from megabagel.data.index import index as module
+from megabagel.data.index.index import Index, build_index
+from megabagel.data.tokenize.tokenizer import ByteTokenizer
 from tests.data.test_index import BYTES, captioned, shard, sizes
+from tests.support.pictures import file_of, noise
 
 
 @pytest.fixture

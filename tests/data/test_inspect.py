@@ -13,20 +13,20 @@ from PIL import Image
 
 from megabagel.cli import main
 from megabagel.config.schema import Config, SourceConfig
+from megabagel.data.formats.shards import write_shards
 from megabagel.data.inspect.html import draw_html
 from megabagel.data.inspect.mask import COLOURS, HIDDEN, LOSS, RULER, draw_mask, thumbnail
 from megabagel.data.inspect.page import _spelled, draw_page
 from megabagel.data.inspect.show import show
 from megabagel.data.inspect.table import HEADER, as_text, cells
 from megabagel.data.inspect.view import ImageView, Kind, SampleView, TextView, view_sample
-from megabagel.data.plan import Source, open_sources
-from megabagel.data.shards import write_shards
-from megabagel.data.tokenizer import load_tokenizer
+from megabagel.data.plan.global_plan import Source, open_sources
+from megabagel.data.tokenize.tokenizer import load_tokenizer
 from megabagel.errors import UserError
 from megabagel.sequence.items import Mode
-from tests.data.pictures import file_of, noise
-from tests.sequence.definition import mask_of, places_of, tokens_of
-from tests.small_run import small_config
+from tests.support.oracle import mask_of, places_of, tokens_of
+from tests.support.pictures import file_of, noise
+from tests.support.small_run import small_config
 
 SOURCES = ("draw", "caption", "edit", "clips", "notes")
 
@@ -66,35 +66,35 @@ def test_an_image_file_that_is_gone_is_named(config: Config, tmp_path: Path) -> 
 
 def test_splits_are_those_of_the_definition(views: list[SampleView]) -> None:
     for shown in views:
-        dropped = {number for number, split in enumerate(shown.splits) if split.dropped}
-        tokens = tokens_of([split.item for split in shown.splits], dropped)
-        assert len(tokens) == shown.pack.tokens == sum(split.tokens for split in shown.splits)
-        for number, split in enumerate(shown.splits):
+        dropped = {number for number, segment in enumerate(shown.segments) if segment.dropped}
+        tokens = tokens_of([segment.item for segment in shown.segments], dropped)
+        assert len(tokens) == shown.pack.tokens == sum(segment.tokens for segment in shown.segments)
+        for number, segment in enumerate(shown.segments):
             rows = [token for token in tokens if token.split == number]
-            assert tokens[split.rows] == rows and bool(rows) != split.dropped
+            assert tokens[segment.rows] == rows and bool(rows) != segment.dropped
             if not rows:
                 continue
-            assert split.mode == rows[0].mode.name.lower()
-            assert split.rope == (rows[0].position, rows[-1].position)
-            assert split.loss == sum(bool(row.label) or row.flow for row in rows)
-            assert bool(split.group) == (rows[0].mode is Mode.NOISE) == (split.timestep is not None)
-            assert ("chain" in split.group) == (rows[0].chain is not None)
-    drops = [(split.dropped, split.probability) for shown in views for split in shown.splits]
+            assert segment.mode == rows[0].mode.name.lower()
+            assert segment.rope == (rows[0].position, rows[-1].position)
+            assert segment.loss == sum(bool(row.label) or row.flow for row in rows)
+            assert bool(segment.group) == (rows[0].mode is Mode.NOISE) == (segment.timestep is not None)
+            assert ("chain" in segment.group) == (rows[0].chain is not None)
+    drops = [(segment.dropped, segment.probability) for shown in views for segment in shown.segments]
     assert {gone for gone, _ in drops} == {True, False}
     assert all(probability > 0 for gone, probability in drops if gone)
-    assert {split.kind for shown in views for split in shown.splits} == set(Kind)
+    assert {segment.kind for shown in views for segment in shown.segments} == set(Kind)
 
 
 def test_every_group_of_a_clip_has_a_number_of_its_own(views: list[SampleView]) -> None:
-    clips = [[split.group for split in shown.splits if split.group] for shown in views if shown.task == "video"]
+    clips = [[segment.group for segment in shown.segments if segment.group] for shown in views if shown.task == "video"]
     assert any(len(groups) > 1 for groups in clips)
     assert all(groups == [f"{number} of chain 0" for number in range(len(groups))] for groups in clips)
 
 
 def test_the_mask_picture_is_the_mask(views: list[SampleView]) -> None:
     for shown in views[::3]:
-        dropped = {number for number, split in enumerate(shown.splits) if split.dropped}
-        dense = mask_of(places_of([tokens_of([split.item for split in shown.splits], dropped)]))
+        dropped = {number for number, segment in enumerate(shown.segments) if segment.dropped}
+        dense = mask_of(places_of([tokens_of([segment.item for segment in shown.segments], dropped)]))
         colours = np.array([COLOURS[kind] for kind in shown.kinds()])
         expected = np.where(dense[..., None], colours[None], HIDDEN)
         margin = 2 * RULER + 8
@@ -102,7 +102,7 @@ def test_the_mask_picture_is_the_mask(views: list[SampleView]) -> None:
             page = np.array(draw_mask(shown, side))
             scale = side // len(dense)
             found = page[margin::scale, margin::scale]
-            starts = {split.rows.start for split in shown.splits}  # white lines lie on the borders
+            starts = {segment.rows.start for segment in shown.segments}  # white lines lie on the borders
             inside = np.array([row not in starts for row in range(len(dense))])
             assert (found[inside][:, inside] == expected[inside][:, inside]).all()
             losses = (page[margin::scale, 0] == LOSS).all(-1)
@@ -143,8 +143,8 @@ def test_texts_and_images_are_those_of_the_sample(config: Config, opened: dict[s
 def test_the_text_form_has_a_line_per_split(views: list[SampleView]) -> None:
     for shown in views:
         lines = as_text(shown).splitlines()
-        for number, split in enumerate(shown.splits):
-            assert lines[4 + number].split() == " ".join(cells(number, split)).split()
+        for number, segment in enumerate(shown.segments):
+            assert lines[4 + number].split() == " ".join(cells(number, segment)).split()
         assert lines[3].split() == " ".join(HEADER).split()
         assert f"{shown.pack.tokens} tokens: " in lines[1]
 
@@ -163,7 +163,7 @@ def test_the_html_page_needs_no_other_file(views: list[SampleView]) -> None:
         assert "href" not in page and "<script" not in page
         rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page)
         found = [[re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in rows[1:]]
-        assert found == [list(cells(number, split)) for number, split in enumerate(shown.splits)]
+        assert found == [list(cells(number, segment)) for number, segment in enumerate(shown.segments)]
 
 
 def test_the_png_page_shows_the_mask(views: list[SampleView]) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from megabagel.data import index as module
 from megabagel.data.documents import ImageItem, Loose, Member, Passage, SampleError, TextItem
-from megabagel.data.index import Index, build_index
+from megabagel.data.index import index as module
+from megabagel.data.index.index import Index, build_index
 from megabagel.errors import UserError
-from tests.data.pictures import file_of, noise
 from tests.data.test_index import BYTES
+from tests.support.pictures import file_of, noise
 
 
 def write(path: Path, *records: Any) -> Path:

@@ -14,20 +14,20 @@ import torch
 from safetensors.torch import save_file
 
 from megabagel.config.schema import Config, SourceConfig, VaeConfig
-from megabagel.data import latents
 from megabagel.data.decode.host import HostEngine
-from megabagel.data.latents import LatentCache, Report, image_name, open_latents, write_latents
-from megabagel.data.loader import Loader, Step
-from megabagel.data.plan import GlobalPlan
-from megabagel.data.tokenizer import load_tokenizer
+from megabagel.data.load import latents
+from megabagel.data.load.latents import LatentCache, Report, image_name, open_latents, write_latents
+from megabagel.data.load.loader import Loader, Step
+from megabagel.data.plan.global_plan import GlobalPlan
+from megabagel.data.tokenize.tokenizer import load_tokenizer
 from megabagel.errors import UserError
 from megabagel.model.noise import normal
 from megabagel.model.vae import Codec, build_codec, codec_fingerprint
 from megabagel.model.vae_flux import Autoencoder
 from megabagel.sequence.batch import Encoders, PackedBatch
-from tests.config.tree import change
-from tests.data.pictures import file_of, noise
-from tests.small_run import small_config, sources_of
+from tests.support.config_tree import change
+from tests.support.pictures import file_of, noise
+from tests.support.small_run import small_config, sources_of
 
 FLUX = VaeConfig(codec="flux", channels=3, downsample=8, width=32, width_multipliers=(1, 1, 1, 1), res_blocks=1)
 

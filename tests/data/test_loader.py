@@ -18,12 +18,12 @@ from megabagel.config.schema import Config
 from megabagel.data.decode import Request
 from megabagel.data.decode.host import HostEngine
 from megabagel.data.documents import ImageItem, Member, TextItem
-from megabagel.data.fill import Filled
-from megabagel.data.loader import Loader
-from megabagel.data.plan import GlobalPlan
-from megabagel.data.tokenizer import TextTokenizer, load_tokenizer
-from megabagel.data.visits import PackPlan
-from megabagel.data.words import Writer
+from megabagel.data.load.collate import Filled
+from megabagel.data.load.loader import Loader
+from megabagel.data.plan.global_plan import GlobalPlan
+from megabagel.data.plan.planned_sample import PackPlan
+from megabagel.data.tokenize.token_ids import Writer
+from megabagel.data.tokenize.tokenizer import TextTokenizer, load_tokenizer
 from megabagel.errors import UserError
 from megabagel.sequence.batch import Encoders, PackedBatch
 from megabagel.sequence.images import vae_images, vit_images
@@ -31,8 +31,8 @@ from megabagel.sequence.items import Clip, Latent, Text, Vit
 from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.pack import Pack
 from megabagel.sequence.sample import LATENT, TEXT, VIT, SamplePlan
-from tests.config.tree import change
-from tests.small_run import small_config, sources_of
+from tests.support.config_tree import change
+from tests.support.small_run import small_config, sources_of
 
 ALL = Encoders(True, 0, 1, 0, 1)
 BOS, EOS, SOI, EOI = range(4)

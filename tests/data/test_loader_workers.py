@@ -10,16 +10,16 @@ import pytest
 
 from megabagel.config.schema import Config
 from megabagel.data.documents import ImageItem
-from megabagel.data.fill import Filler
-from megabagel.data.loader import Loader, Step
-from megabagel.data.visits import PackPlan
+from megabagel.data.load.collate import Filler
+from megabagel.data.load.loader import Loader, Step
+from megabagel.data.plan.planned_sample import PackPlan
 from megabagel.errors import UserError
 from megabagel.sequence.images import vae_images, vit_images
-from tests.config.tree import change
-from tests.data.batches import assert_same
 from tests.data.test_loader import loader, only
-from tests.data.worker_tasks import Stumbling, marked
-from tests.small_run import small_config
+from tests.support.batches import assert_same
+from tests.support.config_tree import change
+from tests.support.small_run import small_config
+from tests.support.worker_tasks import Stumbling, marked
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megabagel.data import index as module
-from megabagel.data import parquet
 from megabagel.data.documents import Cell, Passage, TextItem
-from megabagel.data.index import Index, build_index
+from megabagel.data.formats import parquet
+from megabagel.data.index import index as module
+from megabagel.data.index.index import Index, build_index
 from megabagel.errors import UserError
-from tests.data.pictures import file_of, noise
 from tests.data.test_index import BYTES
+from tests.support.pictures import file_of, noise
 
 INSTRUCTIONS = pa.list_(pa.list_(pa.string()))
 

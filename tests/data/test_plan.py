@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 from megabagel.config.schema import Config
-from megabagel.data.index import build_index
-from megabagel.data.plan import GlobalPlan, Source, StepPlan
-from megabagel.data.shards import list_files, write_shards
-from megabagel.data.tokenizer import load_tokenizer
+from megabagel.data.formats.shards import list_files, write_shards
+from megabagel.data.index.index import build_index
+from megabagel.data.plan.global_plan import GlobalPlan, Source, StepPlan
+from megabagel.data.tokenize.tokenizer import load_tokenizer
 from megabagel.errors import UserError
 from megabagel.sequence.items import item_tokens
 from megabagel.sequence.keys import SampleKey, generator
 from megabagel.sequence.sample import SamplePlan
 from megabagel.sequence.sizes import pack_size, total
-from tests.config.tree import change
-from tests.small_run import small_config, sources_of
+from tests.support.config_tree import change
+from tests.support.small_run import small_config, sources_of
 
 Visit = tuple[str, int, int]
 """(source, sample, epoch)"""

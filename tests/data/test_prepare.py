@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from megabagel.data.index import build_index
-from megabagel.data.prepare import prepare
-from megabagel.data.tokenizer import ByteTokenizer
+from megabagel.data.builders.prepare import prepare
+from megabagel.data.index.index import build_index
+from megabagel.data.tokenize.tokenizer import ByteTokenizer
 from megabagel.errors import UserError
-from tests.data.pictures import file_of, noise
+from tests.support.pictures import file_of, noise
 
 PNG, JPEG = file_of(noise(9, 8)), file_of(noise(11, 7), "JPEG")
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megabagel.data.documents import Loose, Member, Passage, SampleError
-from megabagel.data.records import Declared, DeclaredImage, DeclaredText, declare, invalid, parse, passage
+from megabagel.data.formats.records import Declared, DeclaredImage, DeclaredText, declare, invalid, parse, passage
 
 HERE = Member(3, 40, 50)
 

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from megabagel.data.documents import Member, Passage, SampleError
-from megabagel.data.records import Declared, DeclaredImage, DeclaredText
-from megabagel.data.samples import declared_items
+from megabagel.data.formats.records import Declared, DeclaredImage, DeclaredText
+from megabagel.data.formats.samples import declared_items
 
 
 def declare(**contents: bytes) -> list[Declared]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megabagel.data import shards
 from megabagel.data.documents import Member
-from megabagel.data.shards import ShardReader, TarFile, list_files, split_name, write_shards
+from megabagel.data.formats import shards
+from megabagel.data.formats.shards import ShardReader, TarFile, list_files, split_name, write_shards
 from megabagel.errors import UserError
 
 SAMPLES = [(f"s{i}", {"jpg": bytes([i]) * (300 + 400 * i), "txt": f"caption {i}".encode()}) for i in range(5)]

@@ -13,13 +13,13 @@ from megabagel.config.schema import Config, SourceConfig
 from megabagel.data.decode import Request
 from megabagel.data.decode.host import HostEngine
 from megabagel.data.documents import ImageItem, TextItem
-from megabagel.data.tokenizer import ByteTokenizer
+from megabagel.data.tokenize.tokenizer import ByteTokenizer
 from megabagel.sequence.images import vae_images
 from megabagel.sequence.items import Text, Vit
-from tests.config.tree import change
-from tests.data.pictures import file_of, noise
 from tests.data.test_loader import filled
-from tests.small_run import small_config
+from tests.support.config_tree import change
+from tests.support.pictures import file_of, noise
+from tests.support.small_run import small_config
 
 LONG = " ".join(["long"] * 260)
 """More than an index holds."""

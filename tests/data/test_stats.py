@@ -9,11 +9,11 @@ import pytest
 
 from megabagel.cli import main
 from megabagel.config.schema import Config
-from megabagel.data.plan import GlobalPlan
+from megabagel.data.plan.global_plan import GlobalPlan
+from megabagel.data.plan.planned_sample import Rules
 from megabagel.data.stats import Tokens, count_steps
-from megabagel.data.visits import Rules
 from megabagel.sequence.sample import LATENT, TEXT, VIT
-from tests.small_run import small_config, sources_of
+from tests.support.small_run import small_config, sources_of
 
 STEPS = 7
 

@@ -5,7 +5,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megabagel.data.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer
+from megabagel.data.tokenize.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer
 from megabagel.errors import UserError
 from megabagel.sequence.items import SPECIAL_TOKENS
 

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from megabagel.config.schema import ResizeConfig
-from megabagel.data.transforms import resize_target, to_rgb
+from megabagel.data.decode.transforms import resize_target, to_rgb
 from megabagel.sequence.patches import patchify
-from tests.data.pictures import file_of, noise, turned
+from tests.support.pictures import file_of, noise, turned
 
 VAE = (ResizeConfig(1024, 512, 1806336), 16)
 EDIT = (ResizeConfig(518, 224, 1806336), 14)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from megabagel.data.files import OPEN_FILES
-from megabagel.data.workers import Worker
+from megabagel.data.load.workers import Worker
 from megabagel.errors import UserError
-from tests.data.worker_tasks import double
+from tests.support.worker_tasks import double
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,10 +75,10 @@ def test_what_a_worker_logs_is_logged_here_by_the_rules_of_here(
     for message in ("first", "second"):
         worker.send(("log", message))
     worker.receive()
-    assert [(r.name, r.getMessage()) for r in caplog.records] == [("megabagel.data.plan", "told: first")]
-    logging.getLogger("megabagel.data.plan").setLevel(logging.ERROR)
+    assert [(r.name, r.getMessage()) for r in caplog.records] == [("megabagel.data.plan.global_plan", "told: first")]
+    logging.getLogger("megabagel.data.plan.global_plan").setLevel(logging.ERROR)
     worker.receive()
-    logging.getLogger("megabagel.data.plan").setLevel(logging.NOTSET)
+    logging.getLogger("megabagel.data.plan.global_plan").setLevel(logging.NOTSET)
     assert len(caplog.records) == 1
 
 
@@ -121,8 +121,8 @@ def test_the_end_of_its_user_ends_it_also_in_the_middle_of_a_task(worker: Worker
 def test_a_worker_may_have_many_files_on_their_way() -> None:
     """The limit is that of the server process, which is started under it."""
     program = (
-        "from tests.data.worker_tasks import double\n"
-        "from megabagel.data.workers import Worker\n"
+        "from tests.support.worker_tasks import double\n"
+        "from megabagel.data.load.workers import Worker\n"
         "import resource\n"
         "if __name__ == '__main__':\n"
         "    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
@@ -140,8 +140,8 @@ def test_a_worker_may_have_many_files_on_their_way() -> None:
 
 def test_nothing_is_left_when_its_user_is_killed() -> None:
     program = (
-        "from tests.data.worker_tasks import double\n"
-        "from megabagel.data.workers import Worker\n"
+        "from tests.support.worker_tasks import double\n"
+        "from megabagel.data.load.workers import Worker\n"
         "import time\n"
         "if __name__ == '__main__':\n"
         "    made = [Worker(str(n), double, str, 5.0, print) for n in range(2)]\n"

@@ -15,7 +15,7 @@ from rich.console import Console
 from megabagel import cli
 from megabagel.doctor import machine, row, software
 from megabagel.doctor.row import Row, absent, ok, wrong
-from megabagel.parallel.launched import SRUN, TORCHRUN
+from megabagel.runtime.launch_env import SRUN, TORCHRUN
 
 HERE = Path(__file__).parents[2]
 

@@ -11,11 +11,11 @@ from unittest import mock
 import pytest
 
 from megabagel.config.schema import Config
-from megabagel.data.plan import GlobalPlan
-from tests.config.tree import change
-from tests.parallel.pool import RankPool
-from tests.parallel.scenario import on_grid
-from tests.small_run import small_config, sources_of
+from megabagel.data.plan.global_plan import GlobalPlan
+from tests.support.config_tree import change
+from tests.support.grid_run import on_grid
+from tests.support.rank_pool import RankPool
+from tests.support.small_run import small_config, sources_of
 from tests.train.test_resume import TIMED
 
 STEPS = 7
@@ -31,9 +31,10 @@ def train(config: Config, bad: tuple[int, ...] = (), drop: int = 0, cut: int = 0
 
     bad: data steps whose loss reads NaN. drop: data step that is left out. cut: data step that is not reached.
     """
-    from megabagel.data.loader import Loader
+    from megabagel.data.load.loader import Loader
     from megabagel.errors import Stopped
-    from megabagel.parallel import host, topology
+    from megabagel.parallel import mesh
+    from megabagel.runtime import cpu_backend
     from megabagel.train import run
     from megabagel.train.judge import StepJudge
 
@@ -42,9 +43,9 @@ def train(config: Config, bad: tuple[int, ...] = (), drop: int = 0, cut: int = 0
     now = [0]
 
     @contextmanager
-    def here(config: Config) -> Iterator[topology.Topology]:
-        host.install()
-        yield topology.build(config)
+    def here(config: Config) -> Iterator[mesh.Mesh]:
+        cpu_backend.install()
+        yield mesh.build(config)
 
     def fewer(loader: Any, count: int) -> Iterator[Any]:
         for step in steps(loader, count + bool(drop)):

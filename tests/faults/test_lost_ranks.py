@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megabagel.errors import STOP_PREFIX, Preempted, RankLost
-from tests.clumsy import metrics, pairs, tiny_run
+from tests.support.cli_harness import metrics, pairs, tiny_run
 from tools.faulty_rank import STEP
 from tools.warm_jobs import Job
 

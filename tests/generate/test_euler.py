@@ -11,9 +11,9 @@ import pytest
 
 from megabagel.config.schema import Config, TelemetryConfig
 from megabagel.errors import UserError
-from tests.config.tree import change
-from tests.parallel.pool import RankPool
-from tests.small_run import small_config
+from tests.support.config_tree import change
+from tests.support.rank_pool import RankPool
+from tests.support.small_run import small_config
 
 Pictures = dict[str, np.ndarray]
 
@@ -62,18 +62,19 @@ def variants(base: TelemetryConfig) -> dict[str, TelemetryConfig]:
 
 def build(config: Config) -> tuple[Any, Callable[..., Any]]:
     """A trainer on this rank, and a function that makes a sampler of it for other telemetry settings."""
-    from megabagel.data.tokenizer import load_tokenizer
+    from megabagel.data.tokenize.tokenizer import load_tokenizer
     from megabagel.generate.euler import EulerSampler
-    from megabagel.parallel import host, topology
+    from megabagel.parallel import mesh
+    from megabagel.runtime import cpu_backend
     from megabagel.train.build import build_trainer
 
-    host.install()
-    trainer = build_trainer(config, topology.build(config))
+    cpu_backend.install()
+    trainer = build_trainer(config, mesh.build(config))
     tokenizer = load_tokenizer(config.data.tokenizer)
 
     def sampler(telemetry: TelemetryConfig, evaluate: Any = None, **changes: Any) -> EulerSampler:
         settings = change(replace(config, telemetry=telemetry), changes)
-        return EulerSampler(settings, trainer.topology, trainer.builder, tokenizer, evaluate or trainer.runner.evaluate)
+        return EulerSampler(settings, trainer.mesh, trainer.builder, tokenizer, evaluate or trainer.runner.evaluate)
 
     return trainer, sampler
 

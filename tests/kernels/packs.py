@@ -1,4 +1,4 @@
-"""Random packs of splits, their mask by its plain definition, and their codes; independent of the code under test."""
+"""Random packs of segments, their mask by its plain definition, and their codes; independent of the code under test."""
 
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ def examples(count: int) -> settings:
     return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-class Split(NamedTuple):
-    """`mode` is causal, full or noise. Noise splits of a sample that share `group` see each other entirely; with
+class Segment(NamedTuple):
+    """`mode` is causal, full or noise. Noise segments of a sample that share `group` see each other entirely; with
     `chained`, they also see the groups of their sample's chain with a lower number."""
 
     length: int
@@ -33,14 +33,14 @@ class Token(NamedTuple):
     chained: bool
 
 
-Pack = list[list[Split]]
+Pack = list[list[Segment]]
 
 
 def tokens_of(pack: Pack) -> list[Token]:
     """All tokens in sequence order."""
     tokens: list[Token] = []
-    for sample, splits in enumerate(pack):
-        for index, split in enumerate(splits):
+    for sample, segments in enumerate(pack):
+        for index, split in enumerate(segments):
             start = len(tokens)
             places = range(start, start + split.length)
             tokens += [Token(sample, index, place, split.mode, split.group, split.chained) for place in places]
@@ -88,23 +88,23 @@ def codes_of(pack: Pack) -> AttentionCodes:
 
 
 @st.composite
-def samples(draw: st.DrawFn, longest: int) -> list[Split]:
+def samples(draw: st.DrawFn, longest: int) -> list[Segment]:
     """One sample: texts, clean images, noised images alone, in groups or in one chain."""
-    splits = []
+    segments = []
     for _ in range(draw(st.integers(1, 6))):
         mode = draw(st.sampled_from(["causal", "causal", "full", "noise", "noise"]))
         group = draw(st.integers(0, 3)) if mode == "noise" else 0
         # Groups 0 and 1 are the sample's chain if it has one; groups 2 and 3 never belong to it.
-        splits.append(Split(draw(st.integers(1, longest)), mode, group))
+        segments.append(Segment(draw(st.integers(1, longest)), mode, group))
     chained = draw(st.booleans())
-    return [split._replace(chained=chained and split.mode == "noise" and split.group < 2) for split in splits]
+    return [split._replace(chained=chained and split.mode == "noise" and split.group < 2) for split in segments]
 
 
 @st.composite
 def packs(draw: st.DrawFn, longest: int = 12, most: int = 5) -> Pack:
-    """Packs of 1 to `most` samples with splits of 1 to `longest` tokens, sometimes after some equal images."""
+    """Packs of 1 to `most` samples with segments of 1 to `longest` tokens, sometimes after some equal images."""
     pack = draw(st.lists(samples(longest), min_size=1, max_size=most))
-    image = Split(draw(st.integers(1, longest)), "full")
+    image = Segment(draw(st.integers(1, longest)), "full")
     return [[image]] * draw(st.sampled_from([0, 0, 1, 2, 5])) + pack
 
 

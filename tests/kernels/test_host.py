@@ -15,7 +15,7 @@ from megabagel_kernels.attention.mask import AttentionCodes, dense_mask
 from megabagel_kernels.attention.reference import attention_reference
 from torch import Tensor
 
-from tests.kernels.packs import Pack, Split, codes_of, definition, examples, packs, selections
+from tests.kernels.packs import Pack, Segment, codes_of, definition, examples, packs, selections
 
 HEADS = [(1, 1), (2, 1), (6, 2), (4, 1), (5, 1), (6, 1), (7, 1), (8, 4)]
 
@@ -94,7 +94,7 @@ def test_reference_is_the_definition(pack: Pack):
 
 
 def test_reference_lse_has_a_gradient_and_blind_rows_have_none():
-    codes = codes_of([[Split(3, "causal"), Split(2, "noise")]]).padded(1)
+    codes = codes_of([[Segment(3, "causal"), Segment(2, "noise")]]).padded(1)
     q, k, v = draw_qkv(codes, (2, 1), 4)
 
     def attention(*inputs: Tensor) -> Tensor:
@@ -108,8 +108,8 @@ def test_reference_lse_has_a_gradient_and_blind_rows_have_none():
 
 def test_long_splits_and_rows_that_see_nothing_in_a_whole_block_of_keys():
     """Longer than any block inside the flash kernel, and a tiny sample that shares a tile with a row of many keys."""
-    long = [Split(700, "causal"), Split(600, "full"), Split(530, "noise")]
-    codes = codes_of([long, [Split(700, "full"), Split(1, "causal")], [Split(1, "causal")]])
+    long = [Segment(700, "causal"), Segment(600, "full"), Segment(530, "noise")]
+    codes = codes_of([long, [Segment(700, "full"), Segment(1, "causal")], [Segment(1, "causal")]])
     qkv = draw_qkv(codes, (2, 1), 32)
     grad = normal_like(qkv[0])
     plan = plan_host(codes)
@@ -123,9 +123,9 @@ def test_long_splits_and_rows_that_see_nothing_in_a_whole_block_of_keys():
 @pytest.fixture
 def codes() -> AttentionCodes:
     """Two samples with every kind of split, and padding, in a shuffled order."""
-    first = [Split(9, "causal"), Split(16, "full"), Split(16, "noise"), Split(5, "causal")]
-    second = [Split(20, "noise", 0, chained=True), Split(7, "full"), Split(20, "noise", 1, chained=True)]
-    whole = codes_of([first, second, [Split(1, "causal")]]).padded(6)
+    first = [Segment(9, "causal"), Segment(16, "full"), Segment(16, "noise"), Segment(5, "causal")]
+    second = [Segment(20, "noise", 0, chained=True), Segment(7, "full"), Segment(20, "noise", 1, chained=True)]
+    whole = codes_of([first, second, [Segment(1, "causal")]]).padded(6)
     order = np.random.default_rng(3).permutation(whole.queries)
     return whole.take(order, order)
 

@@ -15,7 +15,7 @@ from megabagel_kernels.attention.mask import (
     visible_per_query,
 )
 
-from tests.kernels.packs import Pack, Split, codes_of, definition, examples, packs, selections
+from tests.kernels.packs import Pack, Segment, codes_of, definition, examples, packs, selections
 
 
 @examples(200)
@@ -35,7 +35,7 @@ def test_codes_mean_the_mask_in_words(pack: Pack, padding: int, data: st.DataObj
 
 
 def test_padding_is_blind_and_unseen():
-    codes = codes_of([[Split(2, "causal"), Split(3, "noise")]])
+    codes = codes_of([[Segment(2, "causal"), Segment(3, "noise")]])
     both = codes.padded(2)
     assert visible_per_query(both).tolist() == [1, 2, 5, 5, 5, 0, 0]
     assert not dense_mask(both)[:, 5:].any()
@@ -44,9 +44,9 @@ def test_padding_is_blind_and_unseen():
 
 def test_one_sample_of_every_kind():
     """Text, a clean image, two images noised as one, text, then a chain of two frames."""
-    images = [Split(2, "full"), Split(1, "noise", 2), Split(1, "noise", 2)]
-    chain = [Split(2, "noise", 0, chained=True), Split(1, "noise", 1, chained=True)]
-    codes = codes_of([[Split(2, "causal"), *images, Split(2, "causal"), *chain]])
+    images = [Segment(2, "full"), Segment(1, "noise", 2), Segment(1, "noise", 2)]
+    chain = [Segment(2, "noise", 0, chained=True), Segment(1, "noise", 1, chained=True)]
+    codes = codes_of([[Segment(2, "causal"), *images, Segment(2, "causal"), *chain]])
     rows = ["".join(".x"[cell] for cell in row.astype(int)) for row in dense_mask(codes)]
     assert rows == [
         "x..........",

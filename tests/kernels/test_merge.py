@@ -8,7 +8,7 @@ from megabagel_kernels.attention.host import host_attention_lse, plan_host
 from megabagel_kernels.attention.merge import merge
 from megabagel_kernels.attention.reference import attention_reference
 
-from tests.kernels.packs import Pack, Split, codes_of, examples, packs
+from tests.kernels.packs import Pack, Segment, codes_of, examples, packs
 
 
 @examples(60)
@@ -27,7 +27,7 @@ def test_parts_of_the_keys_merge_to_the_whole(pack: Pack, padding: int, parts: i
 
 
 def test_gradients_pass_through_a_merge_also_where_a_part_sees_nothing():
-    codes = codes_of([[Split(3, "causal"), Split(2, "noise")]]).padded(1)
+    codes = codes_of([[Segment(3, "causal"), Segment(2, "noise")]]).padded(1)
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(6, n, 4, dtype=torch.float64, generator=draw).requires_grad_() for n in (2, 1, 1))
     early, late = codes.take(None, range(2)), codes.take(None, range(2, 6))

@@ -9,7 +9,7 @@ from megabagel_kernels.attention import schedule
 from megabagel_kernels.attention.mask import AttentionCodes, dense_mask, visible_pairs
 from megabagel_kernels.attention.schedule import EMPTY, FULL, PARTIAL, BlockLists, classify, visited_pairs
 
-from tests.kernels.packs import Pack, Split, codes_of, examples, packs, selections
+from tests.kernels.packs import Pack, Segment, codes_of, examples, packs, selections
 
 SIZES = [(16, 16), (8, 32), (32, 8), (1, 4), (64, 16)]
 
@@ -61,7 +61,7 @@ def test_lists_hold_every_block_once_full_ones_first_and_heaviest_first(height: 
 
 
 def test_blocks_cut_short_are_partial_and_padding_costs_nothing():
-    codes = codes_of([[Split(40, "full")]])
+    codes = codes_of([[Segment(40, "full")]])
     assert classify(codes, 16, 16).tolist() == [[2, 2, 1], [2, 2, 1], [1, 1, 1]]
     assert classify(codes.padded(24), 16, 16).tolist() == [[2, 2, 1, 0], [2, 2, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
     assert visited_pairs(classify(codes, 16, 16), 16, 16) == 9 * 256
@@ -78,9 +78,9 @@ def test_codes_next_to_the_border_between_public_and_private_are_told_apart():
 def packed_images(tokens: int) -> AttentionCodes:
     """Many text-to-image samples: a prompt and a noised image of 1,024 tokens each."""
     rng = np.random.default_rng(0)
-    pack: list[list[Split]] = []
-    while sum(split.length for splits in pack for split in splits) < tokens:
-        pack.append([Split(int(rng.integers(40, 300)), "causal"), Split(1024, "noise")])
+    pack: list[list[Segment]] = []
+    while sum(split.length for segments in pack for split in segments) < tokens:
+        pack.append([Segment(int(rng.integers(40, 300)), "causal"), Segment(1024, "noise")])
     return codes_of(pack)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from megabagel_kernels.attention.mask import AttentionCodes, dense_mask, visible_pairs
 from megabagel_kernels.attention.tiling import Tile, Tiling, cut_into_tiles
 
-from tests.kernels.packs import Pack, Split, codes_of, examples, packs, selections
+from tests.kernels.packs import Pack, Segment, codes_of, examples, packs, selections
 
 
 def keys_of(tile: Tile) -> npt.NDArray[np.int64]:
@@ -48,7 +48,7 @@ def test_every_visible_pair_is_computed_once(pack: Pack, padding: int, data: st.
 
 
 def test_an_image_is_one_tile_without_mask_in_any_order():
-    codes = codes_of([[Split(50, "causal"), Split(300, "full"), Split(400, "noise")], [Split(256, "full")]])
+    codes = codes_of([[Segment(50, "causal"), Segment(300, "full"), Segment(400, "noise")], [Segment(256, "full")]])
     order = np.random.default_rng(0).permutation(codes.queries)
     found = cut_into_tiles(codes.take(order, order)).tiles
     plain = sorted((tile.stop - tile.start, len(keys_of(tile))) for tile in found if tile.hidden_RK is None)
@@ -57,7 +57,7 @@ def test_an_image_is_one_tile_without_mask_in_any_order():
 
 
 def test_equal_images_are_one_batch():
-    images = [Split(16, "full")] * 20 + [Split(9, "full")] * 2 + [Split(100, "full"), Split(16, "full")]
+    images = [Segment(16, "full")] * 20 + [Segment(9, "full")] * 2 + [Segment(100, "full"), Segment(16, "full")]
     tiles = cut_into_tiles(codes_of([[image] for image in images]).padded(3)).tiles
     assert (tiles[0].stop, tiles[0].batch, tiles[0].keys, tiles[0].hidden_RK) == (320, 20, (slice(0, 320),), None)
     assert area(Tiling(np.arange(0), np.arange(0), tiles)) <= 20 * 16**2 + (2 * 9) ** 2 + (100 + 16) ** 2
@@ -65,9 +65,9 @@ def test_equal_images_are_one_batch():
 
 def test_what_only_resembles_equal_images_is_no_batch():
     """Equally many rows on equally many keys, but with keys between them, with private keys, or with causal rows."""
-    apart = codes_of([[Split(300, "full"), Split(200, "causal")]] * 2)
-    noised = codes_of([[Split(300, "full"), Split(300, "noise")]] * 2)
-    halved = codes_of([[Split(2, "full")], [Split(2, "causal")]])
+    apart = codes_of([[Segment(300, "full"), Segment(200, "causal")]] * 2)
+    noised = codes_of([[Segment(300, "full"), Segment(300, "noise")]] * 2)
+    halved = codes_of([[Segment(2, "full")], [Segment(2, "causal")]])
     for codes in (
         apart.take([*range(300), *range(500, 800)]),
         noised.take([*range(300, 600), *range(900, 1200)]),
@@ -78,7 +78,7 @@ def test_what_only_resembles_equal_images_is_no_batch():
 
 
 def test_tiny_samples_share_tiles():
-    tiling = cut_into_tiles(codes_of([[Split(3, "causal"), Split(4, "noise")] for _ in range(40)]))
+    tiling = cut_into_tiles(codes_of([[Segment(3, "causal"), Segment(4, "noise")] for _ in range(40)]))
     assert len(tiling.tiles) <= 14
 
 
@@ -100,7 +100,7 @@ def test_a_mixed_pack_wastes_little():
     for _ in range(8):
         image = int(draw.choice([64, 100, 144, 256]))
         text = int(draw.integers(20, 200))
-        pack += [[Split(image, "full"), Split(text, "causal"), Split(image, "noise")], [Split(text, "causal")]]
+        pack += [[Segment(image, "full"), Segment(text, "causal"), Segment(image, "noise")], [Segment(text, "causal")]]
     codes = codes_of(pack)
     tiling = cut_into_tiles(codes)
     assert area(tiling) < 1.25 * visible_pairs(codes)

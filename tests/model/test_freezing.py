@@ -12,7 +12,7 @@ from megabagel.model.bagel import Bagel
 from megabagel.model.factory import SingleDevice
 from megabagel.model.inputs import Hidden, LatentInputs, Rope, StageInputs
 from megabagel.model.positions import rope_tables
-from tests.parallel.scenario import base_config
+from tests.support.grid_run import base_config
 
 MODEL = replace(base_config().model, visual_und=False)
 UND, GEN = 6, 5

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megabagel.config.schema import Config
-from tests.parallel.pool import RankPool
-from tests.parallel.scenario import base_config, curve, on_grid
+from tests.support.grid_run import base_config, curve, on_grid
+from tests.support.rank_pool import RankPool
 
 GRIDS = [  # tp, pp, vpp, cp, dp
     (2, 1, 1, 1, 1),

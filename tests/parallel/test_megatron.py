@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.parallel.scenario import base_config
+from tests.support.grid_run import base_config
 
 
 @pytest.mark.parametrize("cuda", [False, True])

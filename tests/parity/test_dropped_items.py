@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from tests.parallel.pool import RankPool
-from tests.parity import plants
-from tests.parity.command import FOLDER, About, Entries, needs_cases, parity, written
+from tests.support import seeded_bugs
+from tests.support.parity_command import FOLDER, About, Entries, needs_cases, parity, written
+from tests.support.rank_pool import RankPool
 
 pytestmark = needs_cases
 
@@ -81,7 +81,7 @@ def test_a_dropped_item_leaves_no_tokens_and_a_dropped_image_moves_the_counter(r
     words = [written(tmp_path / "train_dropout", by_hand(), about), "--random-weights", "--time", "1"]
     outcome = ranks.run(1, parity, words)[0]
     assert (outcome.code, outcome.failed, outcome.err) == (0, [], "")
-    planted = ranks.run(1, parity, words, plants.dropped_images_leave_no_gap)[0]
+    planted = ranks.run(1, parity, words, seeded_bugs.dropped_images_leave_no_gap)[0]
     assert (planted.code, planted.failed) == (1, ["batch/packed_position_ids"])
 
     about["dropout_draws"] = [0.05, 0.6, 0.09, 0.09999, 0.49, 0.02]

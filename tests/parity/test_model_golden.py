@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megabagel.checkpoint.official.names import official_name
+from megabagel.checkpoint.hf.names import official_name
 from megabagel.config.schema import Config, DataConfig, ParallelConfig, TrainConfig
 from megabagel.model.bagel import Bagel
 from megabagel.model.factory import SingleDevice
 from megabagel.model.sharding import named_pieces
 from megabagel.parity.case import Case, model_config, open_case
 from megabagel.sequence.batch import Encoders
-from tests.parallel.pool import RankPool
-from tests.parity.command import FOLDER, TRAIN, needs_cases
+from tests.support.parity_command import FOLDER, TRAIN, needs_cases
+from tests.support.rank_pool import RankPool
 
 pytestmark = needs_cases
 
@@ -47,11 +47,11 @@ def found(request: pytest.FixtureRequest, ranks: RankPool) -> Found:
 
 def backward(name: str) -> Found:
     from megabagel.parallel.inputs import InputBuilder
-    from megabagel.parallel.topology import Axis, Topology
+    from megabagel.parallel.mesh import Axis, Mesh
     from megabagel.parity.packs import given, official_batch, packed_batch
 
     case, alone = open_case(FOLDER / name), Axis(0, 1, NO_GROUP)
-    topology = Topology(world=alone, tp=alone, pp=alone, cp=alone, dp=alone, tp_cp=alone, dp_cp=alone)
+    mesh = Mesh(world=alone, tp=alone, pp=alone, cp=alone, dp=alone, tp_cp=alone, dp_cp=alone)
     config = _config(case)
     official = official_batch(case, config.model)
     batch = packed_batch(official, config, Encoders(True, 0, 1, 0, 1))
@@ -60,7 +60,7 @@ def backward(name: str) -> Found:
     with torch.no_grad():
         for piece, parameter in named_pieces(model):
             piece.view(parameter).copy_(weights[official_name(piece.name)])
-    builder = InputBuilder(config, topology, SingleDevice(), None, torch.device("cpu"))
+    builder = InputBuilder(config, mesh, SingleDevice(), None, torch.device("cpu"))
     outputs = model(builder.build(batch, given(official, config.model)))
     weight, pack = case.entry("loss"), official.pack
     ce = weight["ce_weight"] * outputs.ce_K.sum() / max(pack.ce_tokens, 1)

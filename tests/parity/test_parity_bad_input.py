@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.pool import RankPool
-from tests.parity.command import (
+from tests.support.parity_command import (
     DP2,
     FOLDER,
     PRIM,
@@ -20,6 +19,7 @@ from tests.parity.command import (
     paths,
     without_weights,
 )
+from tests.support.rank_pool import RankPool
 
 pytestmark = needs_cases
 

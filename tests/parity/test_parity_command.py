@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from tests.parallel.pool import RankPool
-from tests.parity.command import (
+from tests.support.parity_command import (
     ACCUMULATED,
     ACCUMULATED_GLOBAL,
     DP2,
@@ -29,6 +28,7 @@ from tests.parity.command import (
     paths,
     without_weights,
 )
+from tests.support.rank_pool import RankPool
 
 pytestmark = needs_cases
 

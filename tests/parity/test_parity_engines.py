@@ -7,8 +7,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.parallel.pool import RankPool
-from tests.parity.command import TRAIN, needs_cases, parity, paths
+from tests.support.parity_command import TRAIN, needs_cases, parity, paths
+from tests.support.rank_pool import RankPool
 
 pytestmark = needs_cases
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

@@ -5,8 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.pool import RankPool
-from tests.parity.command import ACCUMULATED, ACCUMULATED_GLOBAL, DP2, MICRO_STEP, TRAIN, needs_cases, parity, paths
+from tests.support.parity_command import (
+    ACCUMULATED,
+    ACCUMULATED_GLOBAL,
+    DP2,
+    MICRO_STEP,
+    TRAIN,
+    needs_cases,
+    parity,
+    paths,
+)
+from tests.support.rank_pool import RankPool
 
 pytestmark = needs_cases
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.parallel.pool import RankPool
-from tests.parity import plants
-from tests.parity.command import DP2, PRIM, Plant, needs_cases, parity, paths
+from tests.support import seeded_bugs
+from tests.support.parity_command import DP2, PRIM, Plant, needs_cases, parity, paths
+from tests.support.rank_pool import RankPool
 
 pytestmark = needs_cases
 
@@ -14,21 +14,21 @@ EDIT, INTERLEAVED = "train_04_edit", "train_05_interleave3"
 @pytest.mark.parametrize(
     "plant, case, row",
     [
-        (plants.experts_swapped, EDIT, "expect/ce"),
-        (plants.vit_patches_transposed, EDIT, "expect/ce"),
-        (plants.patchify_transposed, PRIM[0], "patchify/tokens"),
-        (plants.table_transposed, EDIT, "expect/ce"),
-        (plants.table_transposed, PRIM[0], "sincos/dim3584_side70_rows"),
-        (plants.rope_interleaved, EDIT, "expect/ce"),
-        (plants.rope_interleaved, PRIM[0], "rope/q_out_pos7_100"),
-        (plants.shift_ignored, EDIT, "expect/inputs_embeds"),
-        (plants.target_reversed, EDIT, "expect/mse"),
-        (plants.noised_image_seen, INTERLEAVED, "batch/attn_modes"),
-        (plants.clean_copy_moved_on, INTERLEAVED, "batch/packed_position_ids"),
-        (plants.k_norm_missing, EDIT, "expect/ce"),
-        (plants.averages_before_the_step, DP2, "expect_ema/connector.fc1.bias"),
-        (plants.adam_eps_as_usual, DP2, "update_norms_f64 (163) time_embedder.mlp.0.weight"),
-        (plants.rate_a_step_late, DP2, "step 2: lr"),
+        (seeded_bugs.experts_swapped, EDIT, "expect/ce"),
+        (seeded_bugs.vit_patches_transposed, EDIT, "expect/ce"),
+        (seeded_bugs.patchify_transposed, PRIM[0], "patchify/tokens"),
+        (seeded_bugs.table_transposed, EDIT, "expect/ce"),
+        (seeded_bugs.table_transposed, PRIM[0], "sincos/dim3584_side70_rows"),
+        (seeded_bugs.rope_interleaved, EDIT, "expect/ce"),
+        (seeded_bugs.rope_interleaved, PRIM[0], "rope/q_out_pos7_100"),
+        (seeded_bugs.shift_ignored, EDIT, "expect/inputs_embeds"),
+        (seeded_bugs.target_reversed, EDIT, "expect/mse"),
+        (seeded_bugs.noised_image_seen, INTERLEAVED, "batch/attn_modes"),
+        (seeded_bugs.clean_copy_moved_on, INTERLEAVED, "batch/packed_position_ids"),
+        (seeded_bugs.k_norm_missing, EDIT, "expect/ce"),
+        (seeded_bugs.averages_before_the_step, DP2, "expect_ema/connector.fc1.bias"),
+        (seeded_bugs.adam_eps_as_usual, DP2, "update_norms_f64 (163) time_embedder.mlp.0.weight"),
+        (seeded_bugs.rate_a_step_late, DP2, "step 2: lr"),
     ],
 )
 def test_caught(ranks: RankPool, plant: Plant, case: str, row: str) -> None:
@@ -40,8 +40,8 @@ def test_caught(ranks: RankPool, plant: Plant, case: str, row: str) -> None:
 @pytest.mark.parametrize(
     "plant, axis, row",
     [
-        (plants.ce_over_own_rows, "cp", "grad/connector.fc1.weight"),
-        (plants.tp_sums_missing, "tp", "grad/language_model.model.layers.0.input_layernorm.weight"),
+        (seeded_bugs.ce_over_own_rows, "cp", "grad/connector.fc1.weight"),
+        (seeded_bugs.tp_sums_missing, "tp", "grad/language_model.model.layers.0.input_layernorm.weight"),
     ],
 )
 def test_caught_on_two_ranks(ranks: RankPool, plant: Plant, axis: str, row: str) -> None:

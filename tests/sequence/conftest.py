@@ -1,5 +1,5 @@
 """Fixtures of this room."""
 
-from tests.parity_files import golden
+from tests.support.parity_files import golden
 
 __all__ = ["golden"]

@@ -8,7 +8,7 @@ import pytest
 from megabagel.sequence.items import Clip, Item, Latent, Text, Vit, item_tokens
 from megabagel.sequence.layout import build_layout, layout_rows
 from megabagel.sequence.pack import Pack
-from tests.sequence.draws import lay_end_to_end
+from tests.support.strategies import lay_end_to_end
 
 WINDOW, CHUNK = 9216, 64
 Kind = Callable[[np.random.Generator], list[Item]]
@@ -19,7 +19,7 @@ def ratio(pack: Pack, chunk: int, cp: int) -> tuple[float, int]:
     layout = build_layout(pack, layout_rows(WINDOW, chunk, cp), chunk, cp)
     visible = np.append(pack.visible_S, 0)
     area = np.array([visible[layout.rank(rank)].sum() for rank in range(cp)])
-    return float(area.max() / area.mean()), (max(layout.borders) - min(layout.borders)) // chunk
+    return float(area.max() / area.mean()), (max(layout.num_und) - min(layout.num_und)) // chunk
 
 
 def t2i(rng: np.random.Generator) -> list[Item]:

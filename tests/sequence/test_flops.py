@@ -10,8 +10,8 @@ from megabagel.config.schema import ModelConfig, VitConfig
 from megabagel.sequence.flops import Flops, branch_parameters, count_flops
 from megabagel.sequence.items import Item, Latent, Text, Vit
 from megabagel.sequence.sizes import pack_size
-from tests.sequence.definition import mask_of, places_of
-from tests.sequence.draws import examples, lay_end_to_end, packs
+from tests.support.oracle import mask_of, places_of
+from tests.support.strategies import examples, lay_end_to_end, packs
 
 BAGEL_7B = ModelConfig(
     layers=28, hidden=3584, heads=28, kv_heads=4, ffn=18944, vocab=152064, vit=VitConfig(26, 1152, 16, 4304)

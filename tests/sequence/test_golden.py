@@ -8,12 +8,12 @@ import pytest
 from megabagel_kernels.attention.mask import dense_mask
 from torch import Tensor
 
-from megabagel.data.words import Writer
+from megabagel.data.tokenize.token_ids import Writer
 from megabagel.sequence.grid import grid_ids
 from megabagel.sequence.items import Clip, Item, Latent, Mode, Text, Vit
 from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.pack import Pack, build_pack, mask_codes
-from megabagel.sequence.sample import LATENT, TEXT, VIT, Dropout, Split, plan_sample
+from megabagel.sequence.sample import LATENT, TEXT, VIT, Dropout, Segment, plan_sample
 
 PATCH, LATENT_STRIDE = 14, 16
 CASES = ["01_text_only", "02_t2i", "03_vlm", "04_edit", "05_interleave3", "06_video_groups"]
@@ -99,9 +99,9 @@ def test_samples_and_splits(case):
     pack, batch = case.pack, case.batch
     assert pack.tokens == batch["sequence_length"]
     assert [sample.tokens for sample in pack.samples] == batch["sample_lens"][:-1].tolist()  # the last one is padding
-    splits = [split for sample in pack.samples for split in sample.splits]
-    assert [split.length for split in splits] == batch["split_lens"][:-1].tolist()
-    assert [int(split.mode) for split in splits] == batch["attn_modes"][:-1].tolist()
+    segments = [segment for sample in pack.samples for segment in sample.segments]
+    assert [segment.length for segment in segments] == batch["split_lens"][:-1].tolist()
+    assert [int(segment.mode) for segment in segments] == batch["attn_modes"][:-1].tolist()
 
 
 def test_rope_ids(case):
@@ -153,12 +153,12 @@ def test_random_masks_of_the_official_builder(golden):
     tensors, about = golden("prim_01_building_blocks")
     assert len(about["masks"]) >= 10
     for number, layout in enumerate(about["masks"]):
-        splits = iter(Split(MODES[m], n) for m, n in zip(layout["attn_modes"], layout["split_lens"], strict=True))
+        segments = iter(Segment(MODES[m], n) for m, n in zip(layout["attn_modes"], layout["split_lens"], strict=True))
         samples = []
         for length in layout["sample_lens"]:
-            sample: list[Split] = []
-            while sum(split.length for split in sample) < length:
-                sample.append(next(splits))
+            sample: list[Segment] = []
+            while sum(segment.length for segment in sample) < length:
+                sample.append(next(segments))
             samples.append(sample)
         mask = np.asarray(dense_mask(mask_codes(samples)))
         assert mask.tolist() == tensors[f"mask/{number}"].bool().tolist()

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from megabagel.sequence.batch import Encoders
 from megabagel.sequence.images import index_latents, shares, vae_images, vit_images
 from megabagel.sequence.items import Clip, Item, Latent, Text, Vit
-from tests.sequence.draws import examples, lay_end_to_end, packs
+from tests.support.strategies import examples, lay_end_to_end, packs
 
 
 @examples(200)

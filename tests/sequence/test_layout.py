@@ -11,8 +11,8 @@ from megabagel.sequence.items import Item, Latent, Text, Vit
 from megabagel.sequence.layout import Layout, build_layout, layout_rows
 from megabagel.sequence.pack import Pack
 from megabagel.sequence.sample import LATENT
-from tests.sequence.definition import mask_of, places_of
-from tests.sequence.draws import examples, lay_end_to_end, packs
+from tests.support.oracle import mask_of, places_of
+from tests.support.strategies import examples, lay_end_to_end, packs
 
 CHUNK = st.sampled_from([1, 2, 3, 4, 8, 16])
 CP = st.integers(1, 4)
@@ -27,10 +27,10 @@ def check_rules(layout: Layout, pack: Pack, chunk: int, cp: int) -> None:
     """Everything that ranks rely on."""
     placed = layout.token_R[layout.token_R >= 0]
     assert sorted(placed.tolist()) == list(range(pack.tokens))  # every token exactly once
-    assert layout.cp == len(layout.borders) == cp
+    assert layout.cp == len(layout.num_und) == cp
     assert layout.rows * cp == len(layout.token_R)
     assert np.array_equal(np.concatenate([layout.rank(rank) for rank in range(cp)]), layout.token_R)
-    for rank, border in enumerate(layout.borders):
+    for rank, border in enumerate(layout.num_und):
         token_C = layout.rank(rank)
         assert len(token_C) == layout.rows
         assert border % chunk == 0 and layout.rows % chunk == 0

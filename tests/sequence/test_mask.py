@@ -7,9 +7,9 @@ from megabagel_kernels.attention.mask import PRIVATE, dense_mask, visible_pairs,
 
 from megabagel.sequence.items import Mode
 from megabagel.sequence.pack import mask_codes
-from megabagel.sequence.sample import Split
-from tests.sequence.definition import Place, mask_of, places_of
-from tests.sequence.draws import examples, packs, splits
+from megabagel.sequence.sample import Segment
+from tests.support.oracle import Place, mask_of, places_of
+from tests.support.strategies import examples, packs, segments
 
 TEXT, FULL, NOISE = Mode.CAUSAL, Mode.FULL, Mode.NOISE
 
@@ -21,8 +21,8 @@ def drawn(codes):
 
 def test_an_interleaved_sample_and_a_chain():
     """Figure 15: (a) a generated image and its clean copy, (b) two groups of a chain; words before and after."""
-    interleaved = [Split(TEXT, 2), Split(NOISE, 2), Split(FULL, 2), Split(TEXT, 1)]
-    chain = [Split(TEXT, 1), Split(NOISE, 1, chain=0), Split(NOISE, 2, chain=0), Split(TEXT, 1)]
+    interleaved = [Segment(TEXT, 2), Segment(NOISE, 2), Segment(FULL, 2), Segment(TEXT, 1)]
+    chain = [Segment(TEXT, 1), Segment(NOISE, 1, chain=0), Segment(NOISE, 2, chain=0), Segment(TEXT, 1)]
     assert drawn(mask_codes([interleaved, chain])) == [
         "x...........",
         "xx..........",
@@ -40,8 +40,8 @@ def test_an_interleaved_sample_and_a_chain():
 
 
 def test_chains_do_not_meet_even_when_they_alternate_and_share_a_number_with_another_sample():
-    alternating = [Split(NOISE, 1, chain=c) for c in (0, 1, 0, None, 1)]
-    assert drawn(mask_codes([alternating, [Split(NOISE, 1, chain=0)]])) == [
+    alternating = [Segment(NOISE, 1, chain=c) for c in (0, 1, 0, None, 1)]
+    assert drawn(mask_codes([alternating, [Segment(NOISE, 1, chain=0)]])) == [
         "x.....",
         ".x....",
         "x.x...",
@@ -52,13 +52,13 @@ def test_chains_do_not_meet_even_when_they_alternate_and_share_a_number_with_ano
 
 
 @examples(700)
-@given(st.lists(st.lists(splits(), min_size=1, max_size=7), min_size=1, max_size=4))
+@given(st.lists(st.lists(segments(), min_size=1, max_size=7), min_size=1, max_size=4))
 def test_any_splits(samples):
     places = [
-        Place(number, index, split.mode, split.chain)
+        Place(number, index, segment.mode, segment.chain)
         for number, sample in enumerate(samples)
-        for index, split in enumerate(sample)
-        for _ in range(split.length)
+        for index, segment in enumerate(sample)
+        for _ in range(segment.length)
     ]
     expected, codes = mask_of(places), mask_codes(samples)
     assert np.array_equal(dense_mask(codes), expected)

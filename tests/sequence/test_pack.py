@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megabagel.data.words import Writer
+from megabagel.data.tokenize.token_ids import Writer
 from megabagel.sequence.items import Item, Latent, Text, Vit
 from megabagel.sequence.sample import LATENT, TEXT, VIT
-from tests.sequence.definition import Token
-from tests.sequence.draws import examples, lay_end_to_end, packs
+from tests.support.oracle import Token
+from tests.support.strategies import examples, lay_end_to_end, packs
 
 KIND = {"word": TEXT, "patch": VIT, "latent": LATENT}
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megabagel.sequence.packing import choose_pack, deal, turns
-from tests.sequence.draws import examples
+from tests.support.strategies import examples
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=30)
 

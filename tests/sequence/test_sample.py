@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from megabagel.sequence.items import Clip, Item, Latent, Text, Vit, item_tokens
 from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.sample import LATENT, TEXT, VIT, Dropout, LatentImage, SamplePlan, plan_sample
-from tests.sequence.definition import clip_mode, tokens_of
-from tests.sequence.draws import examples, sample_items
+from tests.support.oracle import clip_mode, tokens_of
+from tests.support.strategies import examples, sample_items
 
 KEY = SampleKey(seed=11, source="pairs", sample=5, epoch=2)
 KIND = {"word": TEXT, "patch": VIT, "latent": LATENT}
@@ -103,9 +103,9 @@ def test_every_token_is_as_the_definition_says(items, text, vit, latent, advance
     assert sample.kind_S.tolist() == [KIND[token.kind] for token in tokens]
     assert sample.position_S.tolist() == [token.position for token in tokens]
     assert sample.ce_S.tolist() == [bool(token.label) for token in tokens]
-    assert sample.tokens == len(tokens) == sum(split.length for split in sample.splits)
+    assert sample.tokens == len(tokens) == sum(segment.length for segment in sample.segments)
     runs = [list(run) for _, run in groupby(tokens, key=lambda token: token.split)]
-    assert [(s.mode, s.length, s.chain) for s in sample.splits] == [(r[0].mode, len(r), r[0].chain) for r in runs]
+    assert [(s.mode, s.length, s.chain) for s in sample.segments] == [(r[0].mode, len(r), r[0].chain) for r in runs]
     dtypes = (sample.kind_S.dtype, sample.position_S.dtype, sample.ce_S.dtype)
     assert dtypes == (np.uint8, np.int32, bool)
 
@@ -131,7 +131,7 @@ def test_items_know_their_size_and_clips_their_mode(items):
 
 def test_a_sample_may_be_dropped_as_a_whole():
     sample = plan_sample([Text(0, 3, droppable=True)], KEY, Dropout(text=1.0))
-    assert (sample.tokens, sample.items, sample.splits) == (0, [], [])
+    assert (sample.tokens, sample.items, sample.segments) == (0, [], [])
 
 
 # Timesteps and noise

@@ -4,8 +4,8 @@ from hypothesis import given
 
 from megabagel.sequence.items import Clip, Latent, Text, Vit
 from megabagel.sequence.sizes import Size, pack_size, sample_size, total
-from tests.sequence.definition import mask_of, places_of
-from tests.sequence.draws import examples, packs
+from tests.support.oracle import mask_of, places_of
+from tests.support.strategies import examples, packs
 
 
 def test_a_sample_counted_by_hand():

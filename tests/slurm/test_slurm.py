@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from megabagel.config.load import dump
-from tests.config.tree import change
-from tests.slurm.cluster import NO_GPUS, ROOT, SCRIPTS, TWO_NODES, Cluster, running
-from tests.small_run import small_config, write_data
+from tests.support.config_tree import change
+from tests.support.slurm_cluster import NO_GPUS, ROOT, SCRIPTS, TWO_NODES, Cluster, running
+from tests.support.small_run import small_config, write_data
 
 pytestmark = pytest.mark.slow
 STEPS = 60

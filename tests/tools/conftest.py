@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.pictures import file_of, noise
+from tests.support.pictures import file_of, noise
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from build_stamps import main
 
-from megabagel.data.index import build_index, find_shards
-from megabagel.data.tokenizer import ByteTokenizer
+from megabagel.data.index.index import build_index, find_shards
+from megabagel.data.tokenize.tokenizer import ByteTokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "build_stamps.py"
 

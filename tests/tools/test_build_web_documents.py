@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from build_web_documents import main
 
-from megabagel.data.index import build_index, find_shards
-from megabagel.data.tokenizer import load_tokenizer
+from megabagel.data.index.index import build_index, find_shards
+from megabagel.data.tokenize.tokenizer import load_tokenizer
 from tests.tools.conftest import SENTENCE
 
 

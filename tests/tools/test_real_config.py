@@ -6,10 +6,10 @@ import build_stamps
 import build_web_documents
 
 from megabagel.config.load import load
-from megabagel.data.plan import open_sources
-from megabagel.data.shapes import write_shapes
+from megabagel.data.builders.toy_shapes import write_shapes
+from megabagel.data.plan.global_plan import open_sources
 from megabagel.data.stats import count_steps
-from megabagel.data.tokenizer import load_tokenizer
+from megabagel.data.tokenize.tokenizer import load_tokenizer
 
 REAL = Path(__file__).parents[2] / "examples" / "configs" / "real.yaml"
 

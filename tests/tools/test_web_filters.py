@@ -10,7 +10,7 @@ from corpus_parts.filters import Filter, run_filters
 from corpus_parts.web_filters import WEB_FILTERS, sharpness, split
 from PIL import Image
 
-from tests.data.pictures import file_of, noise
+from tests.support.pictures import file_of, noise
 
 ENGLISH = "This is the way in which the filter works, and it is easy to use.\n\n"
 GERMAN = "Der Filter macht das Bild unscharf und zeigt danach einen Hinweis.\n\n"

@@ -13,11 +13,11 @@ from unittest import mock
 import pytest
 
 from megabagel.config.schema import Config
-from megabagel.data.plan import GlobalPlan
-from tests.config.tree import change
-from tests.parallel.pool import RankError, RankPool
-from tests.parallel.scenario import on_grid
-from tests.small_run import small_config, sources_of
+from megabagel.data.plan.global_plan import GlobalPlan
+from tests.support.config_tree import change
+from tests.support.grid_run import on_grid
+from tests.support.rank_pool import RankError, RankPool
+from tests.support.small_run import small_config, sources_of
 
 STEPS, CUT = 6, 5
 """A checkpoint is written every two steps; a cut run has finished CUT steps, of which the last is lost."""
@@ -34,13 +34,14 @@ class Cut(Exception):
 
 def train(config: Config, cut: int | None = None) -> list[int]:
     """The program on this rank, inside the pool's process group; the steps it began. After `cut` steps it is gone."""
-    from megabagel.parallel import host, topology
+    from megabagel.parallel import mesh
+    from megabagel.runtime import cpu_backend
     from megabagel.train import run
 
     @contextmanager
-    def here(config: Config) -> Iterator[topology.Topology]:
-        host.install()
-        yield topology.build(config)
+    def here(config: Config) -> Iterator[mesh.Mesh]:
+        cpu_backend.install()
+        yield mesh.build(config)
 
     train_step, begun = run.Trainer.train_step, []
 
@@ -66,8 +67,8 @@ def weights_left_open_show() -> Iterator[None]:
 
     build_stages = build.build_stages
 
-    def shown(config: Config, topology: Any, megatron: Any, kernels: Any, draw: bool) -> Any:
-        stages = build_stages(config, topology, megatron, kernels, draw)
+    def shown(config: Config, mesh: Any, megatron: Any, kernels: Any, draw: bool) -> Any:
+        stages = build_stages(config, mesh, megatron, kernels, draw)
         for weight in (weight for stage in stages for weight in stage.parameters() if not draw):
             if weight.ndim > 1 or not config.run.init_from:
                 weight.data.fill_(math.nan)
@@ -79,9 +80,9 @@ def weights_left_open_show() -> Iterator[None]:
 
 def tensors_drawn(config: Config) -> int:
     """How many initial weights the program draws on this rank."""
-    from megabagel.parallel import initialise
+    from megabagel.model import init_weights
 
-    with mock.patch.object(initialise, "normal", mock.Mock(wraps=initialise.normal)) as normal:
+    with mock.patch.object(init_weights, "normal", mock.Mock(wraps=init_weights.normal)) as normal:
         train(config)
     return normal.call_count
 

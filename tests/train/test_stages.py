@@ -9,10 +9,10 @@ import pytest
 
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
-from tests.config.tree import change
-from tests.parallel.pool import RankError, RankPool
-from tests.parallel.scenario import on_grid
-from tests.small_run import small_config
+from tests.support.config_tree import change
+from tests.support.grid_run import on_grid
+from tests.support.rank_pool import RankError, RankPool
+from tests.support.small_run import small_config
 from tests.train.test_resume import train, weights_left_open_show
 
 Weights = dict[str, np.ndarray]
@@ -21,12 +21,13 @@ CONNECTOR_ALONE = ("llm", "vit", "latent")
 
 def weights_at_start(config: Config) -> tuple[Weights, Weights, int]:
     """(weights, averages, step) that a run begins with, of one rank that holds them all, in the optimizer's order."""
-    from megabagel.parallel import host, topology
+    from megabagel.parallel import mesh
+    from megabagel.runtime import cpu_backend
     from megabagel.train.build import build_trainer
 
-    host.install()
+    cpu_backend.install()
     with weights_left_open_show():
-        trainer = build_trainer(config, topology.build(config), draw=False)
+        trainer = build_trainer(config, mesh.build(config), draw=False)
     assert config.run.init_from is not None
     trainer.start_from(Path(config.run.init_from))
     found: dict[str, Weights] = {"weight": {}, "ema": {}}

@@ -15,8 +15,8 @@ from PIL import Image
 from corpus_parts.draft import Draft, Picture, Text, joined
 from corpus_parts.filters import Filter, by_document, by_picture
 from megabagel.data.decode import measure
+from megabagel.data.decode.transforms import to_rgb
 from megabagel.data.documents import SampleError
-from megabagel.data.transforms import to_rgb
 
 INTERFACE_NAMES = re.compile("icon|widget|button|logo|avatar|badge|banner|sprite|spacer|stock-", re.IGNORECASE)
 SIDES = (150, 20_000)

@@ -1,4 +1,4 @@
-"""From drafts to shards (the conventions of megabagel/data/samples.py)."""
+"""From drafts to shards (the conventions of megabagel/data/formats/samples.py)."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from PIL import Image
 
 from corpus_parts.draft import Draft, Picture
 from megabagel.data.files import staging
-from megabagel.data.shards import write_shards
+from megabagel.data.formats.shards import write_shards
 from megabagel.errors import UserError
 
 Sample = tuple[str, dict[str, bytes]]

@@ -91,7 +91,7 @@ def _ids(setting: Setting, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Per token, in sequence order: its sample; its split unless that is causal; its split if that is noised."""
     sample, image, noised = [], [], []
     for number, plan in enumerate(rows.pack.samples):
-        for split in plan.splits:
+        for split in plan.segments:
             own = len(image)
             sample += [number] * split.length
             image += [-1 if split.mode is Mode.CAUSAL else own] * split.length

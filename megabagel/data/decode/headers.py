@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from PIL import Image, UnidentifiedImageError
 
 from megabagel.data.decode.contract import DecodeError
-from megabagel.data.transforms import to_rgb
+from megabagel.data.decode.transforms import to_rgb
 
 MAX_PIXELS = 2**27
 """An image with more pixels (11585 x 11585) is refused before its pixels are decoded."""

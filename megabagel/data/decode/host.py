@@ -15,7 +15,7 @@ from PIL import Image
 
 from megabagel.data.decode.contract import DecodeError, Request, Views, unit_range
 from megabagel.data.decode.headers import damage_is_named, open_image
-from megabagel.data.transforms import to_rgb
+from megabagel.data.decode.transforms import to_rgb
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def draw_html(view: SampleView) -> str:
 
 
 def _legend(view: SampleView) -> str:
-    used = {split.kind for split in view.splits}
+    used = {segment.kind for segment in view.segments}
     entries = [
         *((COLOURS[kind], kind.value) for kind in Kind if kind in used),
         (LOSS, "bears loss"),
@@ -54,17 +54,17 @@ def _legend(view: SampleView) -> str:
 def _table(view: SampleView) -> str:
     sides = [' class="right"' if name in NUMERIC else "" for name in HEADER]
     lines = ["".join(f"<th{side}>{name}</th>" for name, side in zip(HEADER, sides, strict=True))]
-    for number, split in enumerate(view.splits):
-        first, *others = (f"<td{side}>{cell}</td>" for cell, side in zip(cells(number, split), sides, strict=True))
-        swatch = _swatch(HIDDEN if split.dropped else COLOURS[split.kind])
+    for number, segment in enumerate(view.segments):
+        first, *others = (f"<td{side}>{cell}</td>" for cell, side in zip(cells(number, segment), sides, strict=True))
+        swatch = _swatch(HIDDEN if segment.dropped else COLOURS[segment.kind])
         lines.append(first.replace(">", f">{swatch}", 1) + "".join(others))
-    dropped = [False, *(split.dropped for split in view.splits)]
+    dropped = [False, *(segment.dropped for segment in view.segments)]
     rows = (f'<tr class="{"dropped" if gone else ""}">{line}</tr>' for line, gone in zip(lines, dropped, strict=True))
     return f"<table>{''.join(rows)}</table>"
 
 
 def _text(view: SampleView, content: TextView) -> str:
-    kind = next(split.kind for split in view.splits if content.slot in split.slots)
+    kind = next(segment.kind for segment in view.segments if content.slot in segment.slots)
     red, green, blue = COLOURS[kind]
     tiles = (
         f'<span class="token" style="background: rgba({red}, {green}, {blue}, {(0.12, 0.26)[number % 2]})">'

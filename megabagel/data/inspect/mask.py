@@ -1,4 +1,4 @@
-"""The attention mask as a picture: a row per query, a column per key, in the colour of the key's split."""
+"""The attention mask as a picture: a row per query, a column per key, in the colour of the key's segment."""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -42,7 +42,7 @@ def draw_mask(view: SampleView, side: int) -> Image.Image:
     page.paste(
         _strip(colour_S, edges).transpose(Image.Transpose.TRANSPOSE).resize((pixels, RULER)), (margin, RULER + GAP)
     )
-    _borders(page, [split.rows.start * pixels / len(colour_S) for split in view.splits[1:]], margin)
+    _borders(page, [segment.rows.start * pixels / len(colour_S) for segment in view.segments[1:]], margin)
     return page
 
 
@@ -71,7 +71,7 @@ def _strip(colour_S: np.ndarray, edges: np.ndarray) -> Image.Image:
 
 
 def _borders(page: Image.Image, places: list[float], margin: int) -> None:
-    """White lines between splits."""
+    """White lines between segments."""
     pen = ImageDraw.Draw(page)
     for place in places:
         at = margin + round(place)

@@ -49,7 +49,7 @@ def _title(view: SampleView) -> Image.Image:
 
 
 def _plan(view: SampleView) -> Image.Image:
-    """The mask, its legend, and the table of splits beside it."""
+    """The mask, its legend, and the table of segments beside it."""
     mask, legend = draw_mask(view, MASK), _legend(view)
     table = _table(view)
     block = _blank(max(mask.height + 16 + legend.height, table.height))
@@ -60,7 +60,7 @@ def _plan(view: SampleView) -> Image.Image:
 
 
 def _legend(view: SampleView) -> Image.Image:
-    used = [kind for kind in Kind if kind in {split.kind for split in view.splits}]
+    used = [kind for kind in Kind if kind in {segment.kind for segment in view.segments}]
     entries = [*((COLOURS[kind], kind.value) for kind in used), (LOSS, "bears loss"), (HIDDEN, "masked")]
     block = Image.new("RGB", (MASK + 40, 28 * -(-len(entries) // 4)), "white")
     pen = ImageDraw.Draw(block)
@@ -72,23 +72,23 @@ def _legend(view: SampleView) -> Image.Image:
 
 
 def _table(view: SampleView) -> Image.Image:
-    lines = [cells(number, split) for number, split in enumerate(view.splits)]
+    lines = [cells(number, segment) for number, segment in enumerate(view.segments)]
     widths = [max(_length(text, 16) for text in column) for column in zip(HEADER, *lines, strict=True)]
     gap, height = 16, 27
     block = Image.new("RGB", (sum(widths) + gap * len(widths) + 24, height * (len(lines) + 1) + 8), "white")
     pen = ImageDraw.Draw(block)
     pen.line((0, height, block.width, height), INK)
     for row, line in enumerate([HEADER, *lines]):
-        split = view.splits[row - 1] if row else None
+        segment = view.segments[row - 1] if row else None
         top = row * height + (6 if row else 0)
-        if split:
-            tint = COLOURS[split.kind]
-            pen.rectangle((0, top + 2, 9, top + 18), "white" if split.dropped else tint, tint)
+        if segment:
+            tint = COLOURS[segment.kind]
+            pen.rectangle((0, top + 2, 9, top + 18), "white" if segment.dropped else tint, tint)
             pen.line((0, top + height - 4, block.width, top + height - 4), RULE)
         x = 22
         for name, text, width in zip(HEADER, line, widths, strict=True):
             shift = width - _length(text, 16) if name in NUMERIC else 0
-            _write(block, x + shift, top, text, 16, FAINT if split is None or split.dropped else INK)
+            _write(block, x + shift, top, text, 16, FAINT if segment is None or segment.dropped else INK)
             x += width + gap
     return block
 
@@ -161,8 +161,8 @@ def _cut(branch: Branch) -> Image.Image:
 
 
 def _uses(view: SampleView, slot: int) -> dict[Kind, bool]:
-    """The kinds of split that show an item, and whether it was dropped."""
-    return {split.kind: split.dropped for split in view.splits if slot in split.slots}
+    """The kinds of segment that show an item, and whether it was dropped."""
+    return {segment.kind: segment.dropped for segment in view.segments if slot in segment.slots}
 
 
 def _described(kinds: dict[Kind, bool]) -> str:

@@ -3,15 +3,15 @@
 from pathlib import Path
 
 from megabagel.config.schema import Config, SourceConfig
+from megabagel.data.builders.toy_shapes import ensure_dataset
 from megabagel.data.files import write_atomic
-from megabagel.data.index import index_source
+from megabagel.data.index.index import index_source
 from megabagel.data.inspect.html import draw_html
 from megabagel.data.inspect.page import draw_page
 from megabagel.data.inspect.table import as_text
 from megabagel.data.inspect.view import SampleView, view_sample
-from megabagel.data.plan import Source
-from megabagel.data.shapes import ensure_dataset
-from megabagel.data.tokenizer import load_tokenizer
+from megabagel.data.plan.global_plan import Source
+from megabagel.data.tokenize.tokenizer import load_tokenizer
 from megabagel.errors import UserError
 
 FORMATS = (".html", ".png")

@@ -1,6 +1,6 @@
-"""A sample in words: one line per split, as plain cells for every way of showing it, and as text."""
+"""A sample in words: one line per segment, as plain cells for every way of showing it, and as text."""
 
-from megabagel.data.inspect.view import ImageView, SampleView, SplitView, TextView
+from megabagel.data.inspect.view import ImageView, SampleView, SegmentView, TextView
 from megabagel.sequence.items import Clip, Text
 from megabagel.sequence.sample import LATENT, VIT
 
@@ -29,31 +29,31 @@ def summary(view: SampleView) -> str:
     )
 
 
-def cells(number: int, split: SplitView) -> tuple[str, ...]:
+def cells(number: int, segment: SegmentView) -> tuple[str, ...]:
     """One line of the table, in the order of HEADER."""
-    slots = split.slots
+    slots = segment.slots
     place = f"{slots[0]}" if len(slots) == 1 else f"{slots[0]}-{slots[-1]}"
-    chance = f"{split.probability:g}" if split.probability else ""
-    if split.dropped:
-        return (str(number), split.kind.value, place, _grid(split), "", "0", "", "", "", "", f"dropped ({chance})")
-    first, last = split.rope
-    draw = "" if split.timestep is None else f"{split.timestep:+.2f}"
+    chance = f"{segment.probability:g}" if segment.probability else ""
+    if segment.dropped:
+        return (str(number), segment.kind.value, place, _grid(segment), "", "0", "", "", "", "", f"dropped ({chance})")
+    first, last = segment.rope
+    draw = "" if segment.timestep is None else f"{segment.timestep:+.2f}"
     rope = str(first) if first == last else f"{first}-{last}"
-    loss = str(split.loss) if split.loss else ""
-    counts = (split.mode, str(split.tokens), loss, rope, split.group, draw, f"kept ({chance})" if chance else "")
-    return (str(number), split.kind.value, place, _grid(split), *counts)
+    loss = str(segment.loss) if segment.loss else ""
+    counts = (segment.mode, str(segment.tokens), loss, rope, segment.group, draw, f"kept ({chance})" if chance else "")
+    return (str(number), segment.kind.value, place, _grid(segment), *counts)
 
 
 def as_text(view: SampleView) -> str:
     """The whole sample for a terminal."""
-    lines = [HEADER, *(cells(number, split) for number, split in enumerate(view.splits))]
+    lines = [HEADER, *(cells(number, segment) for number, segment in enumerate(view.segments))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join(_flush(*cell) for cell in zip(HEADER, line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([heading(view), summary(view), "", *table, "", *map(_content, view.contents)])
 
 
-def _grid(split: SplitView) -> str:
-    item = split.item
+def _grid(segment: SegmentView) -> str:
+    item = segment.item
     if isinstance(item, Text):
         return ""
     frame = item.frames[0] if isinstance(item, Clip) else item

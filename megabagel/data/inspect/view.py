@@ -1,4 +1,4 @@
-"""What there is to see of a sample: its splits, the mask behind them, its texts as tokens, its images as pixels."""
+"""What there is to see of a sample: its segments, the mask behind them, its texts as tokens, its images as pixels."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ import torch
 from megabagel.config.schema import Config
 from megabagel.data.decode import DecodeError, Request, choose_engine
 from megabagel.data.documents import Document, ImageItem, SampleError, TextItem
-from megabagel.data.plan import Source
-from megabagel.data.tokenizer import TextTokenizer
-from megabagel.data.visits import Rules
+from megabagel.data.plan.global_plan import Source
+from megabagel.data.plan.planned_sample import Rules
+from megabagel.data.tokenize.tokenizer import TextTokenizer
 from megabagel.errors import UserError
 from megabagel.sequence.items import Clip, Item, Latent, Text, Vit, item_tokens
 from megabagel.sequence.keys import SampleKey
@@ -21,7 +21,7 @@ from megabagel.sequence.sample import dropped_items, lay_out
 
 
 class Kind(Enum):
-    """What a split is to the model."""
+    """What a segment is to the model."""
 
     READ = "text"
     LEARNED = "text, learned"
@@ -31,11 +31,11 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True)
-class SplitView:
+class SegmentView:
     """One item of the sample. `dropped`: conditioning dropout leaves it out, so it has no tokens.
 
     slots: places in the document (several for a clip). rows: its rows in the sequence. loss: how many of them bear
-    loss. rope: first and last RoPE id. group: number of its private key and its chain, for noised splits. timestep: the
+    loss. rope: first and last RoPE id. group: number of its private key and its chain, for noised segments. timestep: the
     normal draw behind its noise level. probability: of being dropped.
     """
 
@@ -93,13 +93,13 @@ class SampleView:
     name: str
     task: str
     of: int
-    splits: tuple[SplitView, ...]
+    segments: tuple[SegmentView, ...]
     pack: Pack
     contents: tuple[TextView | ImageView, ...]
 
     def kinds(self) -> list[Kind]:
         """The kind of every row of the sequence."""
-        return [split.kind for split in self.splits for _ in range(split.tokens)]
+        return [segment.kind for segment in self.segments for _ in range(segment.tokens)]
 
 
 def view_sample(config: Config, source: Source, tokenizer: TextTokenizer, wanted: str) -> SampleView:
@@ -116,9 +116,9 @@ def view_sample(config: Config, source: Source, tokenizer: TextTokenizer, wanted
     dropped = dropped_items(items, key, rules.dropout)
     plan = lay_out(items, key, dropped, rules.advance_dropped)
     pack = build_pack([plan])
-    splits = tuple(_splits(items, dropped, pack, rules))
-    shown = {slot for split in splits for slot in split.slots}
-    images = _images(config, source, document, splits)
+    segments = tuple(_segments(items, dropped, pack, rules))
+    shown = {slot for segment in segments for slot in segment.slots}
+    images = _images(config, source, document, segments)
     texts = {
         slot: TextView(slot, item.role or "", tuple(_written(tokenizer, source.index.text(item))))
         for slot, item in enumerate(document.items)
@@ -127,7 +127,7 @@ def view_sample(config: Config, source: Source, tokenizer: TextTokenizer, wanted
     contents: dict[int, TextView | ImageView] = {**texts, **images}
     total = len(source.index.documents)
     ordered = tuple(contents[slot] for slot in sorted(contents))
-    return SampleView(key, document.key, source.task, total, splits, pack, ordered)
+    return SampleView(key, document.key, source.task, total, segments, pack, ordered)
 
 
 def find_sample(source: Source, wanted: str) -> int:
@@ -144,8 +144,8 @@ def find_sample(source: Source, wanted: str) -> int:
     )
 
 
-def _splits(items: list[Item], dropped: set[int], pack: Pack, rules: Rules) -> Iterator[SplitView]:
-    start, laid_out, latents = 0, iter(pack.samples[0].splits), iter(pack.latents)
+def _segments(items: list[Item], dropped: set[int], pack: Pack, rules: Rules) -> Iterator[SegmentView]:
+    start, laid_out, latents = 0, iter(pack.samples[0].segments), iter(pack.latents)
     for number, item in enumerate(items):
         frames = item.frames if isinstance(item, Clip) else (item,)
         stop = start + (0 if number in dropped else item_tokens(item))
@@ -157,7 +157,7 @@ def _splits(items: list[Item], dropped: set[int], pack: Pack, rules: Rules) -> I
             draws = [next(latents).raw_timestep for frame in frames if isinstance(frame, Latent)]
             timestep = draws[0] if draws and draws[0] != -np.inf else None
             rope = (int(pack.position_S[start]), int(pack.position_S[stop - 1]))
-        yield SplitView(
+        yield SegmentView(
             *(_kind(item), item, tuple(frame.slot for frame in frames), mode, rows),
             loss=int(pack.ce_S[rows].sum() + pack.noised_S[rows].sum()),
             rope=rope,
@@ -188,12 +188,14 @@ def _written(tokenizer: TextTokenizer, text: str) -> Iterator[str]:
     return (tokenizer.decode([token]) for token in tokenizer.encode(text))
 
 
-def _images(config: Config, source: Source, document: Document, splits: tuple[SplitView, ...]) -> dict[int, ImageView]:
+def _images(
+    config: Config, source: Source, document: Document, segments: tuple[SegmentView, ...]
+) -> dict[int, ImageView]:
     """The images of the sample by slot; a branch appears once, however often its pixels are used."""
     sides = {"VAE": config.model.latent_stride, "ViT": config.model.vit.patch}
     grids: dict[int, dict[str, tuple[int, int]]] = {}
-    for split in splits:
-        for frame in split.item.frames if isinstance(split.item, Clip) else (split.item,):
+    for segment in segments:
+        for frame in segment.item.frames if isinstance(segment.item, Clip) else (segment.item,):
             if not isinstance(frame, Text):
                 grids.setdefault(frame.slot, {})["ViT" if isinstance(frame, Vit) else "VAE"] = (frame.rows, frame.cols)
     views = {}

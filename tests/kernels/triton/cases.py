@@ -21,7 +21,7 @@ from megabagel_kernels.attention.reference import attention_reference
 from megabagel_kernels.attention.triton_engine import plan_triton, triton_attention_lse
 from torch import Tensor
 
-from tests.kernels.packs import Pack, Split, codes_of
+from tests.kernels.packs import Pack, Segment, codes_of
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 HEADS = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (7, 1)]
@@ -65,14 +65,14 @@ def random_pack(rng: np.random.Generator, tokens: int) -> Pack:
     lengths = LENGTHS[rng.choice(list(LENGTHS))]
     pack: Pack = []
     while tokens > 0:
-        chained, splits = bool(rng.integers(2)), []
+        chained, segments = bool(rng.integers(2)), []
         for _ in range(rng.integers(1, 7)):
             mode = str(rng.choice(["causal", "causal", "full", "full", "noise", "noise", "noise"]))
             group = int(rng.integers(4)) if mode == "noise" else 0
             in_chain = chained and mode == "noise" and group < 2
-            splits.append(Split(min(int(rng.choice(lengths)), max(tokens, 1)), mode, group, in_chain))
-            tokens -= splits[-1].length
-        pack.append(splits)
+            segments.append(Segment(min(int(rng.choice(lengths)), max(tokens, 1)), mode, group, in_chain))
+            tokens -= segments[-1].length
+        pack.append(segments)
     return pack
 
 

@@ -16,7 +16,7 @@ from megabagel_kernels.attention.reference import attention_reference
 from megabagel_kernels.attention.triton_engine import TritonPlan, plan_triton, triton_attention, triton_attention_lse
 from megabagel_kernels.attention.triton_engine_ops import attention_backward_op, attention_op
 
-from tests.kernels.packs import Split, codes_of
+from tests.kernels.packs import Segment, codes_of
 from tests.kernels.triton import bf16_shim
 from tests.kernels.triton.cases import (
     Case,
@@ -35,7 +35,10 @@ torch.set_num_threads(1)
 SMALL = Config(16, 16, 4, 1)
 POINTERS = Configs(SMALL, Config(16, 32, 4, 1), Config(32, 16, 4, 1), descriptors=False, split_below=0)
 DESCRIPTORS = Configs(SMALL, Config(16, 32, 4, 1), Config(32, 16, 4, 1), descriptors=True, split_below=10**6)
-PACK = [[Split(20, "causal"), Split(18, "noise")], [Split(17, "full"), Split(9, "causal"), Split(16, "noise", 1)]]
+PACK = [
+    [Segment(20, "causal"), Segment(18, "noise")],
+    [Segment(17, "full"), Segment(9, "causal"), Segment(16, "noise", 1)],
+]
 
 
 def check_fp32(case: Case) -> None:
@@ -83,19 +86,19 @@ def test_random_packings_in_fp16(seed: int):
 
 @pytest.mark.parametrize(("arch", "head_dim"), [(80, 128), (90, 128), (90, 72)])
 def test_shipped_configurations(arch: int, head_dim: int):
-    codes = codes_of([[Split(30, "causal"), Split(140, "noise")], [Split(60, "full"), Split(70, "noise", 1)]])
+    codes = codes_of([[Segment(30, "causal"), Segment(140, "noise")], [Segment(60, "full"), Segment(70, "noise", 1)]])
     configs = configs_for("3.7.1", arch, torch.bfloat16, head_dim)
     check_half(Case(codes, configs, (7, 1), head_dim, seed=0), torch.bfloat16)
 
 
 def test_the_interpreter_has_a_configuration():
     assert configs_here(torch.bfloat16, 80) == INTERPRETER
-    check_fp32(Case(codes_of([[Split(100, "full"), Split(9, "causal")]]), INTERPRETER, (4, 2), 80, seed=0))
+    check_fp32(Case(codes_of([[Segment(100, "full"), Segment(9, "causal")]]), INTERPRETER, (4, 2), 80, seed=0))
 
 
 @pytest.mark.parametrize("configs", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
 def test_no_queries_no_keys_and_nothing_to_see(configs: Configs):
-    codes = codes_of([[Split(5, "full")]])
+    codes = codes_of([[Segment(5, "full")]])
     nothing = np.arange(0)
     for case in (
         Case(codes.take(queries=nothing), configs, (2, 1), 16, 0),
@@ -173,7 +176,7 @@ def test_backward_over_some_keys_from_results_over_all_keys():
 
 
 def test_decoding_over_a_cache_gives_the_rows_of_the_whole():
-    codes = codes_of([[Split(30, "causal"), Split(10, "full"), Split(9, "causal")]])
+    codes = codes_of([[Segment(30, "causal"), Segment(10, "full"), Segment(9, "causal")]])
     case = Case(codes, POINTERS, (7, 1), 16, seed=7)
     q, k, v = inputs_of(case, torch.float32)
     whole = triton_attention(q, k, v, plan_triton(codes, POINTERS))
@@ -185,7 +188,7 @@ def test_decoding_over_a_cache_gives_the_rows_of_the_whole():
 
 
 def test_gradients_reach_one_fused_projection():
-    codes = codes_of([[Split(12, "full"), Split(7, "causal")]])
+    codes = codes_of([[Segment(12, "full"), Segment(7, "causal")]])
     plan = plan_triton(codes, POINTERS)
     fused = torch.randn(19, 8 * 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
     parts = [x.unflatten(1, (-1, 16)) for x in fused.split([4 * 16, 2 * 16, 2 * 16], dim=1)]
@@ -195,7 +198,7 @@ def test_gradients_reach_one_fused_projection():
 
 
 def test_torch_accepts_the_operator():
-    codes = codes_of([[Split(9, "causal")]])
+    codes = codes_of([[Segment(9, "causal")]])
     plan = plan_triton(codes, POINTERS)
     q, k, v = inputs_of(Case(codes, POINTERS, (2, 1), 16, 0), torch.float32)
     arguments = (q, k, v, list(plan.tensors), POINTERS.numbers(), plan.visible, 0.25, torch.float32)

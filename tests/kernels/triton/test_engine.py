@@ -16,9 +16,9 @@ from megabagel_kernels.attention.triton_engine import TritonPlan, plan_triton, t
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.kernels.packs import Split, codes_of
+from tests.kernels.packs import Segment, codes_of
 
-CODES = codes_of([[Split(20, "causal"), Split(31, "noise")], [Split(40, "full")]])
+CODES = codes_of([[Segment(20, "causal"), Segment(31, "noise")], [Segment(40, "full")]])
 CONFIGS = Configs(Config(16, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 16, 4, 1), descriptors=True, split_below=0)
 PLAN = plan_triton(CODES, CONFIGS)
 

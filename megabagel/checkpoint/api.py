@@ -1,0 +1,190 @@
+"""The checkpoints of a run: which one to go on from, what it says, and its tensors; `Saver` writes them.
+
+RUN/checkpoints/step_00000100/   what is in it: manifest.py
+RUN/checkpoints/latest           name of the newest complete checkpoint
+"""
+
+import json
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from megabagel.checkpoint.manifest import KEYS, MANIFEST, STATE, Manifest, leaves, read_json, read_manifest
+from megabagel.checkpoint.megatron_strategy import LoadBoxes, NothingCommon
+from megabagel.checkpoint.reader import Stored, verify
+from megabagel.checkpoint.saver import LATEST, Saver, save, take_back
+from megabagel.config.schema import Config, ModelConfig
+from megabagel.errors import UserError
+from megabagel.model.freezing import is_frozen
+from megabagel.parallel.mesh import Mesh
+from megabagel.runtime.collective_errors import everywhere
+
+__all__ = ["Manifest", "Saver", "find", "load", "read", "save", "weights_of"]
+
+logger = logging.getLogger(__name__)
+
+
+def find(config: Config, mesh: Mesh) -> Path | None:
+    """The checkpoint to resume from by `run.resume`, or None for a fresh start. Called on every rank.
+
+    `auto` takes the newest that is whole; the ranks share the work of comparing every checksum, and a damaged one is
+    named in a warning. Raises UserError, on every rank, when a named checkpoint is damaged or `auto` finds damaged ones
+    only.
+    """
+    if config.run.resume == "none":
+        return None
+    if config.run.resume != "auto":
+        folder = Path(config.run.resume)
+        try:
+            _check(folder, mesh)
+        except UserError as error:
+            raise UserError(f"run.resume={folder}: {error} Mend it, or use run.resume=auto or none.") from error
+        return folder
+    root = Path(config.run.dir) / "checkpoints"
+    if mesh.world.first:
+        take_back(root)
+    candidates: list[list[Path]] = [_candidates(root)]
+    dist.broadcast_object_list(candidates)  # a shared disk may show them later elsewhere
+    damage = None
+    for folder in candidates[0]:
+        try:
+            _check(folder, mesh)
+            return folder
+        except UserError as error:
+            damage = damage or error
+            logger.warning("not resuming from %s: %s", folder, error)
+    if damage is not None:
+        raise UserError(
+            f"run.resume=auto: none of {len(candidates[0])} checkpoints in {config.run.dir}/checkpoints is whole. The "
+            f"newest: {damage} To start anew, set run.resume=none."
+        )
+    return None
+
+
+def _candidates(root: Path) -> list[Path]:
+    """Checkpoints in the order in which to try them: what `latest` names, then those before it, else all.
+
+    `latest` may name a lower step than another run left behind. A later step that was completed after `latest` was
+    written is this run's, which was ended before it could write `latest` again: it comes first.
+    """
+    folders = sorted((path for path in root.glob("step_*") if path.is_dir()), reverse=True)
+    with suppress(OSError, ValueError):
+        named, written = root / (root / LATEST).read_text().strip(), (root / LATEST).stat().st_mtime_ns
+        if named in folders:
+            place = folders.index(named)
+            return [folder for folder in folders[:place] if _completed(folder) > written] + folders[place:]
+    return folders
+
+
+def _completed(folder: Path) -> int:
+    """When the manifest was written, in nanoseconds; 0 without one."""
+    with suppress(OSError):
+        return (folder / MANIFEST).stat().st_mtime_ns
+    return 0
+
+
+def _check(folder: Path, mesh: Mesh) -> None:
+    """Compare every checksum of a checkpoint, together. Raises UserError on every rank."""
+    everywhere(mesh, lambda: verify(folder, mesh.world.rank, mesh.world.size))
+
+
+def read(folder: Path, config: Config) -> tuple[int, dict[str, Any]]:
+    """(finished steps, JSON state) of a checkpoint, after checking that it is whole and of the same run.
+
+    Raises UserError.
+    """
+    manifest = read_manifest(folder)
+    state = read_json(folder, STATE, manifest)
+    if manifest.seed is None:
+        raise UserError(
+            f"run.resume: {folder} holds no run to go on with (weights that were imported, or left by reshard without "
+            f"the optimizer): start one with run.init_from={folder}"
+        )
+    for key, mine, theirs in _differences(config.model, manifest):
+        raise UserError(
+            f"model.{key}={mine!r}, but {folder} was trained with {theirs!r}: use the model it was trained with, or "
+            "another run.dir, or run.resume=none"
+        )
+    if config.train.ema and not manifest.ema:
+        raise UserError(
+            f"train.ema={config.train.ema}, but {folder} was written with train.ema=0 and holds no averaged weights: "
+            "set train.ema=0, or start anew with another run.dir or run.resume=none"
+        )
+    if sorted(config.train.freeze) != sorted(manifest.freeze):
+        raise UserError(
+            f"train.freeze={list(config.train.freeze)}, but {folder} was written with {list(manifest.freeze)}, so "
+            "other weights have moments. Go on with the same set, or start the next stage in a run.dir of its own with "
+            f"run.init_from={folder}."
+        )
+    if (manifest.seed, manifest.keys) != (config.train.seed, KEYS):
+        raise UserError(
+            f"train.seed={config.train.seed} (draws of version {KEYS}), but {folder} was trained with seed "
+            f"{manifest.seed} (version {manifest.keys}), so order, noise and dropout would not go on as they began. "
+            f"Use the same seed and version, or start a run.dir of its own with run.init_from={folder}."
+        )
+    return manifest.step, state
+
+
+def weights_of(folder: Path, config: Config, tensors: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+    """Which of this rank's tensors to `load` for a new run that starts from the weights of a checkpoint.
+
+    The averaged weights with `run.init_weights` ema; weights that did not learn have no average but themselves.
+    Raises UserError when the checkpoint is not whole, or its model has other shapes.
+    """
+    manifest = read_manifest(folder)
+    for key, mine, theirs in _differences(config.model, manifest, but=_FREE_TO_CHANGE):
+        raise UserError(
+            f"run.init_from={folder}: its model.{key} is {theirs!r}, this run's {mine!r}. Set model.{key}={theirs}, "
+            "or name a checkpoint of this model."
+        )
+    averaged = config.run.init_weights == "ema"
+    if averaged and not manifest.ema:
+        raise UserError(
+            f"run.init_weights=ema, but {folder} holds no averaged weights (it was written with train.ema=0): set "
+            "run.init_weights=trained, or name another checkpoint"
+        )
+    wanted = {}
+    for label, tensor in tensors.items():
+        kind, _, name = tensor.key.partition("/")
+        new = not manifest.model["qk_norm"] and ("q_norm" in name or "k_norm" in name)  # keeps its initial ones
+        if kind == "weight" and not new:
+            has_average = averaged and not is_frozen(name, config.model, manifest.freeze)
+            wanted[label] = replace(tensor, key=f"ema/{name}") if has_average else tensor
+    return wanted
+
+
+_FREE_TO_CHANGE = {"qk_norm", "rope_precision", "interpolate_pos", "init_std", "vit.norm_eps", "norm_eps", "rope_base"}
+"""Fields of the model that a new run may change: those without a shape, and QK-norm, which the paper adds after
+alignment (BAGEL section 4)."""
+
+
+def _differences(
+    model: ModelConfig, manifest: Manifest, but: Collection[str] = ()
+) -> Iterator[tuple[str, object, object]]:
+    """(dotted key, value here, value there) of fields that differ. Where the codec's weights lie may always change."""
+    mine = leaves(json.loads(json.dumps(asdict(model))))
+    theirs = json.loads(json.dumps(manifest.model))
+    for key in sorted((mine.keys() | theirs.keys()) - {"vae.path", *but}):
+        if mine.get(key) != theirs.get(key):
+            yield key, mine.get(key), theirs.get(key)
+
+
+def load(folder: Path, tensors: dict[str, ShardedTensor]) -> None:
+    """Fill this rank's tensors in place. The checkpoint may come from any grid; no other rank is asked.
+
+    Raises UserError when what is read is damaged or does not fit.
+    """
+    stored = Stored(folder)
+    try:
+        dist_checkpointing.load(
+            dict(tensors), str(folder), LoadBoxes(stored), NothingCommon(), validate_access_integrity=False
+        )
+    finally:
+        stored.close()

@@ -1,0 +1,172 @@
+"""A read-only view of the tensors of one or several safetensors files, a few rows at a time.
+
+The format: 8 bytes with the length of a JSON header, the header with type, shape and byte range of every tensor, then
+the numbers of all tensors, row-major and little-endian. A sharded checkpoint has an index naming each tensor's file.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megabagel.checkpoint.index import TYPES
+from megabagel.checkpoint.lazy import LazyTensor, row_ranges
+from megabagel.errors import UserError
+
+INDEX_SUFFIX = ".safetensors.index.json"
+_LONGEST_HEADER = 100_000_000  # the library's own limit
+_AGAIN = "Copy or download the file again."
+
+
+@dataclass(frozen=True)
+class _Entry:
+    path: Path
+    type: str
+    shape: tuple[int, ...]
+    start: int
+    """First byte in the file."""
+
+
+class TensorFiles:
+    """The tensors of a `.safetensors` file, or of all shards that a `.safetensors.index.json` names.
+
+    keep: which names to look at; the others are as good as absent.
+    Raises UserError for a file that is absent, truncated or no safetensors file, and for an index that does not fit its
+    shards.
+    """
+
+    def __init__(self, path: Path, keep: Callable[[str], bool] = lambda name: True) -> None:
+        self.path = path
+        self._entries: dict[str, _Entry] = {}
+        for shard in _shards(path) if path.name.endswith(INDEX_SUFFIX) else [path]:
+            for name, entry in _entries(shard):
+                if not keep(name):
+                    continue
+                if name in self._entries:
+                    raise UserError(
+                        f"{path}: tensor {name} lies in {self._entries[name].path.name} and again in {shard.name}, "
+                        "expected once. Write the shards again."
+                    )
+                self._entries[name] = entry
+
+    @property
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._entries)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._entries[name].shape
+
+    def type(self, name: str) -> str:
+        """Type of a tensor by its name in the format, which need not be one of TYPES."""
+        return self._entries[name].type
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor; KeyError unless it is one of TYPES."""
+        return TYPES[self._entries[name].type]
+
+    def where(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._entries[name].path
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor's dimension 0, read now."""
+        entry = self._entries[name]
+        numbers = torch.empty((stop - start, *entry.shape[1:]), dtype=self.dtype(name))
+        # Read, not mapped: the pages of a mapped file count as this process's memory as long as it is mapped.
+        try:
+            with entry.path.open("rb") as file:
+                file.seek(entry.start + start * prod(entry.shape[1:]) * numbers.itemsize)
+                got = file.readinto(numbers.view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise UserError(f"{entry.path}: cannot read tensor {name} ({error}). {_AGAIN}") from error
+        if got != numbers.nbytes:
+            raise UserError(f"{entry.path}: ends inside tensor {name}; it was whole a moment ago. {_AGAIN}")
+        return numbers
+
+    def lazy(self, name: str) -> LazyTensor:
+        """A tensor, to be read in pieces."""
+        shape, dtype = self.shape(name), self.dtype(name)
+        return LazyTensor(shape, dtype, lambda: (self.rows(name, *rows) for rows in row_ranges(shape, dtype)))
+
+
+def _shards(index: Path) -> list[Path]:
+    """Files that an index names, each checked to hold what the index says."""
+    try:
+        placed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        places = sorted(set(placed.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{index}: cannot be read as an index of shards ({error!r}); expected `weight_map` with a file for every "
+            f"tensor. {_AGAIN}"
+        ) from error
+    held = {}
+    for place in places:
+        if not (index.parent / place).is_file():
+            named = sorted(name for name in placed if placed[name] == place)
+            raise UserError(
+                f"{index}: names {place} for {len(named)} tensors, {named[0]} the first, but there is no such file "
+                "beside it. Copy all shards."
+            )
+        held[place] = {name for name, _ in _entries(index.parent / place)}
+    for name, place in placed.items():
+        if name not in held[place]:
+            raise UserError(f"{index}: places tensor {name} in {place}, which does not hold it. {_AGAIN}")
+    return [index.parent / place for place in places]
+
+
+def _entries(path: Path) -> Iterator[tuple[str, _Entry]]:
+    """(name, entry) of every tensor of a file, whose size is checked."""
+    header, begin, size = _header(path)
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            kind, shape, (start, stop) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
+            length = stop - start
+            fits = kind not in TYPES or length == prod(shape) * TYPES[kind].itemsize
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: no safetensors file: entry {name} reads {about!r}. {_AGAIN}") from error
+        if not fits:
+            raise UserError(
+                f"{path}: tensor {name} of type {kind} and shape {list(shape)} takes {length} bytes by the "
+                f"header, expected {prod(shape) * TYPES[kind].itemsize}. {_AGAIN}"
+            )
+        if begin + stop > size:
+            raise UserError(
+                f"{path}: truncated: tensor {name} ends at byte {begin + stop:,}, the file at {size:,}. {_AGAIN}"
+            )
+        yield name, _Entry(path, kind, shape, begin + start)
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """(header, first byte after it, size of the file)."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(min(length, _LONGEST_HEADER))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a safetensors file") from error
+    if size < 8 or len(text) < length <= _LONGEST_HEADER:
+        raise UserError(f"{path}: truncated: the file ends at byte {size:,}, inside the header. {_AGAIN}")
+    try:
+        header = json.loads(text)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: no safetensors file: it does not start with a JSON header. {_AGAIN}")
+    return header, 8 + length, size

@@ -1,0 +1,103 @@
+"""`megabagel data prepare`: from a folder of images with captions to WebDataset shards."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megabagel.data.decode import measure
+from megabagel.data.documents import SampleError
+from megabagel.data.files import staging
+from megabagel.data.formats.samples import IMAGE_EXTENSIONS, caption_text
+from megabagel.data.formats.shards import write_shards
+from megabagel.errors import UserError
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A captioned image: the bytes of its file, the extension that says their format, its caption."""
+
+    image: bytes
+    extension: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every image. `skipped` holds, by reason, the images that were left out."""
+
+    images: int
+    samples: int
+    shards: tuple[Path, ...]
+    skipped: Mapping[str, Sequence[str]]
+
+    def __str__(self) -> str:
+        lost = self.images - self.samples
+        lines = [f"images: {self.images}, samples: {self.samples}, skipped: {lost}, shards: {len(self.shards)}"]
+        lines += [f"  {len(names)} x {reason}, first {names[0]}" for reason, names in sorted(self.skipped.items())]
+        lines += [f"  {path}" for path in self.shards]
+        return "\n".join(lines)
+
+
+def prepare(images: Path, out: Path, *, samples_per_shard: int, name: str) -> Report:
+    """Pack every image under `images` that has a caption `stem.txt` beside it into `out/name-000000.tar`, ...
+
+    Images go in the order of their paths and byte by byte as they are. One that cannot be decoded or has no caption is
+    counted. The shards appear all at once, when the last one is complete.
+
+    Raises:
+        UserError: no such folder, no usable image in it, `out` holds shards of this name, or it cannot be written.
+    """
+    if not images.is_dir():
+        raise UserError(f"{images}: no such folder. Expected a folder of images, each with a caption in stem.txt.")
+    paths = sorted(path for path in images.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
+    if not paths:
+        raise UserError(f"{images}: no image in it. Expected files ending in {', '.join(sorted(IMAGE_EXTENSIONS))}.")
+    if old := sorted(out.glob(f"{name}-*.tar")):
+        raise UserError(f"{old[0]} exists already. Choose another folder or name, or remove the {len(old)} old shards.")
+    skipped: dict[str, list[str]] = {}
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for number, path in enumerate(paths):
+            try:
+                picture = _load(path)
+                measure(picture.image, verify=True)
+            except SampleError as error:
+                skipped.setdefault(error.reason, []).append(str(path.relative_to(images)))
+                continue
+            files = {picture.extension: picture.image, "txt": picture.caption.encode()}
+            yield f"{number:06d}-{_plain(path.stem)}", files
+
+    try:
+        with staging(out) as stage:
+            shards = write_shards(stage, name, samples(), samples_per_shard)
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror or error}). Make room or choose another folder; nothing is left"
+            " of this attempt."
+        ) from error
+    report = Report(
+        images=len(paths),
+        samples=len(paths) - sum(map(len, skipped.values())),
+        shards=tuple(out / shard.name for shard in shards),
+        skipped=skipped,
+    )
+    if not report.samples:
+        raise UserError(f"{images}: no image can be used. {report}")
+    return report
+
+
+def _load(path: Path) -> Picture:
+    try:
+        image = path.read_bytes()
+        caption = path.with_suffix(".txt").read_bytes()
+    except FileNotFoundError as error:
+        raise SampleError("no caption") from error
+    except OSError as error:
+        raise SampleError("cannot be read", str(error)) from error
+    return Picture(image, path.suffix[1:].lower(), caption_text(caption))
+
+
+def _plain(stem: str) -> str:
+    """A stem as part of a key: no dots, which would end the key, and short ASCII, which every tar can hold."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:60]

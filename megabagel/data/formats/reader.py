@@ -1,0 +1,60 @@
+"""Bytes and texts of one source by the place where they lie, whatever the format of its shards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megabagel.data.documents import Cell, Loose, Member, Passage, Place, SampleError
+from megabagel.data.files import image_fault
+from megabagel.data.formats.parquet import ParquetReader, texts_of
+from megabagel.data.formats.records import parse, passage
+from megabagel.data.formats.shards import ShardReader
+
+
+class Reader:
+    """Reads from a list of shards and a folder of images. Threads may share a reader."""
+
+    def __init__(self, shards: Sequence[Path], images: Path) -> None:
+        self.shards, self.images = tuple(shards), images
+        self.files, self.parquet = ShardReader(shards), ParquetReader(shards)
+
+    def __reduce__(self) -> tuple[type["Reader"], tuple[Sequence[Path], Path]]:
+        """Another process opens files of its own."""
+        return Reader, (self.shards, self.images)
+
+    def scanning(self) -> "Reader":
+        """The same with parquet columns of its own: scans of several shards at once do not take turns in one store."""
+        other = Reader(self.shards, self.images)
+        other.files = self.files
+        return other
+
+    def read(self, place: Place) -> bytes:
+        """The bytes of one image, or of one file of a shard.
+
+        Raises:
+            UserError: a shard is gone, or is not what it was when it was indexed; or a file there cannot be read.
+            SampleError: an image that is a file of its own is gone or changed.
+        """
+        match place:
+            case Member():
+                return self.files.read(place)
+            case Cell():
+                return self.parquet.read(place)
+            case Loose(path, size):
+                return self._file(self.images / path, size)
+
+    def text(self, place: Passage) -> str:
+        """A text of a record; raises as `read` does."""
+        match place.place:
+            case Member() as line:
+                return passage(parse(self.files.read(line)), place.part)
+            case Cell() as cell:
+                return passage(texts_of(self.parquet, cell), place.part)
+
+    def _file(self, path: Path, size: int) -> bytes:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise image_fault(path, f"{path}: {error.strerror}", error) from error
+        if len(data) != size:
+            raise SampleError("image changed", f"{path}: {len(data)} bytes, not {size}")
+        return data

@@ -1,0 +1,1 @@
+"""The index of a source: every sample's key, roles and sizes, and where its bytes lie."""

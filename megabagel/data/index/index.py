@@ -1,0 +1,208 @@
+"""The index of one source: every sample's key, roles and sizes, and where its bytes lie, before any step runs.
+
+Shards are read once: every record, every text (for its token count) and every image, which is decoded in full so that
+nothing undecodable reaches the planner. Samples with a fault are counted and named, never fatal. What was found is
+cached (`index_cache.py`) and held as a table (`table.py`); roles are assigned afterwards (`catalog.py`), so that
+several tasks share one cache.
+"""
+
+import logging
+import os
+import time
+import zlib
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+
+from megabagel.config.schema import DataConfig, SourceConfig
+from megabagel.data.decode import measure
+from megabagel.data.documents import (
+    Document,
+    ImageItem,
+    Item,
+    Member,
+    Passage,
+    Place,
+    SampleError,
+    Task,
+    TextItem,
+)
+from megabagel.data.files import allow_open_files
+from megabagel.data.formats.reader import Reader
+from megabagel.data.formats.records import Declared, DeclaredText
+from megabagel.data.formats.samples import caption_text
+from megabagel.data.index import index_cache
+from megabagel.data.index.document_table import TableBuilder, joined
+from megabagel.data.index.documents_view import Documents, usable
+from megabagel.data.index.index_cache import Scan, Skip, State
+from megabagel.data.index.shard_files import SUFFIXES, find_shards, samples_of
+from megabagel.data.tokenize.tokenizer import TextTokenizer
+from megabagel.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+INLINE_BYTES = 1024
+"""A text up to this size is held in the index; a longer one is read when it is needed."""
+NAMED_SKIPS = 5
+"""Skipped samples that a log message names; `Index.skipped` has all."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """The usable samples of one source, in stable order: shards by path, then the order in the shard.
+
+    `fingerprint` depends on the documents alone (keys, roles, sizes, contents), not on where the shards lie or how old
+    they are: equal fingerprints mean that a saved data state fits.
+    """
+
+    documents: Sequence[Document]
+    skipped: tuple[Skip, ...]
+    fingerprint: str
+    reader: Reader = field(repr=False)
+
+    def read(self, place: Place) -> bytes:
+        """The bytes of one image; raises UserError when its shard is gone or changed."""
+        return self.reader.read(place)
+
+    def text(self, item: TextItem) -> str:
+        """The text of one item."""
+        match item.source:
+            case str(text):
+                return text
+            case Member() as file:
+                return caption_text(self.reader.files.read(file))
+            case Passage() as part:
+                return self.reader.text(part)
+
+    def __str__(self) -> str:
+        reasons = Counter(skip.reason for skip in self.skipped)
+        counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+        line = f"samples: {len(self.documents)}, skipped: {len(self.skipped)}, shards: {len(self.reader.shards)}"
+        return f"{line}; {counts}" if counts else line
+
+
+def index_source(data: DataConfig, source: SourceConfig, tokenizer: TextTokenizer, *, check: bool = False) -> Index:
+    """The index of one entry of `data.sources`; see `build_index`."""
+    root = Path(data.root)
+    images = root / source.images if source.images else None
+    cache = Path(data.index_dir) if data.index_dir else None
+    shards = find_shards(root, source.path)
+    return build_index(shards, tokenizer, source.task, images=images, cache=cache, check=check)
+
+
+def build_index(
+    shards: Sequence[Path],
+    tokenizer: TextTokenizer,
+    task: Task,
+    *,
+    images: Path | None = None,
+    cache: Path | None = None,
+    check: bool = False,
+) -> Index:
+    """Index the samples of `shards` for `task`.
+
+    Args:
+        shards: tar, parquet and JSONL files, in the order in which they are to be indexed.
+        tokenizer: counts the token ids of texts.
+        task: decides the roles of items; a document that does not suit it is skipped and counted.
+        images: folder of the images that JSONL files name; default: the folder of the first shard.
+        cache: folder of the cached scans; default: `.index` beside each shard.
+        check: compare the contents of every shard with those that were scanned, whatever its time of change.
+
+    Raises:
+        UserError: a shard is missing or of no known format, or no sample at all is usable.
+    """
+    allow_open_files()
+    reader = Reader(shards, images or shards[0].parent)
+    counted = tokenizer.fingerprint()
+
+    def scan(number: int) -> Scan:
+        # "verify" says that images were decoded in full. It stays the same: without it, all would be indexed again.
+        how = {"tokenizer": counted, "verify": True, "images": _images_of(reader, number)}
+        path = index_cache.file_of(shards[number], cache, how)
+        found = index_cache.load(path, shards[number], check=check)
+        if found is None:
+            found = _scan(reader.scanning(), number, tokenizer)
+            index_cache.save(path, found)
+        return found
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        scans = list(pool.map(scan, range(len(shards))))
+    table = joined([found.table for found in scans])
+    numbers, unusable = usable(table, task)
+    ends = list(accumulate(len(found.table) for found in scans))
+    skipped = [skip for found in scans for skip in found.skipped]
+    for number, fault in unusable:
+        skipped.append(Skip(shards[bisect_right(ends, number)].name, table.key(number), fault.reason, fault.detail))
+    documents = Documents(table, numbers, task, tokenizer.fingerprint())
+    index = Index(documents, tuple(skipped), documents.fingerprint(), reader)
+    _report(index, task)
+    return index
+
+
+def _images_of(reader: Reader, number: int) -> str:
+    """The folder in which a JSONL shard finds its images, seen from the shard: both may be moved together."""
+    if SUFFIXES.get(reader.shards[number].suffix, "jsonl") != "jsonl":
+        return ""
+    return os.path.relpath(reader.images.resolve(), reader.shards[number].parent.resolve())
+
+
+def _scan(reader: Reader, number: int, tokenizer: TextTokenizer) -> Scan:
+    """Look into every sample of one shard."""
+    shard, start = reader.shards[number], time.perf_counter()
+    state = State.of(shard)
+    builder, skipped, count = TableBuilder(), [], 0
+    for found in samples_of(reader, number):
+        if isinstance(found, Skip):
+            skipped.append(found)
+            continue
+        try:
+            items, checksums = zip(*_measured(found.declare(), tokenizer, reader), strict=True)
+            builder.add(found.key, items, checksums)
+            count += 1
+        except SampleError as error:
+            skipped.append(Skip(shard.name, found.key, error.reason, error.detail))
+        except MemoryError as error:
+            raise UserError(
+                f"{shard}: {found.key}: no memory left to decode it. Free some and start again; what is indexed stays."
+            ) from error
+    seconds = time.perf_counter() - start
+    logger.info("indexed %s: samples: %d, skipped: %d (%.1f s)", shard, count, len(skipped), seconds)
+    return Scan(builder.table(), tuple(skipped), state)
+
+
+def _measured(declared: Sequence[Declared], tokenizer: TextTokenizer, reader: Reader) -> Iterator[tuple[Item, int]]:
+    """The items with their sizes, each with the CRC-32 of its content."""
+    for one in declared:
+        if isinstance(one, DeclaredText):
+            data = one.text.encode()
+            assert one.place is not None
+            source = one.text if len(data) <= INLINE_BYTES else one.place
+            yield (
+                TextItem(len(tokenizer.encode(one.text)), source, one.role, one.alternative, one.joined),
+                zlib.crc32(data),
+            )
+            continue
+        data = reader.read(one.place)
+        try:
+            height, width = measure(data, verify=True)
+        except SampleError as error:
+            raise SampleError(error.reason, ": ".join(filter(None, (one.name, error.detail)))) from error
+        yield ImageItem(height, width, one.place, one.role, one.frame), zlib.crc32(data)
+
+
+def _report(index: Index, task: Task) -> None:
+    shards = index.reader.shards
+    name = str(shards[0]) if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
+    if not index.documents:
+        raise UserError(
+            f"{name}: no sample is usable for task {task!r}: {index}. Expected per sample of a tar an image and a"
+            " KEY.txt caption, a KEY.txt alone, or a KEY.json with items; per row or line one of the layouts in"
+            " docs/data.md. Choose another task or mend the shards."
+        )
+    named = "".join(f"\n  {skip}" for skip in index.skipped[:NAMED_SKIPS])
+    logger.log(logging.WARNING if named else logging.INFO, "index %s (%s): %s%s", name, task, index, named)

@@ -1,0 +1,161 @@
+"""The cache of an index: what a scan of one shard found, in one file that is either current and sound or built anew.
+
+A cache file lies in `.index/` beside its shard (or in a folder of your choice): indexing that was interrupted goes on
+where it stopped, and new shards cost only their own scan. The first line is JSON: the state of the shard, the samples
+that are not used, and the digest of the rest, which holds the columns of `table.py`.
+
+A shard is current if its size and time of change are those on record. If only the time differs, its contents are read
+and their BLAKE2 digest decides, which is far cheaper than a scan: nothing is decoded.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megabagel.data.files import write_atomic
+from megabagel.data.index.document_table import TYPES, Table
+from megabagel.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
+"""Raised whenever a scan of the same shard would find something else, or is written in another way."""
+
+FOLDER = ".index"
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A sample that is not used: shard and key name it, `reason` can be counted, `detail` says more."""
+
+    shard: str
+    key: str
+    reason: str
+    detail: str
+
+    def __str__(self) -> str:
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.shard}: {self.key or 'the end of the shard'}: {self.reason}{detail}"
+
+
+@dataclass(frozen=True)
+class State:
+    """A shard as it was when it was scanned: bytes, time of change in ns, digest of the contents."""
+
+    size: int
+    changed: int
+    digest: str
+
+    @classmethod
+    def of(cls, shard: Path) -> "State":
+        """The state of a shard, all of which is read.
+
+        Raises:
+            UserError: the shard is missing or cannot be read.
+        """
+        size, changed = _stat(shard)
+        return cls(size, changed, _digest(shard))
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one shard holds, before any task: documents with roles as declared, and what was skipped."""
+
+    table: Table
+    skipped: tuple[Skip, ...]
+    state: State
+
+
+def file_of(shard: Path, folder: Path | None, how: Mapping[str, Any]) -> Path:
+    """The cache file of a shard scanned in one way; other ways (another tokenizer, ...) have files of their own.
+
+    In a `folder` shared by many shards, the file is that of this path.
+    """
+    place = str(shard) if folder else shard.name
+    tag = hashlib.sha256(json.dumps([FORMAT, place, how], sort_keys=True).encode()).hexdigest()[:16]
+    return (folder or shard.parent / FOLDER) / f"{shard.name}-{tag}.index"
+
+
+def load(path: Path, shard: Path, *, check: bool = False) -> Scan | None:
+    """The cached scan, or None where there is none, the shard has changed, or the file is damaged (said in the log).
+
+    With `check` the contents of the shard are compared although nothing suggests a change.
+
+    Raises:
+        UserError: the shard is missing.
+    """
+    size, changed = _stat(shard)
+    try:
+        head, body = path.read_bytes().split(b"\n", 1)
+        fields = json.loads(head)
+        if fields["sha256"] != hashlib.sha256(body).hexdigest():
+            raise ValueError("the digest does not match")
+        scan = _unpack(fields, body)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("index cache %s is damaged (%s): indexing %s again", path, error, shard)
+        return None
+    if size != scan.state.size:
+        logger.warning(
+            "%s changed since it was indexed (%d bytes, were %d): indexing again", shard, size, scan.state.size
+        )
+        return None
+    if (check or changed != scan.state.changed) and _digest(shard) != scan.state.digest:
+        logger.warning("%s changed since it was indexed (same size, other contents): indexing again", shard)
+        return None
+    if changed != scan.state.changed:
+        scan = Scan(scan.table, scan.skipped, State(size, changed, scan.state.digest))
+        save(path, scan)
+    return scan
+
+
+def save(path: Path, scan: Scan) -> None:
+    """Write the scan atomically; a folder that cannot be written only costs the next start its time."""
+    columns = {name: getattr(scan.table, name) for name in TYPES}
+    body = b"".join(column.tobytes() for column in columns.values())
+    fields = {
+        "state": astuple(scan.state),
+        "skipped": [astuple(skip) for skip in scan.skipped],
+        "lengths": {name: len(column) for name, column in columns.items()},
+        "sha256": hashlib.sha256(body).hexdigest(),
+    }
+    try:
+        write_atomic(path, json.dumps(fields).encode() + b"\n" + body)
+    except OSError as error:
+        logger.warning("index cache %s cannot be written (%s): the next start will index again", path, error)
+
+
+def _unpack(fields: Mapping[str, Any], body: bytes) -> Scan:
+    columns, offset = {}, 0
+    for name, kind in TYPES.items():
+        columns[name] = np.frombuffer(body, kind, fields["lengths"][name], offset)
+        offset += columns[name].nbytes
+    return Scan(Table(**columns), tuple(Skip(*skip) for skip in fields["skipped"]), State(*fields["state"]))
+
+
+def _stat(shard: Path) -> tuple[int, int]:
+    try:
+        state = shard.stat()
+    except OSError as error:
+        raise UserError(f"{shard}: shard not found ({error.strerror}). Check data.root and data.sources.") from error
+    return state.st_size, state.st_mtime_ns
+
+
+def _digest(shard: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with shard.open("rb") as file:
+            while piece := file.read(2**20):
+                digest.update(piece)
+    except OSError as error:
+        raise UserError(
+            f"{shard}: cannot be read ({error}). Bring the shard back or remove it from data.sources."
+        ) from error
+    return digest.hexdigest()

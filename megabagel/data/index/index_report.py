@@ -1,0 +1,48 @@
+"""What `megabagel data index` prints: counts of one source, and its unusable samples by name."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from megabagel.data.index.document_table import IMAGE
+from megabagel.data.index.documents_view import Documents
+from megabagel.data.index.index import Index
+from megabagel.data.index.index_cache import Skip
+
+
+def survey(index: Index, title: str, named: int | None) -> str:
+    """Lines about an index. Of the samples that are not used, the first `named` are named, all if it is None."""
+    lines = [title, f"  samples: {len(index.documents)}, skipped: {len(index.skipped)}"]
+    assert isinstance(index.documents, Documents)
+    lines += _items(index.documents)
+    shards = index.reader.shards
+    size = sum(shard.stat().st_size for shard in shards)
+    lines.append(f"  shards: {len(shards)}, {size / 1e6:,.1f} MB; fingerprint {index.fingerprint}")
+    return "\n".join(lines + _skipped(index.skipped, named))
+
+
+def _items(documents: Documents) -> list[str]:
+    """Texts and images of the samples that are used; every wording and every frame counts."""
+    items_I = documents.table.chosen(documents.numbers).items_I
+    is_image = (items_I["kind"] & IMAGE).astype(bool)
+    texts, images = items_I[~is_image], items_I[is_image]
+    lines = []
+    if len(texts):
+        ids = texts["high"]
+        lines.append(f"  texts: {len(texts)}, ids: {ids.sum(dtype=np.int64)}, longest: {ids.max()}")
+    if len(images):
+        pixels = images["high"].astype(np.int64) * images["wide"]
+        small, large = images[pixels.argmin()], images[pixels.argmax()]
+        sizes = " to ".join(f"{image['wide']} x {image['high']}" for image in (small, large))
+        lines.append(f"  images: {len(images)}, {sizes} pixels, {pixels.mean() / 1e6:.2f} million on average")
+    return lines
+
+
+def _skipped(skipped: Sequence[Skip], named: int | None) -> list[str]:
+    counts = Counter(skip.reason for skip in skipped)
+    lines = [f"  skipped, {count} x {reason}" for reason, count in counts.most_common()]
+    lines += [f"    {skip}" for skip in skipped[:named]]
+    if named is not None and len(skipped) > named:
+        lines.append(f"    and {len(skipped) - named} more; --all names them")
+    return lines

@@ -1,0 +1,169 @@
+"""From a planned pack to a packed batch: lays it out, writes its words, reads and decodes its images.
+
+Nothing here decides an order: the plan does. An image that fails although the index found it sound is replaced:
+latents by NaN, which the model side turns into rows without loss, ViT patches by grey.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megabagel.config.schema import Config
+from megabagel.data.decode import DecodeEngine, Request, Views
+from megabagel.data.documents import Document, ImageItem, SampleError, TextItem
+from megabagel.data.index.index import Index
+from megabagel.data.load.latents import LatentCache
+from megabagel.data.plan.global_plan import GlobalPlan
+from megabagel.data.plan.planned_sample import Rules, Task
+from megabagel.data.tokenize.token_ids import Writer
+from megabagel.data.tokenize.tokenizer import TextTokenizer
+from megabagel.sequence.batch import Encoders, PackedBatch
+from megabagel.sequence.images import VaeImage, vae_images, vit_images
+from megabagel.sequence.keys import SampleKey
+from megabagel.sequence.layout import build_layout, layout_rows
+from megabagel.sequence.patches import patchify
+from megabagel.sequence.sample import SamplePlan
+
+
+@dataclass(frozen=True)
+class LostImage:
+    """An image that could not be decoded: whose visit, which slot, and why."""
+
+    key: SampleKey
+    slot: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A packed batch and the images that it lacks."""
+
+    batch: PackedBatch
+    lost: tuple[LostImage, ...]
+
+
+@dataclass(frozen=True)
+class Filler:
+    """Fills packs for one rank. Plain data: a worker process holds a copy.
+
+    indexes: by source, for their readers; documents come with the packs. finish: the last work on every batch.
+    """
+
+    rules: Rules
+    indexes: Mapping[str, Index]
+    tokenizer: TextTokenizer
+    decode: DecodeEngine
+    config: Config
+    encoders: Encoders
+    finish: Callable[[PackedBatch], PackedBatch]
+    latents: LatentCache | None
+
+    @classmethod
+    def of(
+        cls,
+        plan: GlobalPlan,
+        tokenizer: TextTokenizer,
+        decode: DecodeEngine,
+        encoders: Encoders,
+        finish: Callable[[PackedBatch], PackedBatch],
+        latents: LatentCache | None,
+    ) -> "Filler":
+        """The filler of a plan's packs."""
+        indexes = {name: replace(source.index, documents=(), skipped=()) for name, source in plan.sources.items()}
+        return cls(plan.rules, indexes, tokenizer, decode, plan.config, encoders, finish, latents)
+
+    @property
+    def rows(self) -> int:
+        """Rows of every layout."""
+        return layout_rows(self.config.data.max_tokens, self.config.parallel.chunk, self.config.parallel.cp)
+
+    @property
+    def most_bytes(self) -> int:
+        """Upper bound of the pixels and patches of one pack: a token stands for 3 x side x side of them, in fp32."""
+        model = self.config.model
+        return self.config.data.max_tokens * 3 * max(model.latent_stride, model.vit.patch) ** 2 * 4
+
+    def __call__(self, task: Task) -> Filled:
+        """One pack with the words and the images that this rank encodes."""
+        pack = self.rules.pack(task.plan, task.documents)
+        grid, model = self.config.parallel, self.config.model
+        layout = build_layout(pack, self.rows, grid.chunk, grid.cp)
+        seen, made = vit_images(pack), vae_images(pack)
+        vits, vaes = [seen[i] for i in self.encoders.vit(pack)], [made[i] for i in self.encoders.vae(pack)]
+        patch, stride = model.vit.patch, model.latent_stride
+        sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}  # by (sample, slot): an image is decoded once
+        for sample, vit in vits:
+            sizes.setdefault((sample, vit.slot), []).append((vit.rows * patch, vit.cols * patch))
+        encoded = vaes if self.latents is None else []
+        for image in encoded:
+            sizes.setdefault((image.sample, image.slot), []).append((image.rows * stride, image.cols * stride))
+        views, lost = self._views(task, sizes)
+        patches = [patchify(torch.nan_to_num(next(views[sample, vit.slot])), patch) for sample, vit in vits]
+        pixels = [next(views[image.sample, image.slot]) for image in encoded]
+        moments, missed = (None, ()) if self.latents is None else self._moments(task, vaes, self.latents)
+        words = torch.tensor(self._words(task, pack.samples), dtype=torch.int64)
+        return Filled(self.finish(PackedBatch(pack, layout, words, patches, pixels, moments)), lost + missed)
+
+    def _words(self, task: Task, samples: tuple[SamplePlan, ...]) -> list[int]:
+        writer = Writer(self.tokenizer)
+        words: list[int] = []
+        for document, sample in zip(task.documents, samples, strict=True):
+
+            def ids(slot: int, document: Document = document, source: str = sample.key.source) -> list[int]:
+                item = document.items[slot]
+                assert isinstance(item, TextItem)
+                return self.tokenizer.encode(self.indexes[source].text(item))
+
+            words += writer.words(sample.items, ids)
+        return words
+
+    def _views(
+        self, task: Task, sizes: Mapping[tuple[int, int], list[tuple[int, int]]]
+    ) -> tuple[dict[tuple[int, int], Iterator[torch.Tensor]], tuple[LostImage, ...]]:
+        """The views [3, height, width] in [-1, 1] of images (sample, slot), all decoded in one call; NaN for one that
+        cannot be had."""
+        keys = [visit.key for visit in task.plan.visits]
+        found: dict[tuple[int, int], Views | SampleError] = {}
+        requests: dict[tuple[int, int], Request] = {}
+        for (sample, slot), wanted in sizes.items():
+            try:
+                blob = self._file(keys[sample].source, task.documents[sample], slot)
+                requests[sample, slot] = Request(blob, tuple(wanted))
+            except SampleError as error:
+                found[sample, slot] = error
+        found |= zip(requests, self.decode(list(requests.values())), strict=True)
+        views, lost = {}, []
+        for (sample, slot), wanted in sizes.items():
+            outcome = found[sample, slot]
+            if isinstance(outcome, SampleError):
+                lost.append(_lost(task, sample, slot, outcome))
+                outcome = [torch.full((3, *size), torch.nan) for size in wanted]
+            views[sample, slot] = iter(outcome)
+        return views, tuple(lost)
+
+    def _moments(
+        self, task: Task, images: Sequence[VaeImage], cache: LatentCache
+    ) -> tuple[list[torch.Tensor], tuple[LostImage, ...]]:
+        """The codec's moments of images [M, h, w]; NaN for one that cannot be had."""
+        stride, cells = self.config.model.latent_stride, self.config.model.latent_patch
+        moments, lost = [], []
+        for image in images:
+            source, document = task.plan.visits[image.sample].key.source, task.documents[image.sample]
+            try:
+                blob = self._file(source, document, image.slot)
+                moments.append(cache.read(blob, image.rows * stride, image.cols * stride))
+            except SampleError as error:
+                lost.append(_lost(task, image.sample, image.slot, error))
+                moments.append(torch.full((cache.channels, image.rows * cells, image.cols * cells), torch.nan))
+        return moments, tuple(lost)
+
+    def _file(self, source: str, document: Document, slot: int) -> bytes:
+        item = document.items[slot]
+        assert isinstance(item, ImageItem)
+        return self.indexes[source].read(item.member)
+
+
+def _lost(task: Task, sample: int, slot: int, error: SampleError) -> LostImage:
+    key, name = task.plan.visits[sample].key, task.documents[sample].key
+    return LostImage(key, slot, f"source {key.source}, sample {name}: image lost: {error}")

@@ -1,0 +1,250 @@
+"""The latent cache: what the frozen codec makes of every image, computed once instead of in every step.
+
+Kept are the codec's moments (mean and log variance of the posterior, or the one point of an exact codec), so that
+training still draws its own latents. An image is found by the digest of its file and its training size, whatever shards
+it lies in: a cache outlives other tokenizers and tasks, and an image that is in two sources is in it once.
+
+    OUT/manifest.json                  what the cache is valid for
+    OUT/latents-000000.safetensors     "<digest>-<height>x<width>": [M, height / downsample, width / downsample]
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from megabagel.config.schema import Config
+from megabagel.data.decode import DecodeEngine, Request
+from megabagel.data.documents import ImageItem, SampleError
+from megabagel.data.files import write_atomic
+from megabagel.data.plan.expand import Expander
+from megabagel.data.plan.global_plan import Source
+from megabagel.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SHARD_BYTES = 1 << 28
+"""A shard is written once it holds this much."""
+BATCH = 32
+"""Images decoded in one call."""
+
+Precision = Literal["fp32", "bf16"]
+TYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Reads moments. Plain data: a worker process holds a copy. `shards`: by image, about 150 bytes for each."""
+
+    folder: Path
+    channels: int
+    shards: Mapping[str, str]
+
+    def read(self, blob: bytes, height: int, width: int) -> Tensor:
+        """float32 [M, h, w] of an image file at a training size.
+
+        Raises:
+            SampleError: the cache has no such image: it could not be decoded, or its file has changed since.
+        """
+        name = image_name(blob, height, width)
+        if name not in self.shards:
+            raise SampleError("not in the latent cache", name)
+        return _open(self.folder / self.shards[name]).get_tensor(name).float()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `write_latents` did, in images."""
+
+    written: int
+    known: int
+    """In the cache already: from an earlier run, or met before under another key."""
+    lost: int
+    """Gone, changed or not decodable; training loses them too."""
+
+    def __str__(self) -> str:
+        return f"images written: {self.written}, in the cache already: {self.known}, lost: {self.lost}"
+
+
+def image_name(blob: bytes, height: int, width: int) -> str:
+    """Name of an image file at a training size."""
+    return f"{hashlib.blake2b(blob, digest_size=16).hexdigest()}-{height}x{width}"
+
+
+def open_latents(folder: Path, config: Config, sources: Sequence[Source], codec: str) -> LatentCache:
+    """The cache in `folder` (`data.latents`) for a run; `codec`: fingerprint of its codec.
+
+    Raises:
+        UserError: there is no cache, it is of another codec or of other sizes, or a source is not in it.
+    """
+    manifest = _manifest(folder)
+    if manifest is None:
+        raise UserError(
+            f"data.latents={folder}: no {MANIFEST} there; `megabagel data latents CONFIG {folder}` writes it"
+        )
+    _check(folder, manifest, _validity(config, codec))
+    absent = [source.name for source in _with_latents(sources) if source.index.fingerprint not in manifest["sources"]]
+    if absent:
+        raise UserError(
+            f"data.latents={folder}: nothing is known of {', '.join(absent)} as data.sources has it now. "
+            f"`megabagel data latents CONFIG {folder}` adds the images that are missing."
+        )
+    shards = _names(folder)
+    logger.info("latent cache: %s (%s, %d images)", folder, manifest["precision"], len(shards))
+    return LatentCache(folder, manifest["channels"], shards)
+
+
+def write_latents(
+    config: Config,
+    sources: Sequence[Source],
+    folder: Path,
+    decode: DecodeEngine,
+    moments: Callable[[Tensor], Tensor],
+    codec: tuple[str, int],
+    precision: Precision,
+) -> Report:
+    """Write the moments of every image that training encodes, except those that the cache has; may be interrupted.
+
+    Args:
+        moments: [1, 3, H, W] in [-1, 1] -> float32 [1, M, h, w].
+        codec: fingerprint, and M.
+        precision: bf16 halves the cache and rounds every moment to 8 significant bits.
+
+    Raises:
+        UserError: the folder holds a cache of something else, or cannot be written.
+    """
+    validity = _validity(config, codec[0])
+    manifest = _manifest(folder) or {**validity, "precision": precision, "channels": codec[1], "sources": []}
+    _check(folder, manifest, {**validity, "precision": precision})
+    try:
+        _write_manifest(folder, manifest)
+        report = _fill(config, sources, folder, decode, moments, TYPES[precision])
+        known = {*manifest["sources"], *(source.index.fingerprint for source in _with_latents(sources))}
+        _write_manifest(folder, {**manifest, "sources": sorted(known)})
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error}); choose a folder with space and rights") from error
+    return report
+
+
+def _fill(
+    config: Config,
+    sources: Sequence[Source],
+    folder: Path,
+    decode: DecodeEngine,
+    moments: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+) -> Report:
+    names = set(_names(folder))
+    shard: dict[str, Tensor] = {}
+    written = known = lost = 0
+    images = _images(config, sources)
+    while batch := list(islice(images, BATCH)):
+        new = {}
+        for read, size in batch:
+            try:
+                blob = read()
+            except SampleError:
+                lost += 1
+                continue
+            name = image_name(blob, *size)
+            known += name in names
+            if name not in names:
+                names.add(name)
+                new[name] = Request(blob, (size,))
+        for name, outcome in zip(new, decode(list(new.values())), strict=True):
+            if isinstance(outcome, SampleError):
+                lost += 1
+                continue
+            shard[name] = moments(outcome[0][None])[0].to("cpu", dtype)
+            written += 1
+        if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+            _write_shard(folder, shard)
+            shard = {}
+    if shard:
+        _write_shard(folder, shard)
+    return Report(written, known, lost)
+
+
+def _images(config: Config, sources: Sequence[Source]) -> Iterator[tuple[Callable[[], bytes], tuple[int, int]]]:
+    """What reads the file, and the training size, of every image that a sample may show to the codec."""
+    expander = Expander.of(config)
+    for source in _with_latents(sources):
+        for number in range(len(source.index.documents)):
+            for item in source.index.documents[number].items:
+                if isinstance(item, ImageItem) and item.role != "look":
+                    yield partial(source.index.read, item.member), expander.vae_size(item)
+
+
+def _with_latents(sources: Sequence[Source]) -> list[Source]:
+    """Sources whose images go through the codec."""
+    return [source for source in sources if source.task not in ("i2t", "text")]
+
+
+def _validity(config: Config, codec: str) -> dict[str, Any]:
+    """What moments depend on beside the files."""
+    return {
+        "format": FORMAT,
+        "codec": codec,
+        "data.vae_resize": asdict(config.data.vae_resize),
+        "stride": config.model.latent_stride,
+    }
+
+
+def _check(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name, value in wanted.items():
+        if manifest[name] != value:
+            raise UserError(
+                f"{folder}: a latent cache with {name} = {manifest[name]}, but {value} is wanted. Write another one "
+                "with `megabagel data latents CONFIG OUT` into a folder of its own."
+            )
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / MANIFEST
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove the folder and write the cache again") from error
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    write_atomic(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def _write_shard(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    shards = _shards(folder)  # one in the middle may have been removed
+    number = int(shards[-1].stem.removeprefix("latents-")) + 1 if shards else 0
+    write_atomic(folder / f"latents-{number:06d}.safetensors", save({n: t.contiguous() for n, t in tensors.items()}))
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"latents-{'[0-9]' * 6}.safetensors"))
+
+
+def _names(folder: Path) -> dict[str, str]:
+    """{image: file name} of all shards."""
+    return {name: path.name for path in _shards(folder) for name in _open(path).keys()}  # noqa: SIM118
+
+
+@lru_cache(maxsize=256)
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); remove it and run `megabagel data latents` again"
+        ) from error

@@ -1,0 +1,202 @@
+"""From the plan to packed batches: this rank's share of every step, prepared ahead of training.
+
+Without workers (`data.workers` = 0) a background thread plans and fills. With N workers one process plans and N fill
+packs, and this one only takes what they made, so training shares its interpreter with nobody.
+
+At most `data.prefetch` steps wait beside the one that is being trained; with a thread one more is made or waits too.
+What comes out is the same in every case: the plan decides, and results are taken in its order.
+"""
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from megabagel.config.schema import Config
+from megabagel.data.decode import DecodeEngine
+from megabagel.data.documents import Cell, Item, Loose, Member, Passage, TextItem
+from megabagel.data.formats.reader import Reader
+from megabagel.data.load.collate import Filled, Filler
+from megabagel.data.load.latents import LatentCache
+from megabagel.data.load.workers import Worker
+from megabagel.data.plan.global_plan import GlobalPlan, StepPlan
+from megabagel.data.plan.planned_sample import Task
+from megabagel.data.tokenize.tokenizer import TextTokenizer
+from megabagel.sequence.batch import Encoders, PackedBatch
+from megabagel.sequence.keys import SampleKey
+
+logger = logging.getLogger(__name__)
+
+NAMED = 8
+"""Samples and files of a pack that a message names."""
+
+LostImage = tuple[SampleKey, int]
+"""Visit and slot of an image."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A planned step and this rank's packed batches of it."""
+
+    plan: StepPlan
+    batches: list[PackedBatch]
+    lost: frozenset[LostImage]
+    """Images of this rank's batches that could not be decoded."""
+    waited: float = 0.0
+    """Seconds that training waited for this step, on any rank."""
+
+
+def _as_it_is(batch: PackedBatch) -> PackedBatch:
+    return batch
+
+
+class Loader:
+    """Fills packs with content for one rank."""
+
+    def __init__(
+        self,
+        plan: GlobalPlan,
+        tokenizer: TextTokenizer,
+        decode: DecodeEngine,
+        config: Config,
+        encoders: Encoders,
+        dp: tuple[int, int] = (0, 1),
+        finish: Callable[[PackedBatch], PackedBatch] = _as_it_is,
+        latents: LatentCache | None = None,
+    ) -> None:
+        """finish: the last work on every batch, where it is filled. latents: read instead of pixels for the codec."""
+        self.plan, self.config, self.dp = plan, config, dp
+        self.filler = Filler.of(plan, tokenizer, decode, encoders, finish, latents)
+        self.rows = self.filler.rows
+
+    def steps(self, count: int) -> Iterator[Step]:
+        """The next `count` steps, prepared ahead. Errors of whoever prepares them surface here.
+
+        Raises:
+            UserError: what a user can mend: a shard is gone, a worker died.
+        """
+        data, packs = self.config.data, self.config.train.packs_per_step // self.dp[1]
+        who = f"{data.workers} workers and a planner" if data.workers else "a thread"
+        ahead = data.prefetch + (1 if data.workers else 2)
+        most = packs * ahead * self.filler.most_bytes / 2**30
+        logger.info("data: %s in every rank, %d steps ahead, at most %.2f GiB of images", who, data.prefetch, most)
+        return self._from_workers(count) if data.workers else self._from_thread(count)
+
+    def _from_thread(self, count: int) -> Iterator[Step]:
+        ready: queue.Queue[Step | BaseException] = queue.Queue(maxsize=self.config.data.prefetch)
+        stopped = threading.Event()
+
+        def produce() -> None:
+            for _ in range(count):
+                item: Step | BaseException
+                try:
+                    plan = self.plan.next_step()
+                    tasks = [self.plan.task(plan, number) for number in plan.share(*self.dp)]
+                    item = _step(plan, [self.filler(task) for task in tasks])
+                except BaseException as error:
+                    item = error
+                while not stopped.is_set():
+                    try:
+                        ready.put(item, timeout=0.2)
+                        break
+                    except queue.Full:
+                        continue
+                if stopped.is_set() or isinstance(item, BaseException):
+                    return
+
+        threading.Thread(target=produce, name="loader", daemon=True).start()
+        try:
+            for _ in range(count):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+
+    def _from_workers(self, count: int) -> Iterator[Step]:
+        """Packs go to the fillers in turn, so that results are due in the order in which tasks were sent."""
+        with ExitStack() as stack:
+            state = self.plan.state()
+            stack.callback(lambda: self.plan.load_state(state))  # where this process's copy of the plan has got to
+            planner = stack.enter_context(
+                self._worker("planner", _Planning(self.plan), lambda number: f"step {number}")
+            )
+            fillers = [
+                stack.enter_context(self._worker(f"worker {number}", self.filler, self._describe))
+                for number in range(self.config.data.workers)
+            ]
+            asked = sent = taken = 0
+            first, planned = self.plan.step, deque[StepPlan]()
+            for step in range(count):
+                while asked < min(count, step + self.config.data.prefetch + 2):
+                    planner.send(first + asked)
+                    asked += 1
+                while len(planned) < min(count - step, self.config.data.prefetch + 1):
+                    planned.append(planner.receive())
+                    for number in planned[-1].share(*self.dp):
+                        fillers[sent % len(fillers)].send(self.plan.task(planned[-1], number))
+                        sent += 1
+                plan, filled = planned.popleft(), []
+                for _ in plan.share(*self.dp):
+                    filled.append(fillers[taken % len(fillers)].receive())
+                    taken += 1
+                state = plan.state
+                yield _step(plan, filled)
+
+    def _worker(self, name: str, work: Callable[[Any], Any], describe: Callable[[Any], str]) -> Worker:
+        modules = (Filler.__module__, self.filler.finish.__module__)
+        return Worker(name, work, describe, self.config.data.worker_timeout, logger.warning, modules)
+
+    def _describe(self, task: Task) -> str:
+        """A pack with the names of its samples and files, for a message."""
+        samples = [
+            f"{visit.key.source}/{document.key}"
+            for visit, document in zip(task.plan.visits, task.documents, strict=True)
+        ]
+        files = {
+            _file(item, self.plan.sources[visit.key.source].index.reader)
+            for visit, document in zip(task.plan.visits, task.documents, strict=True)
+            for item in document.items
+        }
+        named, where = _few(samples), _few(sorted(files - {""}))
+        return f"pack {task.pack} of step {task.step + 1} ({len(samples)} samples: {named}; files: {where})"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def _file(item: Item, reader: Reader) -> str:
+    """The file in which an item lies; none for a short text, which the index holds."""
+    place = item.source if isinstance(item, TextItem) else item.member
+    match place.place if isinstance(place, Passage) else place:
+        case str():
+            return ""
+        case Loose(path):
+            return path
+        case Member(shard) | Cell(shard):
+            return reader.shards[shard].name
+
+
+class _Planning:
+    """The planner's work: the next step of its copy of the plan, whatever number is asked for."""
+
+    def __init__(self, plan: GlobalPlan) -> None:
+        self.plan = plan
+
+    def __call__(self, number: int) -> StepPlan:
+        assert number == self.plan.step
+        return self.plan.next_step()
+
+
+def _step(plan: StepPlan, filled: list[Filled]) -> Step:
+    """A step, with a line in the log for every image lost."""
+    lost = [image for pack in filled for image in pack.lost]
+    for image in lost:
+        logger.warning("%s", image.message)
+    return Step(plan, [pack.batch for pack in filled], frozenset((image.key, image.slot) for image in lost))

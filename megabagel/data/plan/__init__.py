@@ -1,0 +1,1 @@
+"""The global plan: which samples form which pack of which step, for the whole job."""

@@ -1,0 +1,81 @@
+"""From a document with roles to the items of a sample: which token sets every image gets (BAGEL section 2.3).
+
+A generated image enters noised; if anything follows it, its clean latents and ViT tokens follow at once, so that later
+items are conditioned on the finished picture (bagel-reference section 5).
+"""
+
+from dataclasses import dataclass
+
+from megabagel.config.schema import Config, DataConfig, ModelConfig
+from megabagel.data.decode.transforms import resize_target
+from megabagel.data.documents import Document, ImageItem, TextItem
+from megabagel.data.plan.augmentation import Shown, shown_items
+from megabagel.sequence.items import Clip, Item, Latent, Text, Vit
+from megabagel.sequence.keys import SampleKey
+
+
+@dataclass(frozen=True)
+class Expander:
+    """Sizes and token sets for the documents of one run."""
+
+    data: DataConfig
+    model: ModelConfig
+
+    @classmethod
+    def of(cls, config: Config) -> "Expander":
+        """The expander of a config."""
+        return cls(config.data, config.model)
+
+    def items(self, document: Document, task: str, key: SampleKey) -> list[Item]:
+        """Items of one visit of a document whose roles are assigned. Slots are places in `document.items`."""
+        shown = shown_items(document, key)
+        if task == "video":
+            return self._video(shown, key)
+        generates = any(item.role == "target" for _, item in shown if isinstance(item, ImageItem))
+        looks = sum(item.role == "look" for _, item in shown) or 1
+        last = shown[-1][0]
+        result: list[Item] = []
+        for slot, item in shown:
+            if isinstance(item, TextItem):
+                loss = item.role == "target"
+                result.append(Text(slot, item.n_ids, loss, droppable=generates and not loss))
+            elif item.role == "look":
+                result.append(self._vit(slot, item, looks))
+            else:
+                if item.role == "target":
+                    result.append(self._latent(slot, item, noised=True))
+                if item.role == "condition" or slot != last:
+                    result += [self._latent(slot, item, noised=False), self._vit(slot, item, droppable=True)]
+        return result
+
+    def _video(self, shown: Shown, key: SampleKey) -> list[Item]:
+        """Texts, then frames in random groups of consecutive ones: one noise level and full attention per group, each
+        group conditioned on the noisy ones before it (diffusion forcing)."""
+        result: list[Item] = []
+        frames: list[Latent] = []
+        for slot, item in shown:
+            if isinstance(item, TextItem):
+                result.append(Text(slot, item.n_ids, droppable=True))
+            else:
+                frames.append(self._latent(slot, item, noised=True))
+        draws = key.generator("groups")
+        while frames:
+            size = int(draws.integers(1, len(frames) + 1))
+            result.append(Clip(tuple(frames[:size]), steps=(1,) * size, chain=0))
+            frames = frames[size:]
+        return result
+
+    def _latent(self, slot: int, item: ImageItem, noised: bool) -> Latent:
+        height, width = self.vae_size(item)
+        stride = self.model.latent_stride
+        return Latent(slot, height // stride, width // stride, noised, droppable=not noised)
+
+    def _vit(self, slot: int, item: ImageItem, images: int = 1, droppable: bool = False) -> Vit:
+        patch = self.model.vit.patch
+        width, height = resize_target(item.width, item.height, self.data.vit_resize, patch, images)
+        return Vit(slot, height // patch, width // patch, droppable)
+
+    def vae_size(self, item: ImageItem) -> tuple[int, int]:
+        """Height and width that an image is brought to for the VAE."""
+        width, height = resize_target(item.width, item.height, self.data.vae_resize, self.model.latent_stride)
+        return height, width

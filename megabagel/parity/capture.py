@@ -1,0 +1,128 @@
+"""What a forward pass computes, seen on every rank of a grid and put together in sequence order on rank 0.
+
+Legend: S tokens in sequence order, L latent tokens and V ViT patches in token order.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megabagel_kernels.attention.mask import dense_mask
+from torch import Tensor, nn
+
+from megabagel.model.inputs import Hidden, Outputs, StageInputs
+from megabagel.parity.machine import Machine
+from megabagel.sequence.batch import PackedBatch
+from megabagel.sequence.images import shares, vit_images
+
+Parts = dict[str, list[tuple[np.ndarray, Tensor]]]
+"""By quantity: (numbers of tokens, their values) as often as they were seen."""
+
+
+class Watch:
+    """Collects this rank's rows while its stages run one batch."""
+
+    def __init__(self, machine: Machine, batch: PackedBatch, inputs: StageInputs) -> None:
+        self.machine, self.batch, self.inputs = machine, batch, inputs
+        cp = machine.mesh.cp.rank
+        token_C, border = batch.layout.rank(cp), batch.layout.num_und[cp]
+        self.token_u, self.token_g = self._share(token_C[:border]), self._share(token_C[border:])
+        self.parts: Parts = {}
+
+    def _share(self, token_T: np.ndarray) -> np.ndarray:
+        """This tensor-parallel rank's rows."""
+        tp = self.machine.mesh.tp
+        return np.split(token_T, tp.size)[tp.rank] if self.machine.runner.rows_split else token_T
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks into every stage of this rank."""
+        handles = []
+
+        def on(module: nn.Module, keep: Callable[[Any, Any], None]) -> None:
+            handles.append(module.register_forward_hook(lambda _, inputs, result: keep(inputs, result)))
+
+        for model in (stage.model for stage in self.machine.stages):
+            for number, layer in model.layers.items():
+                on(layer, partial(self._layer, f"layer{number}"))
+            if model.first:
+                on(model.embed, self._embedded)
+                if self.machine.config.model.visual_und:
+                    on(model.embed.vit, self._features)
+            if model.last:
+                on(model.heads.norm, partial(self._layer, "last_hidden_state"))
+                on(model.heads, self._outputs)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _put(self, key: str, token_T: np.ndarray, values_T: Tensor) -> None:
+        real = token_T >= 0
+        values = values_T.detach().float().cpu()[torch.from_numpy(real)]
+        self.parts.setdefault(key, []).append((token_T[real], values))
+
+    def _rows(self, key: str, und_uI: Tensor, gen_gI: Tensor) -> None:
+        self._put(key, self.token_u, und_uI)
+        self._put(key, self.token_g, gen_gI)
+
+    def _layer(self, key: str, _: Any, both: tuple[Tensor, Tensor]) -> None:
+        self._rows(key, *both)
+
+    def _embedded(self, _: Any, hidden: Hidden) -> None:
+        self._rows("inputs_embeds", hidden.und_uI, hidden.gen_gI)
+        latents = self.inputs.latents
+        if latents is not None:
+            self._put("t", self.token_g, latents.time_I[latents.image_g])
+
+    def _features(self, _: Any, features_PE: Tensor) -> None:
+        """The tower's output on the images that this context-parallel rank encodes, padding at the end."""
+        sizes = [image.rows * image.cols for _, image in vit_images(self.batch.pack)]
+        start = np.cumsum([0, *sizes])
+        cp = self.machine.mesh.cp
+        mine = [np.arange(start[i], start[i] + sizes[i]) for i in shares(sizes, cp.size)[cp.rank]]
+        patch_P = np.concatenate([np.zeros(0, np.int64), *mine])
+        self._put("vit_out", np.pad(patch_P, (0, len(features_PE) - len(patch_P)), constant_values=-1), features_PE)
+
+    def _outputs(self, received: tuple[Hidden, StageInputs], outputs: Outputs) -> None:
+        hidden, _ = received
+        cp = self.machine.mesh.cp.rank
+        token_U = self.batch.layout.rank(cp)[: self.batch.layout.num_und[cp]]
+        self._put("ce", token_U[self.inputs.ce_row_K.cpu().numpy()], outputs.ce_K)
+        self._put("mse", self.token_g, (outputs.velocity_gC - hidden.target_gC).square())
+
+    def whole(self) -> dict[str, Tensor]:
+        """Every quantity in token order, on rank 0; nothing elsewhere. Called on all ranks."""
+        everyone: list[Parts] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(self.parts, everyone)
+        found: dict[str, list[tuple[np.ndarray, Tensor]]] = defaultdict(list)
+        for parts in everyone or ():
+            for key, entries in parts.items():
+                found[key] += entries
+        return {key: _in_order(entries) for key, entries in found.items()}
+
+
+def _in_order(entries: list[tuple[np.ndarray, Tensor]]) -> Tensor:
+    """Values by rising token number; what several ranks hold is taken once."""
+    tokens = np.concatenate([tokens for tokens, _ in entries])
+    values = torch.cat([values for _, values in entries])
+    _, first = np.unique(tokens, return_index=True)
+    return values[torch.from_numpy(first)]
+
+
+def visible(batch: PackedBatch) -> Tensor:
+    """[S, S] uint8: who sees whom, put together from the mask integers of every context-parallel rank."""
+    layout, tokens = batch.layout, batch.pack.tokens
+    seen_SS = np.zeros((tokens, tokens), np.uint8)
+    real_R = layout.token_R >= 0
+    for rank in range(layout.cp):
+        token_C = layout.rank(rank)
+        seen_CR = dense_mask(layout.codes(batch.pack, rank))
+        seen_SS[np.ix_(token_C[token_C >= 0], layout.token_R[real_R])] = seen_CR[np.ix_(token_C >= 0, real_R)]
+    return torch.from_numpy(seen_SS)

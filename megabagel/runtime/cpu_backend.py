@@ -1,0 +1,104 @@
+"""The host backend: how megatron-core runs on a CPU with gloo. All of it is in this file.
+
+megatron-core asks torch for "cuda" by name, index or `torch.cuda` calls. On a machine without CUDA those are answered
+with the CPU; schedules, optimizer, collectives and checkpoints are the same code as on a cluster.
+"""
+
+import logging
+import resource
+import warnings
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megabagel.runtime.packages import check_apex
+
+_CPU = torch.device("cpu")
+_installed: list[TorchFunctionMode] = []
+
+
+def device() -> torch.device:
+    """Where this rank computes: its CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+
+
+def backend() -> str:
+    """Name of torch.distributed's backend for that device."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held so far: on its CUDA device, or resident in the host's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def install() -> None:
+    """Prepare this process for megatron-core; call once before importing it. Where CUDA is
+    present it only looks at the packages. Raises UserError for a package that would mislead megatron-core."""
+    quieten()
+    check_apex()
+    if _installed or torch.cuda.is_available():
+        return
+    _answer_for_cuda()
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    _installed.append(mode)
+    import megatron.core.tensor_parallel.random as random
+
+    random._lazy_call = lambda callback, **_: callback()
+
+
+def quieten() -> None:
+    """Silence what megatron-core prints about absent optional packages; `doctor` says what is in use."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex|TransformerEngine).*")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated.*")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")  # optimizer shards
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def _is_cuda(value: Any) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == "cuda"
+    return (isinstance(value, str) and value.startswith("cuda")) or type(value) is int
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Creates on the CPU what is asked for on a CUDA device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # DistributedOptimizer recognises parameters by this string.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+class _Generators:
+    """`torch.cuda.default_generators` with the CPU generator at every index."""
+
+    def __getitem__(self, index: int) -> torch.Generator:
+        return torch.default_generator
+
+
+def _answer_for_cuda() -> None:
+    """Every name gets a function of its own: torch.compile's rules refuse one object under two names."""
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.device_count = lambda: 1
+    cuda.synchronize = lambda *_, **__: None
+    cuda.set_device = lambda *_, **__: None
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda *_, **__: torch.get_rng_state()
+        module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.default_generators = _Generators()

@@ -1,0 +1,195 @@
+"""Signs of life: every rank tells the job's store where it is, so that a dead or hung rank ends the job by name.
+
+Two threads per rank. One talks: once a second it writes this rank's beat, and reads the verdict. Rank 0 reads all
+beats and gives the verdict; the others watch rank 0. The other thread keeps the time, because talking to a store whose
+host is gone may take for ever. Either can end the process while its main thread is stuck in a collective.
+
+    beat-3    {"n": 17, "step": 12, "phase": "forward", "age": 0.4, "marks": 230, "collective": null, "at": ...}
+    verdict   the message that every rank ends with
+    suspect   somebody lost a connection: rank 0 looks closer
+    left      number of ranks that no longer listen
+"""
+
+import json
+import math
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch.distributed as dist
+
+from megabagel.config.schema import RunConfig
+from megabagel.errors import STOP_PREFIX, RankLost, Stopped, UserError
+from megabagel.runtime import phase
+from megabagel.runtime.diagnosis import Beat, judge
+
+_BEAT_S = 1.0
+_SUSPECTED_S = 3.0
+"""Silence that convicts once a connection was lost; well above a beat, well below a launcher's patience."""
+_FAREWELL_S = 3.0
+"""How long a rank that leaves by itself waits for the others to take notice."""
+
+
+@contextmanager
+def watching(store: dist.Store, rank: int, size: int, run: RunConfig) -> Iterator[None]:
+    """Give and watch signs of life. Raises RankLost, naming the rank, in place of the error that its end causes here.
+
+    A rank that fails by itself says so, and its error goes on. A rank that is stuck in a collective when the verdict
+    falls prints it and ends with `RankLost.code`.
+    """
+    phase.mark("start", 0)
+    life = _Heartbeat(store, rank, size, run)
+    life.start()
+    patience = _FAREWELL_S
+    try:
+        yield
+        patience = run.heartbeat_timeout
+    except (UserError, Stopped):
+        patience = run.heartbeat_timeout
+        raise  # of all ranks alike
+    except Exception as error:
+        verdict = life.explain(error)
+        if verdict is None:
+            raise
+        raise RankLost(verdict) from error
+    finally:
+        life.stop(patience)
+
+
+class _Heartbeat:
+    def __init__(self, store: dist.Store, rank: int, size: int, run: RunConfig) -> None:
+        self._store, self._rank, self._size, self._run = store, rank, size, run
+        self._every = min(_BEAT_S, run.heartbeat_timeout / 4)
+        self._leaving = threading.Event()
+        self._explaining = threading.Event()
+        self._judged = threading.Event()
+        self._verdict = ""
+        self._origin: phase.Location | None = None
+        self._talked = time.monotonic()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._keep_time)]
+        self._beats: dict[int, Beat] = {}
+        self._heard: dict[int, float] = {}
+
+    def start(self) -> None:
+        """Start both threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, patience: float) -> None:
+        """End both threads, then let the others go before the store goes with this process: `patience` seconds."""
+        self._leaving.set()
+        self._threads[0].join(timeout=_FAREWELL_S)
+        if self._threads[0].is_alive():
+            return  # the store's host is gone
+        with suppress(dist.DistError):
+            left = self._store.add("left", 1)
+            end = time.monotonic() + patience
+            while self._rank == 0 and left < self._size and time.monotonic() < end:
+                time.sleep(0.01)
+                left = self._store.add("left", 0)
+
+    def explain(self, error: Exception) -> str | None:
+        """Why another rank is to blame for `error`, or None; then the others are told of this one's failure."""
+        self._origin = phase.origin(error)
+        self._explaining.set()
+        with suppress(dist.DistError):
+            if _from_peer(error):
+                self._store.set("suspect", "")
+                self._judged.wait(_SUSPECTED_S + 3 * self._every)
+            if not self._judged.is_set():
+                where = f"in phase {phase.now.phase} after step {phase.now.step}"
+                said = "".join(traceback.format_exception_only(error)).strip().partition("\n")[0]
+                self._store.compare_set("verdict", "", f"rank {self._rank} failed {where}: {said}")
+        return self._verdict or None
+
+    def _talk(self) -> None:
+        number = 0
+        while not self._leaving.is_set() and not self._judged.is_set():
+            try:
+                self._store.set(f"beat-{self._rank}", json.dumps(self._beat(number)))
+                self._watch()
+            except dist.DistError:
+                if not self._leaving.is_set():
+                    self._end(f"the job's store is gone: rank 0 has ended, or its host{_seen(self._beats)}")
+                return
+            number, self._talked = number + 1, time.monotonic()
+            self._leaving.wait(self._every)
+
+    def _beat(self, number: int) -> Beat:
+        collective, place = self._origin or phase.locate()
+        now = phase.now
+        return Beat(
+            n=number,
+            host=f"{socket.gethostname()}, process {os.getpid()}",
+            step=now.step,
+            phase=now.phase,
+            age=time.monotonic() - now.since,
+            marks=now.marks,
+            collective=collective,
+            at=place,
+        )
+
+    def _watch(self) -> None:
+        """Read the beats that are this rank's to judge, and the verdict."""
+        others = [f"beat-{other}" for other in (range(self._size) if self._rank == 0 else (0,))]
+        now = time.monotonic()
+        if len(self._beats) < len(others):
+            others = [key for key in others if self._store.check([key])]
+        for key, text in zip(others, self._store.multi_get(others) if others else (), strict=True):
+            other, beat = int(key.rpartition("-")[2]), json.loads(text)
+            if other not in self._beats or self._beats[other]["n"] != beat["n"]:
+                self._heard[other] = now
+            self._beats[other] = beat
+        suspected = self._rank == 0 and self._store.check(["suspect"])
+        patience = min(_SUSPECTED_S, self._run.heartbeat_timeout) if suspected else self._run.heartbeat_timeout
+        silence = {other: now - heard for other, heard in self._heard.items()}
+        found = judge(self._beats, silence, patience, self._run.timeout if self._rank == 0 else math.inf)
+        if found:
+            self._store.compare_set("verdict", "", found)
+        if self._store.check(["verdict"]):
+            self._end(self._store.get("verdict").decode())
+
+    def _keep_time(self) -> None:
+        """End this process when the store does not answer; forgive all when it was this process that stood still."""
+        before = time.monotonic()
+        while not self._leaving.wait(self._every / 2):
+            now = time.monotonic()
+            gap, before = now - before, now
+            if gap > self._run.heartbeat_timeout / 2:
+                phase.now.since += gap
+                self._talked = now
+                self._heard = dict.fromkeys(self._heard, now)
+            silence = now - self._talked
+            if silence > self._run.heartbeat_timeout + 2 * self._every and not self._judged.is_set():
+                self._end(
+                    f"the job's store has not answered for {silence:.0f} s: rank 0 hangs, or its host"
+                    f"{_seen(self._beats)}"
+                )
+                return
+
+    def _end(self, verdict: str) -> None:
+        """Leave it to the main thread to end with `verdict` if it can, else end the process."""
+        self._verdict = verdict
+        self._judged.set()
+        if self._leaving.wait(_FAREWELL_S / 2) or self._explaining.is_set():
+            return
+        collective, place = phase.locate()
+        waits = f"in {collective} " if collective else ""
+        print(f"{STOP_PREFIX}{verdict}\n  rank {self._rank} was {waits}at {place}", file=sys.stderr, flush=True)
+        os._exit(RankLost.code)
+
+
+def _from_peer(error: Exception) -> bool:
+    """Whether an error may be what the end of another rank looks like from here."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+
+
+def _seen(beats: dict[int, Beat]) -> str:
+    """Where rank 0 was seen last."""
+    beat = beats.get(0)
+    return f" (rank 0 on {beat['host']}, last seen in phase {beat['phase']} after step {beat['step']})" if beat else ""

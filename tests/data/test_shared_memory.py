@@ -1,0 +1,104 @@
+"""Values from one process to another: what arrives is what was sent, in memory of its own."""
+
+import os
+from multiprocessing import Pipe
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megabagel.data.load import shared_memory
+from megabagel.data.tokenize.tokenizer import load_tokenizer
+from megabagel.sequence.batch import PackedBatch
+from tests.data.test_loader import filled
+from tests.support.batches import assert_same
+from tests.support.small_run import small_config
+
+
+def through(value: object) -> object:
+    one, other = Pipe()
+    shared_memory.send(one, value, os.getpid())
+    return shared_memory.receive(other)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(7, dtype=torch.int64),
+        torch.tensor(3.5),
+        torch.zeros(0, 3),
+        torch.tensor([True, False, True]),
+        torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16),
+        torch.full((3, 2, 2), torch.nan),
+        torch.arange(24.0).reshape(2, 3, 4).transpose(0, 2),
+        torch.arange(100.0)[10:20],
+    ],
+    ids=lambda tensor: f"{tensor.dtype}{tuple(tensor.shape)}",
+)
+def test_tensors_arrive_bit_for_bit(tensor: torch.Tensor) -> None:
+    found = through(tensor)
+    assert isinstance(found, torch.Tensor) and found.dtype == tensor.dtype and found.shape == tensor.shape
+    assert torch.equal(found.contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8))
+    found.zero_()  # it may be written to, and is not the sender's
+    assert tensor.isnan().all() or tensor.numel() == 0 or tensor.any()
+
+
+def test_a_tree_keeps_its_form_and_what_is_shared() -> None:
+    array, tensor = np.arange(1000, dtype=np.int32), torch.arange(5)
+    found = through({"a": [array, (tensor, tensor)], "b": "text", "c": np.zeros(0), "d": array[::3]})
+    assert isinstance(found, dict)
+    assert np.array_equal(found["a"][0], array) and found["a"][0].dtype == np.int32 and found["a"][0].flags.writeable
+    assert found["a"][1][0] is found["a"][1][1] and torch.equal(found["a"][1][0], tensor)
+    assert found["b"] == "text" and found["c"].shape == (0,) and np.array_equal(found["d"], array[::3])
+
+
+def test_a_batch_arrives_whole(shapes: Path) -> None:
+    _, batches = filled(small_config(shapes), steps=1)
+    for batch in batches:
+        found = through(batch)
+        assert isinstance(found, PackedBatch)
+        assert_same(found, batch)
+
+
+def test_more_than_a_socket_holds_is_sent_without_a_reader() -> None:
+    one, other = Pipe()
+    for number in range(20):
+        shared_memory.send(one, (number, torch.full((200_000,), number), "x" * 1_000_000), os.getpid())
+    for number in range(20):
+        found, tensor, text = shared_memory.receive(other)
+        assert found == number and (tensor == number).all() and len(text) == 1_000_000
+
+
+def test_memory_goes_with_its_last_holder() -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:parcel")
+
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before, files = mapped(), open_files()
+    found = through([torch.zeros(100_000), torch.ones(100_000)])
+    assert isinstance(found, list) and mapped() == before + 1 and open_files() <= files + 2
+    part = found[1]
+    del found
+    assert mapped() == before + 1 and (part == 1).all()
+    del part
+    assert mapped() == before
+
+
+def test_a_sender_that_is_gone_is_an_end() -> None:
+    one, other = Pipe()
+    one.close()
+    with pytest.raises(EOFError):
+        shared_memory.receive(other)
+
+
+def test_tokenizers_arrive_whole(shapes: Path) -> None:
+    """Names of special tokens inside a text stay text: the library's own pickle forgets that."""
+    for spec in ("bytes", str(shapes / "tokenizer.json")):
+        tokenizer = load_tokenizer(spec)
+        found = through(tokenizer)
+        text = "a circle <|im_start|> on <|vision_end|>"
+        assert found.encode(text) == tokenizer.encode(text)  # type: ignore[attr-defined]
+        assert found.fingerprint() == tokenizer.fingerprint()  # type: ignore[attr-defined]

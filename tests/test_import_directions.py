@@ -35,33 +35,34 @@ ROOMS = {
     "kernels": Room((), (*TENSORS, "triton")),
     "config": Room(("errors",), ("yaml",)),
     "sequence": Room(("errors", "config", "kernels"), TENSORS),
+    "runtime": Room(("errors", "config"), ("torch", "torch.distributed", "megatron")),
     "data": Room(
         ("errors", "config", "sequence"),
         (*TENSORS, "PIL", "tokenizers", "sentencepiece", "pyarrow", "nvidia", "safetensors"),
     ),
     "model": Room(("errors", "config", "sequence", "kernels"), (*TENSORS, "safetensors")),
-    "parallel": Room(("errors", "config", "sequence", "kernels", "model"), RANKS),
-    "checkpoint": Room(("errors", "config", "sequence", "model", "parallel"), (*RANKS, "safetensors")),
+    "parallel": Room(("errors", "config", "sequence", "kernels", "runtime", "model"), RANKS),
+    "checkpoint": Room(("errors", "config", "sequence", "runtime", "model", "parallel"), (*RANKS, "safetensors")),
     "generate": Room(("errors", "config", "sequence", "data", "model", "parallel"), (*TENSORS, "torch.distributed")),
     "train": Room(
-        ("errors", "config", "sequence", "kernels", "data", "model", "parallel", "checkpoint", "generate"),
+        ("errors", "config", "sequence", "kernels", "runtime", "data", "model", "parallel", "checkpoint", "generate"),
         (*RANKS, "PIL", "rich", "tensorboard"),
     ),
-    "plan": Room(
-        ("errors", "config", "sequence", "kernels", "data", "model", "parallel", "checkpoint", "train"),
+    "planner": Room(
+        ("errors", "config", "sequence", "kernels", "runtime", "data", "model", "parallel", "checkpoint", "train"),
         (*RANKS, "yaml"),
     ),
     "parity": Room(
-        ("errors", "config", "sequence", "kernels", "data", "model", "parallel", "checkpoint", "train"),
+        ("errors", "config", "sequence", "kernels", "runtime", "data", "model", "parallel", "checkpoint", "train"),
         (*RANKS, "PIL", "safetensors"),
     ),
     "bench": Room(
-        ("errors", "config", "sequence", "data", "model", "parallel", "checkpoint", "train"),
+        ("errors", "config", "sequence", "runtime", "data", "model", "parallel", "checkpoint", "train"),
         (*RANKS, "psutil", "yaml"),
     ),
-    "doctor": Room(("errors", "kernels", "parallel"), (*RANKS, "packaging", "psutil", "rich")),
+    "doctor": Room(("errors", "kernels", "runtime", "parallel"), (*RANKS, "packaging", "psutil", "rich")),
 }
-ENTRANCES = ("cli", "commands", "launch", "__main__")
+ENTRANCES = ("cli", "commands", "__main__")
 """Modules that may import every room; no room imports them."""
 
 LIGHT = {"torch": ("cli", "commands", "config"), "megatron": ("sequence", "data", "model")}

@@ -1,6 +1,7 @@
 """Initial weights by name: the same numbers on every grid, drawn on the CPU whatever the device."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -8,7 +9,6 @@ from torch import nn
 from megabagel.config.schema import ModelConfig
 from megabagel.model.noise import normal
 from megabagel.model.sharding import named_pieces
-from megabagel.runtime.phase import alive
 from megabagel.sequence.keys import seed64
 
 OUTPUTS = ("o.weight", "down.weight", "fc2.weight")
@@ -16,13 +16,28 @@ OUTPUTS = ("o.weight", "down.weight", "fc2.weight")
 
 
 @torch.no_grad()
-def init_weights(stage: nn.Module, config: ModelConfig, seed: int, draw: bool = True) -> None:
-    """Fill every parameter of a stage. Each whole tensor is drawn from a generator keyed by (seed, name), then cut.
+def initialize_weights(
+    stage: nn.Module,
+    config: ModelConfig,
+    seed: int,
+    draw: bool = True,
+    on_parameter: Callable[[], None] = lambda: None,
+) -> None:
+    """Fill every parameter of a stage in place with its initial values.
 
-    Without `draw` those that start as random numbers (20 ns each) are left as they are, for a checkpoint to fill.
+    Each whole tensor is drawn from a generator keyed by (seed, name) and then cut to this rank's piece, so a model has
+    the same weights on one device and on any grid.
+
+    Args:
+        stage: the modules of one pipeline stage, or a whole model.
+        config: the model's sizes and `init_std`.
+        seed: `train.seed`.
+        draw: False leaves tensors that start as random numbers as they are, for a checkpoint to fill (drawing takes
+            20 ns per number: 335 s per rank for a 7B model).
+        on_parameter: called before each parameter; a job's heartbeat passes its keepalive here.
     """
     for piece, parameter in named_pieces(stage):
-        alive()
+        on_parameter()
         if draw or _constant(piece.name) is not None:
             piece.view(parameter).copy_(piece.cut(initial_values(piece.name, piece.shape, config, seed)))
 

@@ -47,7 +47,7 @@ class MegatronLayers:
             inputs,
             sum(blocks.values()),
             config=self.config if rows_split and self.rows_are_split else self.whole_rows,
-            init_method=_left_to_initialise,
+            init_method=_left_uninitialized,
             bias=bias,
             tp_group=self.tp.group,
         )
@@ -62,7 +62,7 @@ class MegatronLayers:
             inputs,
             outputs,
             config=self.config if rows_split and self.rows_are_split else self.whole_rows,
-            init_method=_left_to_initialise,
+            init_method=_left_uninitialized,
             bias=bias,
             input_is_parallel=True,
             skip_bias_add=False,
@@ -74,7 +74,7 @@ class MegatronLayers:
     def embedding(self, vocabulary: int, width: int) -> nn.Module:
         """Vocabulary-parallel embedding."""
         table = VocabParallelEmbedding(
-            vocabulary, width, init_method=_left_to_initialise, config=self.config, tp_group=self.tp.group
+            vocabulary, width, init_method=_left_uninitialized, config=self.config, tp_group=self.tp.group
         )
         self._shard(table.weight, 0, {"": vocabulary})
         return table
@@ -87,7 +87,7 @@ class MegatronLayers:
             width,
             vocabulary,
             config=self.whole_rows,
-            init_method=_left_to_initialise,
+            init_method=_left_uninitialized,
             bias=False,
             disable_grad_reduce=self.rows_are_split,  # join_rows reduces and scatters in one collective
             tp_group=self.tp.group,
@@ -164,8 +164,8 @@ def _reduced(x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType) -> torch.
     return x
 
 
-def _left_to_initialise(weight: torch.Tensor) -> None:
-    """Weights are filled by `parallel.init_weights`, by name, so that they do not depend on the grid."""
+def _left_uninitialized(weight: torch.Tensor) -> None:
+    """Weights are filled by `model.init_weights`, by name, so that they do not depend on the grid."""
 
 
 def _mark_partial(module: M) -> M:

@@ -9,7 +9,7 @@ from torch import nn
 
 from megabagel.config.schema import Config
 from megabagel.model.bagel import Bagel
-from megabagel.model.init_weights import init_weights
+from megabagel.model.init_weights import initialize_weights
 from megabagel.model.inputs import Hidden, Outputs, StageInputs
 from megabagel.model.kernels import TORCH, Kernels
 from megabagel.model.vit import splits
@@ -18,6 +18,7 @@ from megabagel.parallel.megatron import parameter_dtype
 from megabagel.parallel.mesh import Mesh
 from megabagel.parallel.stage_activations import from_wire, to_wire
 from megabagel.runtime.device import current_device
+from megabagel.runtime.phase import alive
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def build_stages(
             recompute=config.parallel.recompute,
             freeze=config.train.freeze,
         )
-        init_weights(model, config.model, config.train.seed, draw)
+        initialize_weights(model, config.model, config.train.seed, draw, on_parameter=alive)
         _to(model, parameter_dtype(config))
         chunks.append(PipelineStage(model, megatron, config.model.hidden, chunk if config.parallel.vpp > 1 else None))
     return chunks

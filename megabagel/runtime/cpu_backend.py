@@ -1,11 +1,11 @@
-"""The host backend: how megatron-core runs on a CPU with gloo. All of it is in this file.
+"""CPU backend: runs megatron-core on a CPU with gloo. Every patch of torch that this takes is in this file.
 
-megatron-core asks torch for "cuda" by name, index or `torch.cuda` calls. On a machine without CUDA those are answered
-with the CPU; schedules, optimizer, collectives and checkpoints are the same code as on a cluster.
+megatron-core asks torch for "cuda" by name, by index or through `torch.cuda`. On a machine without CUDA a
+TorchFunctionMode and a few replaced functions of `torch.cuda` return the CPU instead. Schedules, optimizer, collectives
+and checkpoints are the same code as on a cluster.
 """
 
 import logging
-import resource
 import warnings
 from typing import Any
 
@@ -18,26 +18,14 @@ _CPU = torch.device("cpu")
 _installed: list[TorchFunctionMode] = []
 
 
-def device() -> torch.device:
-    """Where this rank computes: its CUDA device, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
-
-
-def backend() -> str:
-    """Name of torch.distributed's backend for that device."""
-    return "nccl" if torch.cuda.is_available() else "gloo"
-
-
-def peak_memory() -> int:
-    """Most bytes that this process has held so far: on its CUDA device, or resident in the host's memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def install() -> None:
-    """Prepare this process for megatron-core; call once before importing it. Where CUDA is
-    present it only looks at the packages. Raises UserError for a package that would mislead megatron-core."""
+    """Prepare this process for megatron-core; call it before the first import of megatron.
+
+    Where CUDA is present only the packages are checked.
+
+    Raises:
+        UserError: for a package that megatron-core would pick up and fail in (see `runtime.packages`).
+    """
     quieten()
     check_apex()
     if _installed or torch.cuda.is_available():

@@ -24,7 +24,7 @@ _COLLECTIVES = (
 """Files whose functions are named after what they wait for."""
 _SEVERAL = "coalescing_manager"
 """In torch.distributed: several collectives as one; who started them has the better name."""
-_BETWEEN = ("runtime/cpu_backend.py", _OWN)
+_BETWEEN = ("runtime/cpu_backend.py", "runtime/device.py", _OWN)
 """Our files on the way to a collective."""
 
 

@@ -99,7 +99,7 @@ def sample_size(items: list[Item], dropped: Collection[int]) -> Size:
 
 
 def _private(item: Latent | Clip, length: int, chains: dict[int, int]) -> int:
-    """Private keys that a segment of `length` tokens sees: its own and its chain's before it; 0 for a public segment."""
+    """Private keys that a segment of `length` tokens sees: its own and those before it in its chain; 0 if public."""
     if isinstance(item, Latent):
         return length if item.noised else 0
     if item.mode is not Mode.NOISE:

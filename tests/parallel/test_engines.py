@@ -61,7 +61,7 @@ def test_heads_that_the_kernels_cannot_run_go_to_another_engine(
 ) -> None:
     from megabagel.parallel import attention as module
 
-    monkeypatch.setattr("megabagel.runtime.cpu_backend.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("megabagel.parallel.attention.current_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(module, "lacking_here", lambda *_: "")
     monkeypatch.setattr(module, "configs_here", lambda *_: None)
 
@@ -101,7 +101,7 @@ def test_fa4_says_what_it_lacks(
 
     asked = config("fa4")
     pretend(monkeypatch, installed=installed, capability=capability)
-    monkeypatch.setattr("megabagel.runtime.cpu_backend.device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("megabagel.parallel.attention.current_device", lambda: torch.device("cpu"))
     with pytest.raises(UserError, match=rf"parallel\.attention=fa4: .*{reason}.*Or use auto"):
         choose_attention(replace(asked, train=replace(asked.train, precision=precision)))
 
@@ -117,7 +117,7 @@ def test_fa4_is_flex_with_another_backend(
     from tests.kernels.packs import codes_of
 
     pretend(monkeypatch, installed=True, capability=capability)
-    monkeypatch.setattr("megabagel.runtime.cpu_backend.device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("megabagel.parallel.attention.current_device", lambda: torch.device("cpu"))
     asked = config("fa4")
     with caplog.at_level(logging.INFO):
         engine = choose_attention(replace(asked, train=replace(asked.train, precision="bf16")))
@@ -188,7 +188,7 @@ def test_auto_on_a_gpu_takes_kernels_where_there_are_some(
     from megabagel.model.kernels import TORCH
     from megabagel.parallel import kernels as module
 
-    monkeypatch.setattr("megabagel.runtime.cpu_backend.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("megabagel.parallel.kernels.current_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(module, "lacking_here", lambda *_: lacking)
     monkeypatch.setattr(module, "triton_kernels", lambda: replace(TORCH, name="triton"))
     with caplog.at_level(logging.INFO):

@@ -15,7 +15,7 @@ HEEDED = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @pytest.fixture(autouse=True)
-def phase() -> Iterator[None]:
+def in_forward() -> Iterator[None]:
     """A phase for the messages to name; handlers are as before, after tests that leave signals ignored."""
     before, handlers = (phase.now.phase, phase.now.step), [signal.getsignal(number) for number in HEEDED]
     phase.mark("forward", 12)

@@ -97,7 +97,7 @@ class Place(NamedTuple):
 
 def places_of(samples: Sequence[Sequence[Token]]) -> list[Place]:
     """Places of the tokens of a pack."""
-    return [Place(i, t.split, t.mode, t.chain) for i, sample in enumerate(samples) for t in sample]
+    return [Place(i, t.segment, t.mode, t.chain) for i, sample in enumerate(samples) for t in sample]
 
 
 def sees(q: int, k: int, places: Sequence[Place]) -> bool:

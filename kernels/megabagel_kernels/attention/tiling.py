@@ -1,8 +1,8 @@
 """Cuts a mask into tiles: runs of queries on one or two slices of the sorted keys. Numbers only, no tensors.
 
 With keys sorted by code, what a query sees is one slice of public and one of private keys. With queries sorted by their
-intervals, segments and samples become runs of rows whose slices agree or grow slowly. A tile takes some neighbouring rows
-and the union of their slices; rows that see less than the union need a mask. Wide tiles waste masked pairs, narrow
+intervals, segments and samples become runs of rows whose slices agree or grow slowly. A tile takes some neighbouring
+rows and the union of their slices; rows that see less than the union need a mask. Wide tiles waste masked pairs, narrow
 tiles waste the fixed cost of a call: the cheapest cut of the row order is found by dynamic programming. So an image is
 one tile without a mask, a long causal text a staircase, and a few tiny samples share one masked tile. Images of equal
 size that see themselves alone and lie side by side (those of a vision tower) make one tile, computed as a batch.

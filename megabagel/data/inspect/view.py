@@ -35,8 +35,8 @@ class SegmentView:
     """One item of the sample. `dropped`: conditioning dropout leaves it out, so it has no tokens.
 
     slots: places in the document (several for a clip). rows: its rows in the sequence. loss: how many of them bear
-    loss. rope: first and last RoPE id. group: number of its private key and its chain, for noised segments. timestep: the
-    normal draw behind its noise level. probability: of being dropped.
+    loss. rope: first and last RoPE id. group: number of its private key and its chain, for noised segments. timestep:
+    the normal draw behind its noise level. probability: of being dropped.
     """
 
     kind: Kind

@@ -48,8 +48,8 @@ def test_any_grid(
     found = load_file(tmp_path / "out" / "ema.safetensors")
     model = base_config().model
     tables = {name: torch.nn.Parameter(sincos_table(model.hidden, side)) for name, side in table_sides(model).items()}
-    states = {key.partition("/")[2]: state for key, state in checkpoint_states.items() if key.startswith(f"{kind}/")}
-    wanted = {official_name(name): torch.from_numpy(state) for name, state in checkpoint_states.items()} | tables
+    states = {key.partition("/")[2]: state for key, state in states.items() if key.startswith(f"{kind}/")}
+    wanted = {official_name(name): torch.from_numpy(state) for name, state in states.items()} | tables
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype == expected

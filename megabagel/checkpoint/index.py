@@ -139,6 +139,22 @@ def untiled(entry: Entry) -> str | None:
     return None if held == whole else f"its boxes hold {held:,} numbers of {whole:,}"
 
 
+RENAMED = {"embed.words.weight": "embed.tokens.weight"}
+"""Tensors of earlier versions of the model, by the name that they have now."""
+
+
+def renamed(index: Index) -> dict[str, str]:
+    """Give the tensors of `index` their present names, in place; returns the stored key of each that had another."""
+    stored = {}
+    for key in list(index):
+        kind, _, name = key.partition("/")
+        if name in RENAMED:
+            now = f"{kind}/{RENAMED[name]}"
+            index[now] = index.pop(key)
+            stored[now] = key
+    return stored
+
+
 Range = tuple[int, int]
 
 

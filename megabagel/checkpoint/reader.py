@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megabagel.checkpoint.checksums import ANOTHER, SummedReader, check_files
-from megabagel.checkpoint.index import Entry, Index, StoredSlice, from_json, header_entry, overlap, slice_name
+from megabagel.checkpoint.index import Entry, Index, StoredSlice, from_json, header_entry, overlap, renamed, slice_name
 from megabagel.checkpoint.lazy import LazyTensor, row_ranges
 from megabagel.checkpoint.manifest import (
     INDEX,
@@ -80,6 +80,7 @@ class Stored:
         self.folder, self.manifest = folder, read_manifest(folder)
         read_json(folder, METADATA, self.manifest)
         self.index: Index = from_json(folder / INDEX, read_json(folder, INDEX, self.manifest), self.manifest.files)
+        self._stored_key = renamed(self.index)
         self._files: dict[str, _File] = {}
 
     def __contains__(self, key: str) -> bool:
@@ -130,7 +131,7 @@ class Stored:
                 if shared:
                     source = tuple(slice(a - o, b - o) for (a, b), o in zip(shared, box.offset, strict=True))
                     there = tuple(slice(a - o, b - o) for (a, b), o in zip(shared, target.offset, strict=True))
-                    yield _Copy(entry, target.key, box, source, target.tensor[there])
+                    yield _Copy(entry, self._stored_key.get(target.key, target.key), box, source, target.tensor[there])
 
     def _copy(self, copy: _Copy) -> None:
         """Read the rows of a box that a target needs: straight into it where they lie alike, else through a piece."""
@@ -155,7 +156,7 @@ class Stored:
         mine = set(sorted({box.file for _, _, box in boxes})[rank::ranks])
         for key, entry, box in sorted(boxes, key=lambda item: item[2].file):
             if box.file in mine:
-                self._opened(box.file).place(key, entry, box)
+                self._opened(box.file).place(self._stored_key.get(key, key), entry, box)
         self.close()
 
     def _opened(self, name: str) -> _File:

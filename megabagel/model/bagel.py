@@ -29,7 +29,7 @@ class Embed(nn.Module):
     def __init__(self, config: ModelConfig, factory: LayerFactory) -> None:
         super().__init__()
         self.config, self.factory = config, factory
-        self.words = factory.embedding(config.vocab, config.hidden)
+        self.tokens = factory.embedding(config.vocab, config.hidden)
         if config.visual_und:
             self.vit = Vit(config.vit, factory if splits(config.vit, factory.shards) else SingleDevice())
             self.connector = Connector(config, factory)
@@ -41,7 +41,7 @@ class Embed(nn.Module):
 
     def forward(self, inputs: StageInputs) -> Hidden:
         """Hidden states of this rank's rows."""
-        und_UI = self.words(inputs.word_U) * inputs.is_word_U[:, None]
+        und_UI = self.tokens(inputs.word_U) * inputs.is_word_U[:, None]
         if inputs.vit is not None:
             und_UI = und_UI + self._images(inputs.vit)
         latents = inputs.latents

@@ -7,11 +7,11 @@ from torch import nn
 
 from megabagel.config.schema import ModelConfig
 
-LLM = r"embed\.words\.|layers\.|heads\.(norm|lm_head)\."
+LLM = r"embed\.tokens\.|layers\.|heads\.(norm|lm_head)\."
 VIT = r"embed\.vit\."
 CONNECTOR = r"embed\.connector\."
 LATENT = r"embed\.(vae2llm|time_embedder)\.|heads\.llm2vae\."
-UND_INPUTS = rf"embed\.words\.|{VIT}|{CONNECTOR}"
+UND_INPUTS = rf"embed\.tokens\.|{VIT}|{CONNECTOR}"
 UND_LAYERS = r"layers\.\d+\.\w+\.und\."
 UND_NORM = r"heads\.norm\.und\."
 

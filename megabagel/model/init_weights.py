@@ -14,6 +14,10 @@ from megabagel.sequence.keys import seed64
 OUTPUTS = ("o.weight", "down.weight", "fc2.weight")
 """Linears that write into a residual stream; their scale shrinks with depth."""
 
+_INIT_KEYS = {"embed.tokens.weight": "embed.words.weight"}
+"""Names that key the draw of a tensor, where they differ from its name: the key keeps the name that the tensor had when
+the golden loss curve was recorded, so that a rename moves no initial weight."""
+
 
 @torch.no_grad()
 def initialize_weights(
@@ -50,7 +54,7 @@ def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
     std = config.init_std
     if ".".join(name.split(".")[-2:]) in OUTPUTS and ".layers." in f".{name}":
         std /= math.sqrt(2 * config.layers)
-    return normal(seed64(seed, "init", name), *shape) * std
+    return normal(seed64(seed, "init", _INIT_KEYS.get(name, name)), *shape) * std
 
 
 def _constant(name: str) -> float | None:

@@ -90,7 +90,7 @@ def test_und_stops_where_the_released_code_stops(variant: str) -> None:
         else:
             assert name not in found or not found[name].any(), name
     assert expected["heads.lm_head.weight"].any() and expected["embed.vae2llm.weight"].any()
-    assert "embed.words.weight" not in found
+    assert "embed.tokens.weight" not in found
     assert ("layers.0.mlp.und.down.weight" in found) == (variant != "mot")
     assert set(found) < set(gradients(build(variant)))
 
@@ -101,9 +101,9 @@ def test_the_und_stream_would_learn_from_what_it_reads_of_gen_rows() -> None:
     assert not torch.allclose(whole["embed.vae2llm.weight"], cut["embed.vae2llm.weight"], rtol=1e-2)
 
 
-LLM = {"embed.words", "layers", "heads.norm", "heads.lm_head"}
+LLM = {"embed.tokens", "layers", "heads.norm", "heads.lm_head"}
 LATENT = {"vae2llm", "time_embedder", "llm2vae"}
-PARTS = ("embed.words", "vit", "connector", *sorted(LATENT), "heads.lm_head", "heads.norm", "layers")
+PARTS = ("embed.tokens", "vit", "connector", *sorted(LATENT), "heads.lm_head", "heads.norm", "layers")
 """The tower has layers of its own, so it is looked for before them."""
 
 

@@ -15,7 +15,7 @@ TWIN = {"und": "", "gen": "_moe_gen"}
 """How the published names tell the experts apart."""
 
 MODULES = (
-    (r"embed\.words", LLM + "embed_tokens"),
+    (r"embed\.tokens", LLM + "embed_tokens"),
     (r"embed\.vit\.(patch|position)_embedding", TOWER + "embeddings.{0}_embedding"),
     (r"embed\.vit\.layers\.(\d+)\.norm([12])", TOWER + "encoder.layers.{0}.layer_norm{1}"),
     (r"embed\.vit\.layers\.(\d+)\.([qkv])", TOWER + "encoder.layers.{0}.self_attn.{1}_proj"),

@@ -30,7 +30,7 @@ data:
 """
 
 WITHOUT_TWINS = {  # ours: published
-    "embed.words.weight": "language_model.model.embed_tokens.weight",
+    "embed.tokens.weight": "language_model.model.embed_tokens.weight",
     "embed.vit.patch_embedding.bias": "vit_model.vision_model.embeddings.patch_embedding.bias",
     "embed.vit.position_embedding.weight": "vit_model.vision_model.embeddings.position_embedding.weight",
     "embed.vit.layers.0.norm2.weight": "vit_model.vision_model.encoder.layers.0.layer_norm2.weight",

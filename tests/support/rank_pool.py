@@ -3,7 +3,7 @@
     def sum_of_ranks(value): ...            # a top-level function: workers import it by name
     assert ranks.run(4, sum_of_ranks, 10) == [...]
 
-Importing torch and megatron-core takes seconds, so it happens once: Python's fork server imports them (warm.py) and
+Importing torch and megatron-core takes seconds, so it happens once: Python's fork server imports them (warm_imports.py) and
 workers are forked from that process, which has neither threads nor process groups. Workers are started on demand, serve
 many jobs, and meet in a fresh gloo process group for each. What a worker prints goes to a log of its own, whose end is
 part of the error when its rank fails.
@@ -56,7 +56,7 @@ class RankPool:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._jobs = 0
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([f"{__package__}.warm"])
+        self._context.set_forkserver_preload([f"{__package__}.warm_imports"])
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
         """`function(*args)` on every rank of a fresh process group; the results by rank.

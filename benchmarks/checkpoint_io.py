@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megabagel.runtime.device import comm_backend
 from safetensors.torch import load_file, save_file
 
 from megabagel.config.schema import CheckpointConfig, Config, ModelConfig, RunConfig
 from megabagel.runtime import cpu_backend
+from megabagel.runtime.device import comm_backend
 
 cpu_backend.install()  # before anything imports megatron
 
@@ -36,9 +36,9 @@ from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 from torch.distributed import checkpoint as dcp  # noqa: E402
 
 from megabagel.checkpoint import api  # noqa: E402
-from megabagel.checkpoint.hf.names import model_shapes  # noqa: E402
 from megabagel.checkpoint.reader import verify  # noqa: E402
 from megabagel.checkpoint.reshard import reshard  # noqa: E402
+from megabagel.model.shapes_only import model_shapes  # noqa: E402
 from megabagel.parallel import mesh  # noqa: E402
 
 MODEL = ModelConfig(layers=2, hidden=768, heads=12, kv_heads=4, ffn=2048, vocab=24000, latent_grid=32)

@@ -30,15 +30,16 @@ from megabagel.model.bagel import Bagel
 from megabagel.model.factory import SingleDevice
 from megabagel.model.inputs import Outputs, StageInputs
 from megabagel.model.vae_blocks import BlockCodec
+from megabagel.parallel.attention import HOST
 from megabagel.parallel.inputs import InputBuilder
 from megabagel.parallel.mesh import distributed
-from megabagel.sequence.batch import PackedBatch
+from megabagel.sequence.batch import BatchBuilder, PackedBatch
 from megabagel.sequence.flops import needed_flops
 from megabagel.sequence.images import vae_images, vit_images
 from megabagel.sequence.items import Item, Latent, Text, Vit
 from megabagel.sequence.keys import SampleKey
-from megabagel.sequence.layout import build_layout, layout_rows
 from megabagel.sequence.pack import build_pack
+from megabagel.sequence.rank_rows import RankPlace
 from megabagel.sequence.sample import TEXT, Dropout, plan_sample
 
 CAPTION = [Text(0, 40), Latent(1, 16, 16, noised=True)]
@@ -64,13 +65,12 @@ def draw_batch(config: Config) -> PackedBatch:
     """The pack with random words and pixels."""
     keys = (SampleKey(0, "benchmark", number, 0) for number in range(len(SAMPLES)))
     pack = build_pack([plan_sample(items, key, Dropout()) for items, key in zip(SAMPLES, keys, strict=True)])
-    grid, model, draw = config.parallel, config.model, torch.Generator().manual_seed(0)
-    layout = build_layout(pack, layout_rows(config.data.max_tokens, grid.chunk, grid.cp), grid.chunk, grid.cp)
+    batches = BatchBuilder(config, RankPlace(), HOST.plan)
+    model, draw = config.model, torch.Generator().manual_seed(0)
     patch, side = 3 * model.vit.patch**2, model.latent_stride
-    return PackedBatch(
-        pack,
-        layout,
-        words=torch.randint(model.vocab, (int((pack.kind_S == TEXT).sum()),), generator=draw),
+    return batches.build(
+        batches.lay_out(pack),
+        torch.randint(model.vocab, (int((pack.kind_S == TEXT).sum()),), generator=draw).numpy(),
         patches=[torch.rand(i.rows * i.cols, patch, generator=draw) * 2 - 1 for _, i in vit_images(pack)],
         pixels=[torch.rand(3, i.rows * side, i.cols * side, generator=draw) * 2 - 1 for i in vae_images(pack)],
     )
@@ -142,7 +142,7 @@ def main() -> None:
     batch, model = draw_batch(config), build_model(config.model)
     with distributed(config) as mesh:
         torch.set_num_threads(1)
-        inputs = InputBuilder(config, mesh, SingleDevice(), BlockCodec(), torch.device("cpu")).build(batch)
+        inputs = InputBuilder(config, mesh, BlockCodec(), torch.device("cpu")).build(batch)
         flops = needed_flops(batch.pack, config.model)
         result: dict[str, Any] = {"tokens": batch.pack.tokens, "rows": batch.layout.rows, "gflop": flops / 1e9}
         result |= measure(model, inputs, flops, arguments.runs)

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from megabagel.checkpoint.checksums import check_files
 from megabagel.checkpoint.hf.folder import new_folder
@@ -22,8 +21,8 @@ from megabagel.config.checks import RULES
 from megabagel.config.schema import Config, ModelConfig, ParallelConfig
 from megabagel.errors import UserError
 from megabagel.model.bagel import Bagel
-from megabagel.model.factory import SingleDevice
-from megabagel.model.sharding import pieces, shard
+from megabagel.model.shapes_only import build_shapes
+from megabagel.model.sharding import pieces
 from megabagel.parallel.stages import layer_split
 
 KINDS = {"optimizer": MOMENTS, "ema": ("ema",)}
@@ -130,44 +129,7 @@ def stages(model: ModelConfig, grid: Grid, tp: int, pp: int) -> list[Bagel]:
     """The model chunks of a rank, with shapes and no numbers."""
     split = layer_split(Config(model=model, parallel=ParallelConfig(pp=grid.pp, vpp=grid.vpp)))
     mine = [chunk * grid.pp + pp for chunk in range(grid.vpp)]
-    with torch.device("meta"):
-        return [
-            Bagel(model, Plan(tp, grid.tp), split[stage], first=stage == 0, last=stage == len(split) - 1)
-            for stage in mine
-        ]
-
-
-class Plan(SingleDevice):
-    """Layers as a tensor-parallel rank has them, to be looked at."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        super().__init__()
-        self.rank, self.shards = rank, size
-
-    def column(self, inputs: int, blocks: Mapping[str, int], *, bias: bool, rows_split: bool) -> nn.Module:
-        """Segment by outputs."""
-        linear = nn.Linear(inputs, sum(blocks.values()) // self.shards, bias=bias)
-        for parameter in linear.parameters():
-            shard(parameter, 0, blocks, self.rank, self.shards)
-        return linear
-
-    def row(self, inputs: int, outputs: int, *, bias: bool, rows_split: bool) -> nn.Module:
-        """Segment by inputs."""
-        linear = nn.Linear(inputs // self.shards, outputs, bias=bias)
-        self._shard(linear, 1, inputs)
-        return linear
-
-    def embedding(self, vocabulary: int, width: int) -> nn.Module:
-        """Segment by words."""
-        table = nn.Embedding(vocabulary // self.shards, width)
-        self._shard(table, 0, vocabulary)
-        return table
-
-    def head(self, width: int, vocabulary: int) -> nn.Module:
-        """Segment by words."""
-        head = super().head(width, vocabulary // self.shards)
-        self._shard(head, 0, vocabulary)
-        return head
-
-    def _shard(self, module: nn.Module, dim: int, size: int) -> None:
-        shard(module.get_parameter("weight"), dim, {"": size}, self.rank, self.shards)
+    return [
+        build_shapes(model, split[stage], first=stage == 0, last=stage == len(split) - 1, tp_rank=tp, tp=grid.tp)
+        for stage in mine
+    ]

@@ -43,6 +43,11 @@ class VitConfig:
     """Most patches per side; a patch at (row, col) has id row * grid + col."""
     norm_eps: float = 1e-6
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden // self.heads
+
 
 @dataclass(frozen=True)
 class VaeConfig:
@@ -141,6 +146,11 @@ class ParallelConfig:
     CPU, triton on a GPU that it has kernels for, else flex."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What computes norms, rotation, SwiGLU, noise and losses. `auto`: triton on a GPU that it has kernels for."""
+
+    @property
+    def row_shards(self) -> int:
+        """Ways that each expert's rows are split between the linears: tp under sequence parallelism, else 1."""
+        return self.tp if self.sp else 1
 
 
 @dataclass(frozen=True)

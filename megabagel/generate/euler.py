@@ -20,12 +20,11 @@ from megabagel.data.tokenize.tokenizer import TextTokenizer
 from megabagel.errors import UserError
 from megabagel.model.inputs import Outputs, StageInputs
 from megabagel.model.noise import normal
-from megabagel.parallel.inputs import Drive, InputBuilder
+from megabagel.parallel.inputs import InputBuilder, SamplerLatents
 from megabagel.parallel.mesh import Mesh
-from megabagel.sequence.batch import PackedBatch
+from megabagel.sequence.batch import BatchBuilder, PackedBatch
 from megabagel.sequence.items import Item, Latent, Text, item_tokens
 from megabagel.sequence.keys import SampleKey, seed64
-from megabagel.sequence.layout import build_layout, layout_rows
 from megabagel.sequence.pack import build_pack
 from megabagel.sequence.patches import unpatchify
 from megabagel.sequence.sample import LATENT, Dropout, plan_sample
@@ -46,9 +45,16 @@ class EulerSampler:
     """Draws `telemetry.prompts` with the weights in training; every rank calls it together and gets the same."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, builder: InputBuilder, tokenizer: TextTokenizer, evaluate: Evaluate
+        self,
+        config: Config,
+        mesh: Mesh,
+        batches: BatchBuilder,
+        builder: InputBuilder,
+        tokenizer: TextTokenizer,
+        evaluate: Evaluate,
     ) -> None:
-        self.config, self.mesh, self.builder, self.evaluate = config, mesh, builder, evaluate
+        self.config, self.mesh, self.batches, self.builder = config, mesh, batches, builder
+        self.evaluate = evaluate
         self.tokenizer, self.writer = tokenizer, Writer(tokenizer)
         assert builder.codec is not None
         self.codec = builder.codec
@@ -68,7 +74,7 @@ class EulerSampler:
         times = self._times()
         for now, then in pairwise(times):
             both = torch.cat([x_LC, x_LC]) if self.guided else x_LC
-            v_LC = self._velocity(canvas.batch, Drive(both, now))
+            v_LC = self._velocity(canvas.batch, SamplerLatents(both, now))
             if self.guided:
                 with_text, without = v_LC.chunk(2)
                 v_LC = without + self.config.telemetry.sample_guidance * (with_text - without)
@@ -81,17 +87,13 @@ class EulerSampler:
         even = np.linspace(1, 0, self.config.telemetry.sample_steps + 1)
         return [float(shift * t / (1 + (shift - 1) * t)) for t in even]
 
-    def _velocity(self, batch: PackedBatch, drive: Drive) -> torch.Tensor:
+    def _velocity(self, batch: PackedBatch, latents: SamplerLatents) -> torch.Tensor:
         """[L, C] on every rank: the last stage's ranks put their rows together."""
-        outputs = self.evaluate(self.builder.build(batch, drive))
+        outputs = self.evaluate(self.builder.build(batch, latents))
         grid = self.mesh
-        found = torch.zeros(drive.x_t_LC.shape, device=self.builder.device)
-        rows_split = self.config.parallel.sp and grid.tp.size > 1
-        if outputs is not None and grid.dp.first and (grid.tp.first or rows_split):
-            layout = batch.layout
-            token_G = layout.rank(grid.cp.rank)[layout.num_und[grid.cp.rank] :]
-            latent_G = np.where(token_G >= 0, batch.pack.fill_S[token_G], -1)
-            latent_g = self.builder.factory.share(torch.from_numpy(latent_G).to(found.device))
+        found = torch.zeros(latents.x_t_LC.shape, device=self.builder.device)
+        if outputs is not None and grid.dp.first and (grid.tp.first or self.config.parallel.row_shards > 1):
+            latent_g = batch.rows.to(self.builder.device).latent_g
             found[latent_g[latent_g >= 0]] = outputs.velocity_gC.float()[latent_g >= 0]
         dist.all_reduce(found)
         return found.cpu()
@@ -135,7 +137,7 @@ class EulerSampler:
             for number, sample in enumerate(samples)
             for word in self.writer.words(sample.items, lambda _, n=number: self.tokenizer.encode(prompts[n]))  # type: ignore[misc]
         ]
-        pack, grid = build_pack(samples), self.config.parallel
+        pack = build_pack(samples)
         assert (pack.kind_S == LATENT).sum() == len(samples) * self.rows * self.cols
-        layout = build_layout(pack, layout_rows(self.config.data.max_tokens, grid.chunk, grid.cp), grid.chunk, grid.cp)
-        return _Canvas(PackedBatch(pack, layout, torch.tensor(words, dtype=torch.int64), [], []), tuple(prompts))
+        batch = self.batches.build(self.batches.lay_out(pack), np.array(words, np.int64), patches=[], pixels=[])
+        return _Canvas(batch, tuple(prompts))

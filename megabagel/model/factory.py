@@ -58,10 +58,6 @@ class LayerFactory(Protocol):
         """All rows from every rank's share, to feed `head` (differentiable)."""
         ...
 
-    def share(self, x: torch.Tensor) -> torch.Tensor:
-        """`split_rows` for tensors that need no gradient."""
-        ...
-
     def partial_over_rows(self, module: M) -> M:
         """Mark weights that act on split rows: under row splitting their gradients are sums over shards."""
         ...
@@ -102,7 +98,7 @@ class SingleDevice:
         """All rows."""
         return x
 
-    join_rows = share = split_rows
+    join_rows = split_rows
 
     def partial_over_rows(self, module: M) -> M:
         """Nothing is split."""

@@ -107,7 +107,7 @@ def _lacking_triton(config: Config) -> str:
     model = config.model
     heads = {"the model (model.head_dim, else hidden / heads)": model.kv_channels}
     if model.visual_und:
-        heads["the ViT (model.vit.hidden / model.vit.heads)"] = vit_head(config)
+        heads["the ViT (model.vit.hidden / model.vit.heads)"] = config.model.vit.head_dim
     unfit = (f"{who} has {reason}" for who, head in heads.items() if (reason := lacking_head(head)))
     return lacking_here(parameter_dtype(config), model.kv_channels) or next(unfit, "")
 
@@ -118,14 +118,9 @@ def _plan_triton(codes: AttentionCodes, head: int, configs: dict[int, Configs]) 
 
 def _triton(config: Config) -> AttentionEngine:
     """Configurations are looked up here, once: a worker that makes plans sees no GPU."""
-    heads = config.model.kv_channels, vit_head(config)
+    heads = config.model.kv_channels, config.model.vit.head_dim
     configs = {head: configs_here(parameter_dtype(config), head) for head in heads}
     return AttentionEngine("triton", partial(_plan_triton, configs=configs), triton_attention, _to_device)
-
-
-def vit_head(config: Config) -> int:
-    """Head dimension of the ViT tower."""
-    return config.model.vit.hidden // config.model.vit.heads
 
 
 def attend_across(plan: Any, engine: AttentionEngine, cp: Axis | None = None) -> Attend:

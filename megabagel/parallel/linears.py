@@ -33,7 +33,7 @@ class MegatronLayers:
 
     def __init__(self, config: TransformerConfig, mesh: Mesh, kernels: Kernels = TORCH) -> None:
         self.config, self.tp, self.kernels = config, mesh.tp, kernels
-        self.rows_are_split = config.sequence_parallel and self.tp.size > 1
+        self.rows_are_split = config.sequence_parallel
         self.whole_rows = replace(config, sequence_parallel=False)
 
     @property
@@ -104,10 +104,6 @@ class MegatronLayers:
         if not self.rows_are_split:
             return x
         return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.tp.group)
-
-    def share(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's rows of a tensor without gradient."""
-        return x.chunk(self.tp.size)[self.tp.rank] if self.rows_are_split else x
 
     def partial_over_rows(self, module: M) -> M:
         """Gradients are sums over the axis where rows are split."""

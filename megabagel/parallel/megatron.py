@@ -31,7 +31,7 @@ def megatron_config(config: Config) -> TransformerConfig:
         pipeline_model_parallel_size=grid.pp,
         virtual_pipeline_model_parallel_size=grid.vpp if grid.vpp > 1 else None,
         context_parallel_size=grid.cp,
-        sequence_parallel=grid.sp and grid.tp > 1,
+        sequence_parallel=grid.row_shards > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         # Interleaved, two stages exchange both directions at once: batched sends between one pair would be mixed up.

@@ -18,6 +18,7 @@ from megabagel.runtime.device import comm_backend
 from megabagel.runtime.heartbeat import watching
 from megabagel.runtime.launch_env import read_launch_env
 from megabagel.runtime.rendezvous import meet
+from megabagel.sequence.rank_rows import RankPlace
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ class Mesh:
     """All ranks of one stage that share a pack."""
     dp_cp: Axis
     """All ranks that hold the same weights."""
+
+    @property
+    def place(self) -> RankPlace:
+        """This rank among those that share a pack."""
+        place = RankPlace(self.tp.rank, self.cp.rank, self.pp.first, self.pp.last)
+        assert self.tp_cp.rank == self.cp.rank * self.tp.size + self.tp.rank, "ranks of a stage: tp fastest, then cp"
+        return place
 
     def describe(self) -> str:
         """The grid in a line."""

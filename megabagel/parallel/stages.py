@@ -1,7 +1,5 @@
 """Pipeline stages: which layers a rank holds, and the model chunk as megatron-core's schedules want it."""
 
-import logging
-
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -12,15 +10,12 @@ from megabagel.model.bagel import Bagel
 from megabagel.model.init_weights import initialize_weights
 from megabagel.model.inputs import Hidden, Outputs, StageInputs
 from megabagel.model.kernels import TORCH, Kernels
-from megabagel.model.vit import splits
 from megabagel.parallel.linears import MegatronLayers
 from megabagel.parallel.megatron import parameter_dtype
 from megabagel.parallel.mesh import Mesh
 from megabagel.parallel.stage_activations import from_wire, to_wire
 from megabagel.runtime.device import current_device
 from megabagel.runtime.phase import alive
-
-logger = logging.getLogger(__name__)
 
 
 def layer_split(config: Config) -> list[range]:
@@ -63,17 +58,25 @@ class PipelineStage(nn.Module):
 
 
 def build_stages(
-    config: Config, mesh: Mesh, megatron: TransformerConfig, kernels: Kernels = TORCH, draw: bool = True
+    config: Config,
+    mesh: Mesh,
+    megatron: TransformerConfig,
+    kernels: Kernels = TORCH,
+    draw: bool = True,
+    device: torch.device | None = None,
 ) -> list[PipelineStage]:
-    """This rank's model chunks (vpp of them), initialised, in `train.precision`, on this rank's device.
+    """This rank's model chunks (vpp of them), initialised, in `train.precision`.
 
-    Without `draw`, a checkpoint has to fill what would be drawn.
+    Args:
+        config: the run, whose grid `mesh` is.
+        mesh: this rank's place.
+        megatron: `megatron_config(config)`.
+        kernels: the operations between the linears.
+        draw: fill weights that start as random numbers; without, a checkpoint has to.
+        device: where weights go in the end; None: this rank's device.
     """
     factory = MegatronLayers(megatron, mesh, kernels)
     split = layer_split(config)
-    vit, tp = config.model.vit, mesh.tp.size
-    if config.model.visual_und and mesh.pp.first and not splits(vit, tp):
-        logger.info("ViT tower: whole on every rank (heads %d, ffn %d do not split over tp %d)", vit.heads, vit.ffn, tp)
     chunks = []
     for chunk in range(config.parallel.vpp):
         stage = chunk * mesh.pp.size + mesh.pp.rank
@@ -87,13 +90,13 @@ def build_stages(
             freeze=config.train.freeze,
         )
         initialize_weights(model, config.model, config.train.seed, draw, on_parameter=alive)
-        _to(model, parameter_dtype(config))
+        _to(model, parameter_dtype(config), device or current_device())
         chunks.append(PipelineStage(model, megatron, config.model.hidden, chunk if config.parallel.vpp > 1 else None))
     return chunks
 
 
-def _to(model: Bagel, dtype: torch.dtype) -> None:
+def _to(model: Bagel, dtype: torch.dtype, device: torch.device) -> None:
     """Cast weights to the run's precision and move all; frozen position tables stay fp32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    model.to(current_device())
+    model.to(device)

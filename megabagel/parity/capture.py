@@ -16,9 +16,9 @@ from megabagel_kernels.attention.mask import dense_mask
 from torch import Tensor, nn
 
 from megabagel.model.inputs import Hidden, Outputs, StageInputs
-from megabagel.parity.machine import Machine
 from megabagel.sequence.batch import PackedBatch
-from megabagel.sequence.images import shares, vit_images
+from megabagel.sequence.images import vit_shares
+from megabagel.train.build_rank import Rank
 
 Parts = dict[str, list[tuple[np.ndarray, Tensor]]]
 """By quantity: (numbers of tokens, their values) as often as they were seen."""
@@ -27,17 +27,12 @@ Parts = dict[str, list[tuple[np.ndarray, Tensor]]]
 class Watch:
     """Collects this rank's rows while its stages run one batch."""
 
-    def __init__(self, machine: Machine, batch: PackedBatch, inputs: StageInputs) -> None:
+    def __init__(self, machine: Rank, batch: PackedBatch, inputs: StageInputs) -> None:
         self.machine, self.batch, self.inputs = machine, batch, inputs
-        cp = machine.mesh.cp.rank
-        token_C, border = batch.layout.rank(cp), batch.layout.num_und[cp]
-        self.token_u, self.token_g = self._share(token_C[:border]), self._share(token_C[border:])
+        self.place, shards = machine.batches.place, machine.config.parallel.row_shards
+        self.token_U, token_G = batch.layout.split(self.place.cp)
+        self.token_u, self.token_g = (self.place.share(rows, shards) for rows in (self.token_U, token_G))
         self.parts: Parts = {}
-
-    def _share(self, token_T: np.ndarray) -> np.ndarray:
-        """This tensor-parallel rank's rows."""
-        tp = self.machine.mesh.tp
-        return np.split(token_T, tp.size)[tp.rank] if self.machine.runner.rows_split else token_T
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -83,18 +78,12 @@ class Watch:
 
     def _features(self, _: Any, features_PE: Tensor) -> None:
         """The tower's output on the images that this context-parallel rank encodes, padding at the end."""
-        sizes = [image.rows * image.cols for _, image in vit_images(self.batch.pack)]
-        start = np.cumsum([0, *sizes])
-        cp = self.machine.mesh.cp
-        mine = [np.arange(start[i], start[i] + sizes[i]) for i in shares(sizes, cp.size)[cp.rank]]
-        patch_P = np.concatenate([np.zeros(0, np.int64), *mine])
+        patch_P = vit_shares(self.batch.pack, self.batch.layout.cp).tokens(self.place.cp)
         self._put("vit_out", np.pad(patch_P, (0, len(features_PE) - len(patch_P)), constant_values=-1), features_PE)
 
     def _outputs(self, received: tuple[Hidden, StageInputs], outputs: Outputs) -> None:
         hidden, _ = received
-        cp = self.machine.mesh.cp.rank
-        token_U = self.batch.layout.rank(cp)[: self.batch.layout.num_und[cp]]
-        self._put("ce", token_U[self.inputs.ce_row_K.cpu().numpy()], outputs.ce_K)
+        self._put("ce", self.token_U[self.inputs.ce_row_K.cpu().numpy()], outputs.ce_K)
         self._put("mse", self.token_g, (outputs.velocity_gC - hidden.target_gC).square())
 
     def whole(self) -> dict[str, Tensor]:

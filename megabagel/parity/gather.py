@@ -9,23 +9,23 @@ from torch import Tensor
 
 from megabagel.checkpoint.hf.names import official_name
 from megabagel.checkpoint.tensors import Shard, optimizer_shards, sharded_tensors
-from megabagel.parity.machine import Machine
+from megabagel.train.build_rank import Rank
 
 
-def gather_gradients(machine: Machine) -> dict[str, Tensor]:
+def gather_gradients(machine: Rank) -> dict[str, Tensor]:
     """Gradients of the step just run, summed over ranks; nothing for weights that do not learn. {} but on rank 0."""
     tensors = sharded_tensors(machine.stages, _gradients(machine), machine.mesh).values()
     return _whole(tensor for tensor in tensors if tensor.key.startswith("grad/"))
 
 
-def gather_weights(machine: Machine, kind: str) -> dict[str, Tensor]:
+def gather_weights(machine: Rank, kind: str) -> dict[str, Tensor]:
     """Weights of one kind, `weight` or `ema`. {} but on rank 0."""
     shards = optimizer_shards(machine.optimizer.distributed, machine.optimizer.ema)
     tensors = sharded_tensors(machine.stages, shards, machine.mesh).values()
     return _whole(tensor for tensor in tensors if tensor.key.startswith(f"{kind}/"))
 
 
-def _gradients(machine: Machine) -> Iterator[Shard]:
+def _gradients(machine: Rank) -> Iterator[Shard]:
     """The part of each gradient that is reduced on this rank."""
     for shard in optimizer_shards(machine.optimizer.distributed, {}):
         gradient = shard.parameter.main_grad.flatten()[shard.start : shard.stop]  # type: ignore[attr-defined]

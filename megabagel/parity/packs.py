@@ -14,15 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megabagel.config.schema import Config, ModelConfig
+from megabagel.config.schema import ModelConfig
 from megabagel.errors import UserError
-from megabagel.parallel.inputs import Given
+from megabagel.parallel.inputs import FixedNoise
 from megabagel.parity.case import Case
-from megabagel.sequence.batch import Encoders, PackedBatch
-from megabagel.sequence.images import vit_images
+from megabagel.sequence.batch import BatchBuilder, PackedBatch
 from megabagel.sequence.items import Clip, Item, Latent, Mode, Text, Vit
 from megabagel.sequence.keys import SampleKey
-from megabagel.sequence.layout import build_layout, layout_rows
 from megabagel.sequence.pack import Pack, build_pack
 from megabagel.sequence.patches import patchify
 from megabagel.sequence.sample import LATENT, TEXT, VIT, LatentImage, SamplePlan, Segment, lay_out
@@ -175,17 +173,15 @@ def _latents(tensors: dict[str, Tensor]) -> Iterator[LatentImage]:
         yield LatentImage(slot, rows, cols, raw_timestep=0.0, noise_seed=0)  # both come from the case
 
 
-def packed_batch(batch: OfficialBatch, config: Config, encoders: Encoders) -> PackedBatch:
-    """The batch as the data side would hand it to this rank. Latents come by `given`, so there are no pixels."""
-    grid, pack = config.parallel, batch.pack
-    layout = build_layout(pack, layout_rows(config.data.max_tokens, grid.chunk, grid.cp), grid.chunk, grid.cp)
-    sizes = [image.rows * image.cols for _, image in vit_images(pack)]
-    patches = batch.get("packed_vit_tokens").split(sizes) if sizes else ()
-    mine = [patches[number] for number in encoders.vit(pack)]
-    return PackedBatch(pack, layout, batch.get("packed_text_ids"), mine, [])
+def packed_batch(batch: OfficialBatch, batches: BatchBuilder) -> PackedBatch:
+    """The batch as the data side would hand it to this rank. Latents come by `fixed_noise`, so there are no pixels."""
+    rank = batches.lay_out(batch.pack)
+    patches = batch.get("packed_vit_tokens").split(rank.vit.sizes) if rank.vit.sizes else ()
+    mine = [patches[number] for number in rank.vit.dealt[rank.place.cp]] if rank.place.first else []
+    return batches.build(rank, batch.get("packed_text_ids").numpy(), mine, pixels=[])
 
 
-def given(batch: OfficialBatch, model: ModelConfig) -> Given:
+def fixed_noise(batch: OfficialBatch, model: ModelConfig) -> FixedNoise:
     """x_0 and noise of the case, per latent token. The stored latents are padded, with junk, to the largest image."""
     patch, images = model.latent_patch, batch.pack.latents
     x0 = [
@@ -193,7 +189,7 @@ def given(batch: OfficialBatch, model: ModelConfig) -> Given:
         for image, latent in zip(images, batch.tensors["padded_latent"] if images else (), strict=True)
     ]
     none_LC = torch.zeros(0, model.latent_dim)
-    return Given(torch.cat([none_LC, *x0]), batch.tensors["noise"] if images else none_LC)
+    return FixedNoise(torch.cat([none_LC, *x0]), batch.tensors["noise"] if images else none_LC)
 
 
 def words_S(batch: OfficialBatch) -> Tensor:

@@ -6,13 +6,15 @@ import torch
 
 from megabagel.config.schema import Config, TrainConfig
 from megabagel.errors import UserError
+from megabagel.parallel.attention import choose_attention
 from megabagel.parallel.mesh import Mesh
 from megabagel.parity.case import Case, model_config, open_case
 from megabagel.parity.comparisons import Gates, Row, compare, worst
 from megabagel.parity.gather import gather_weights
-from megabagel.parity.machine import Machine, build_machine, load_weights
-from megabagel.parity.packs import OfficialBatch, given, official_batch, packed_batch
+from megabagel.parity.machine import load_weights
+from megabagel.parity.packs import OfficialBatch, fixed_noise, official_batch, packed_batch
 from megabagel.parity.train_case import case_config, freeze_sets
+from megabagel.train.build_rank import Rank, build_rank
 from megabagel.train.schedule import learning_rate
 from megabagel.train.step import Losses, denominators
 
@@ -51,7 +53,7 @@ def rule_of(case: Case) -> str:
 def compare_trace(case: Case, config: Config, mesh: Mesh, gates: Gates) -> list[Row]:
     """Train the steps of the trace and compare. Rows come on rank 0; called on all ranks."""
     _check_ranks(case, config, mesh.dp.size)
-    machine, batches = build_machine(config, mesh), _batches(case)
+    machine, batches = build_rank(config, mesh, choose_attention(config)), _batches(case)
     if not machine.builder.attention.has_backward:
         raise UserError(
             f"{case.path}: a trace trains, but attention engine {config.parallel.attention} has no backward here"
@@ -89,11 +91,11 @@ def _check_ranks(case: Case, config: Config, dp: int) -> None:
         )
 
 
-def _step(machine: Machine, batches: list[OfficialBatch], number: int) -> tuple[Losses, float]:
+def _step(machine: Rank, batches: list[OfficialBatch], number: int) -> tuple[Losses, float]:
     """One optimizer step; every data-parallel rank takes its turn of the packs."""
     config, dp = machine.config, machine.mesh.dp
     inputs = [
-        machine.builder.build(packed_batch(batch, config, machine.encoders), given(batch, config.model))
+        machine.builder.build(packed_batch(batch, machine.batches), fixed_noise(batch, config.model))
         for batch in batches[dp.rank :: dp.size]
     ]
     packs = [batch.pack for batch in batches]

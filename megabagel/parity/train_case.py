@@ -19,16 +19,18 @@ from megabagel.config.schema import (
     TrainConfig,
 )
 from megabagel.model.inputs import StageInputs
+from megabagel.parallel.attention import choose_attention
 from megabagel.parallel.mesh import Mesh
 from megabagel.parity.capture import Watch, visible
 from megabagel.parity.case import Case, model_config
 from megabagel.parity.comparisons import Gates, Row, compare, worst
 from megabagel.parity.gather import gather_gradients
-from megabagel.parity.machine import Machine, build_machine, load_weights
-from megabagel.parity.packs import OfficialBatch, given, official_batch, packed_batch, words_S
+from megabagel.parity.machine import load_weights
+from megabagel.parity.packs import OfficialBatch, fixed_noise, official_batch, packed_batch, words_S
 from megabagel.sequence.batch import PackedBatch
 from megabagel.sequence.grid import grid_ids
 from megabagel.sequence.sample import LATENT, TEXT, VIT
+from megabagel.train.build_rank import Rank, build_rank
 from megabagel.train.step import Counts, Losses
 
 CHUNK = 16
@@ -68,7 +70,7 @@ class TrainRun:
     """A case on this rank, ready to run."""
 
     case: Case
-    machine: Machine
+    machine: Rank
     official: OfficialBatch
     batch: PackedBatch
 
@@ -88,11 +90,11 @@ def train_config(case: Case, overrides: list[str], ranks: int) -> Config:
 
 def prepare(case: Case, config: Config, mesh: Mesh, random_weights: bool) -> TrainRun:
     """Build the model of a case, with its weights or with keyed random ones, and its batch for this rank."""
-    machine = build_machine(config, mesh)
+    machine = build_rank(config, mesh, choose_attention(config))
     if not random_weights:
         load_weights(machine, case)
     official = official_batch(case, config.model)
-    return TrainRun(case, machine, official, packed_batch(official, config, machine.encoders))
+    return TrainRun(case, machine, official, packed_batch(official, machine.batches))
 
 
 def step(run: TrainRun) -> Losses:
@@ -101,7 +103,7 @@ def step(run: TrainRun) -> Losses:
 
 
 def _inputs(run: TrainRun) -> StageInputs:
-    return run.machine.builder.build(run.batch, given(run.official, run.machine.config.model))
+    return run.machine.builder.build(run.batch, fixed_noise(run.official, run.machine.config.model))
 
 
 def _run(run: TrainRun, inputs: StageInputs) -> Losses:

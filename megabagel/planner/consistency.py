@@ -16,12 +16,10 @@ from megabagel.model.inputs import Hidden
 from megabagel.parallel.megatron import parameter_dtype
 from megabagel.parallel.stage_activations import to_wire
 from megabagel.planner.workload import Workload
-from megabagel.sequence.batch import Encoders
 from megabagel.sequence.flops import relative_time
-from megabagel.sequence.images import vae_images, vit_images
-from megabagel.sequence.layout import build_layout, layout_rows
 from megabagel.sequence.pack import Pack
 from megabagel.sequence.packing import turns
+from megabagel.sequence.rank_rows import RankPack, RankPlace
 from megabagel.sequence.sizes import pack_size
 
 
@@ -73,13 +71,10 @@ class Derived:
 
 def derive(config: Config, workload: Workload, place: Place, dp_size: int) -> Derived:
     """The plan, as the rank at `place` sees it."""
-    p = config.parallel
+    last = place.pp == config.parallel.pp - 1
     pack = _first_pack(config, workload, place.dp, dp_size)
-    rows = layout_rows(config.data.max_tokens, p.chunk, p.cp)
-    layout = build_layout(pack, rows, p.chunk, p.cp)
-    mine = layout.rank(place.cp)
-    stage_rank, stage_size = place.cp * p.tp + place.tp, p.cp * p.tp
-    encoders = Encoders(place.pp == 0, place.cp, p.cp, stage_rank, stage_size)
+    rank = RankPack.of(pack, config, RankPlace(place.tp, place.cp, first=place.pp == 0, last=last))
+    layout, mine = rank.layout, rank.layout.rank(place.cp)
     return Derived(
         place=place,
         pack=_digest(pack.kind_S, pack.position_S, pack.sample_S, *vars(pack.codes).values()),
@@ -89,9 +84,9 @@ def derive(config: Config, workload: Workload, place: Place, dp_size: int) -> De
         tokens=tuple(mine[mine >= 0].tolist()),
         pack_tokens=pack.tokens,
         sends=_sent(config, layout.num_und[place.cp], len(mine)),
-        vit=tuple(encoders.vit(pack)),
-        vae=tuple(encoders.vae(pack)),
-        images=(len(vit_images(pack)), len(vae_images(pack))),
+        vit=rank.vit.dealt[place.cp] if place.pp == 0 else (),
+        vae=rank.vae.dealt[rank.vae_rank] if place.pp == 0 else (),
+        images=(len(rank.vit.sizes), len(rank.vae.sizes)),
     )
 
 
@@ -104,7 +99,7 @@ def _first_pack(config: Config, workload: Workload, dp_rank: int, dp_size: int) 
 
 def _sent(config: Config, und: int, rows: int) -> tuple[int, ...]:
     """Shape of the wire that `parallel.wire` makes of this rank's rows."""
-    split = config.parallel.tp if config.parallel.sp else 1
+    split = config.parallel.row_shards
     width, gen, dtype = config.model.hidden, (rows - und) // split, parameter_dtype(config)
     with torch.device("meta"):
         target = torch.empty(gen, config.model.latent_dim)

@@ -11,14 +11,10 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from megabagel.config.checks import check_world
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
-from megabagel.model.bagel import Bagel
-from megabagel.model.factory import SingleDevice
-from megabagel.model.sharding import named_pieces
+from megabagel.model.shapes_only import model_shapes
 from megabagel.planner.consistency import Derived, Place, derive, disagreements
 from megabagel.planner.fake_rank import FakeRank, rehearse
 from megabagel.planner.report import table
@@ -101,7 +97,7 @@ def _compare(
         for name, (size, intervals) in rank.flat.items():
             findings += holes(f"{name} at {place} over {grid.dp_cp.size} replicas", size, intervals)
     held = [(place.pp, place.tp, built[place].pieces) for place in _replica(config)]
-    findings += whole_tensors(_whole_model(config), held)
+    findings += whole_tensors(model_shapes(config.model), held)
     derived: dict[Place, Derived] = {}
     for dp in sorted({place.dp for place in built}):
         group = [derive(config, workload, place, dp_size) for place in _group(config, dp)]
@@ -117,12 +113,6 @@ def _group(config: Config, dp: int) -> Iterator[Place]:
         for cp in range(p.cp):
             for tp in range(p.tp):
                 yield Place(tp, cp, dp, pp)
-
-
-def _whole_model(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor, from the model on one device."""
-    with torch.device("meta"):
-        return {piece.name: piece.shape for piece, _ in named_pieces(Bagel(config.model, SingleDevice()))}
 
 
 def _table(shown: Mapping[int, Place], built: Mapping[Place, FakeRank], derived: Mapping[Place, Derived]) -> str:

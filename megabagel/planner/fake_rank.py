@@ -19,15 +19,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megabagel.checkpoint.tensors import Shard, optimizer_shards, sharded_tensors
 from megabagel.config.schema import Config
-from megabagel.model.bagel import Bagel
 from megabagel.model.sharding import Piece, named_pieces
 from megabagel.parallel import mesh
-from megabagel.parallel.linears import MegatronLayers
-from megabagel.parallel.megatron import megatron_config, parameter_dtype
 from megabagel.parallel.mesh import Mesh
 from megabagel.parallel.stages import PipelineStage, layer_split
 from megabagel.planner.tiling import Interval
 from megabagel.sequence.layout import layout_rows
+from megabagel.train.build_rank import build_weights
 from megabagel.train.optimizer import Optimizer
 
 
@@ -65,15 +63,14 @@ def as_rank(config: Config, world_size: int, rank: int) -> Iterator[Mesh]:
 def rehearse(config: Config, world_size: int, rank: int) -> FakeRank:
     """Build everything that `rank` would build before its first step."""
     with as_rank(config, world_size, rank) as grid:
-        megatron = megatron_config(config)
         with _WithoutStorage(), torch.device("meta"):
-            stages = _stages(config, grid, megatron)
-            optimizer = Optimizer(config.train, megatron, stages, grid)
+            weights = build_weights(config, grid, initialize=False, device=torch.device("meta"))
+            stages, optimizer = weights.stages, weights.optimizer
             shards = list(optimizer_shards(optimizer.distributed, optimizer.ema))
             boxes = sharded_tensors(stages, shards, grid)
         return FakeRank(
             mesh=grid,
-            wire_shape=_wire_shape(config, grid, megatron),
+            wire_shape=_wire_shape(config, grid, weights.megatron),
             pieces=tuple(piece for stage in stages for piece, _ in named_pieces(stage.model)),
             layers=tuple(layer_split(config)[grid.pp.rank :: grid.pp.size]),
             parameters=sum(weight.numel() for stage in stages for weight in stage.parameters()),
@@ -81,20 +78,6 @@ def rehearse(config: Config, world_size: int, rank: int) -> FakeRank:
             boxes=len(boxes),
             flat=_flat_ranges(optimizer, stages, shards, grid),
         )
-
-
-def _stages(config: Config, grid: Mesh, megatron: Any) -> list[PipelineStage]:
-    """As `parallel.stages.build_stages`, without initial values."""
-    split, pp, vpp = layer_split(config), config.parallel.pp, config.parallel.vpp
-    factory, stages = MegatronLayers(megatron, grid), []
-    for chunk in range(vpp):
-        number = chunk * pp + grid.pp.rank
-        first, last = number == 0, number == len(split) - 1
-        model = Bagel(config.model, factory, split[number], first, last, freeze=config.train.freeze)
-        for weight in model.parameters():
-            weight.data = weight.data.to(parameter_dtype(config))
-        stages.append(PipelineStage(model, megatron, config.model.hidden, chunk if vpp > 1 else None))
-    return stages
 
 
 def _wire_shape(config: Config, grid: Mesh, megatron: Any) -> tuple[int, ...]:

@@ -107,7 +107,7 @@ def communication(case: Case) -> float:
     """Gathered rows of sequence parallelism (2 R h), gathered K and V with their gradients, and the wire's 4
     buffers."""
     b, rows, model = case.bytes, case.load.rows, case.config.model
-    gathered = 2 * rows * model.hidden * b if case.grid.tp > 1 and case.config.parallel.sp else 0
+    gathered = 2 * rows * model.hidden * b if case.config.parallel.row_shards > 1 else 0
     keys = 4 * case.load.keys * case.k * b if case.grid.cp > 1 else 0
     width = wire_width(model, torch.bfloat16 if b == 2 else torch.float32)
     wire = 4 * case.split_rows * width * b if case.grid.pp > 1 else 0

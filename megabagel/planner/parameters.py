@@ -1,20 +1,17 @@
 """How many numbers a rank's weights are: counted on the real model, built from tensors without storage.
 
-Nothing is restated here. A layer factory that splits shapes over `tp` ranks, as `parallel.linears` does, builds one
-layer and both ends of the model on torch's meta device; stages are sums of these.
+Nothing is restated here: one layer and both ends of the model are built as one of `tp` ranks has them
+(`model.shapes_only`); stages are sums of these.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import nn
 
 from megabagel.config.schema import ModelConfig
-from megabagel.model.bagel import Bagel
-from megabagel.model.factory import SingleDevice
 from megabagel.model.freezing import is_frozen
+from megabagel.model.shapes_only import build_shapes
 from megabagel.model.vae_flux import Autoencoder
 
 
@@ -54,8 +51,7 @@ class Parts:
 @lru_cache(maxsize=256)
 def count_parts(model: ModelConfig, tp: int, freeze: tuple[str, ...] = ()) -> Parts:
     """The pieces of a model on each of `tp` tensor-parallel ranks (all hold equal numbers)."""
-    with torch.device("meta"):
-        built = Bagel(model, ShapesOnly(tp), range(1), freeze=())
+    built = build_shapes(model, range(1), tp=tp)
     parts = {"embed": Numbers(), "layers": Numbers(), "heads": Numbers()}
     for name, weight in built.named_parameters():
         part = name.partition(".")[0]
@@ -73,27 +69,3 @@ def codec_numbers(model: ModelConfig) -> int:
         return 0
     with torch.device("meta"):
         return sum(weight.numel() for weight in Autoencoder(model.vae).parameters())
-
-
-class ShapesOnly(SingleDevice):
-    """The factory of one tensor-parallel rank's shapes, without ranks."""
-
-    def __init__(self, shards: int) -> None:
-        super().__init__()
-        self.shards = shards
-
-    def column(self, inputs: int, blocks: Mapping[str, int], *, bias: bool, rows_split: bool) -> nn.Module:
-        """Outputs split."""
-        return nn.Linear(inputs, sum(blocks.values()) // self.shards, bias=bias)
-
-    def row(self, inputs: int, outputs: int, *, bias: bool, rows_split: bool) -> nn.Module:
-        """Inputs split."""
-        return nn.Linear(inputs // self.shards, outputs, bias=bias)
-
-    def embedding(self, vocabulary: int, width: int) -> nn.Module:
-        """Vocabulary split."""
-        return nn.Embedding(vocabulary // self.shards, width)
-
-    def head(self, width: int, vocabulary: int) -> nn.Module:
-        """Vocabulary split."""
-        return super().head(width, vocabulary // self.shards)

@@ -71,7 +71,7 @@ class Case:
     @property
     def split_rows(self) -> float:
         """r: rows between the linears."""
-        return self.load.rows / self.grid.tp if self.config.parallel.sp else self.load.rows
+        return self.load.rows / self.config.parallel.row_shards
 
     @property
     def q(self) -> float:

@@ -17,7 +17,7 @@ from megabagel.config.schema import Config, SourceConfig
 from megabagel.data.decode.transforms import resize_target
 from megabagel.errors import UserError
 from megabagel.sequence.flops import Flops, count_flops, relative_time, vae_flops
-from megabagel.sequence.images import shares, vae_images, vit_images
+from megabagel.sequence.images import ImageShares, vae_images, vit_images
 from megabagel.sequence.items import Clip, Item, Latent, Text, Vit
 from megabagel.sequence.keys import SampleKey, generator
 from megabagel.sequence.layout import Layout, build_layout, layout_rows
@@ -135,7 +135,7 @@ def _load(config: Config, pack: Pack, layout: Layout, tp: int) -> Load:
     encoded = vae_images(pack) if config.data.latents is None else []  # else read from the cache
     pixels = [image.tokens * config.model.latent_stride**2 for image in encoded]
     encoding = [vae_flops(config.model.vae, n, n**2) for n in pixels]
-    seen = [sum(patches[i] for i in part) for part in shares(patches, cp)]
+    seen = [sum(patches[i] for i in part) for part in ImageShares.of(patches, cp).dealt]
     und = float(np.mean(layout.num_und))
     gen = layout.rows - und
     return Load(
@@ -146,7 +146,7 @@ def _load(config: Config, pack: Pack, layout: Layout, tp: int) -> Load:
         ce_rows=max(float(ce[layout.rank(rank)].sum()) for rank in range(cp)),
         vit_patches=float(max(seen)),
         vit_pairs=float(sum(n**2 for n in patches)) / cp,
-        vae_flops=max(sum(encoding[i] for i in part) for part in shares(pixels, cp * tp)),
+        vae_flops=max(sum(encoding[i] for i in part) for part in ImageShares.of(pixels, cp * tp).dealt),
         largest_image=float(max(pixels, default=0)),
         inputs=max(seen) * 3 * config.model.vit.patch**2 + 2 * gen * config.model.latent_dim,
     )

@@ -49,6 +49,11 @@ class Layout:
         """token_C of one rank."""
         return self.token_R[index * self.rows : (index + 1) * self.rows]
 
+    def split(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(und, gen) rows of one rank."""
+        token_C, border = self.rank(index), self.num_und[index]
+        return token_C[:border], token_C[border:]
+
     def codes(self, pack: Pack, index: int) -> AttentionCodes:
         """Mask integers for the queries of one rank and the keys of all ranks, in row order."""
         query = self.rank(index)

@@ -19,19 +19,11 @@ from megabagel.errors import UserError
 from megabagel.generate.euler import EulerSampler
 from megabagel.model.vae import build_codec, codec_fingerprint
 from megabagel.parallel.attention import AttentionEngine, choose_attention
-from megabagel.parallel.attention_plans import Planner
-from megabagel.parallel.inputs import InputBuilder
-from megabagel.parallel.kernels import choose_kernels
-from megabagel.parallel.linears import MegatronLayers
-from megabagel.parallel.megatron import megatron_config
 from megabagel.parallel.mesh import Mesh
-from megabagel.parallel.stages import build_stages
 from megabagel.runtime.collective_errors import everywhere, once
 from megabagel.runtime.device import current_device
-from megabagel.sequence.batch import Encoders
+from megabagel.train.build_rank import Rank, build_rank
 from megabagel.train.judge import StepJudge
-from megabagel.train.optimizer import Optimizer
-from megabagel.train.step import StepRunner
 from megabagel.train.trainer import Trainer
 
 
@@ -66,22 +58,18 @@ def build_trainer(config: Config, mesh: Mesh, data: Data | None = None, draw: bo
     plan = everywhere(mesh, lambda: GlobalPlan(data.sources, config))
     codec = everywhere(mesh, lambda: build_codec(config.model.vae, current_device()))
     attention = everywhere(mesh, lambda: _attention(config))
-    kernels = everywhere(mesh, lambda: choose_kernels(config))
-    encoders = Encoders(mesh.pp.first, mesh.cp.rank, mesh.cp.size, mesh.tp_cp.rank, mesh.tp_cp.size)
+    rank = build_rank(config, mesh, attention, codec, draw)
     dp = (mesh.dp.rank, mesh.dp.size)
-    planner = Planner.of(config, mesh, attention)
-    loader = Loader(plan, data.tokenizer, data.decode, config, encoders, dp, planner, data.latents)
-    megatron = megatron_config(config)
-    stages = build_stages(config, mesh, megatron, kernels, draw)
-    optimizer = Optimizer(config.train, megatron, stages, mesh)
-    runner = StepRunner(config, mesh, optimizer)
-    factory = MegatronLayers(megatron, mesh, kernels)
-    builder = InputBuilder(config, mesh, factory, codec, current_device(), attention)
+    loader = Loader(plan, data.tokenizer, data.decode, config, rank.batches, dp, data.latents)
     sampler = None
     if config.telemetry.sample_every:
-        sampler = everywhere(mesh, lambda: EulerSampler(config, mesh, builder, data.tokenizer, runner.evaluate))
+        sampler = everywhere(mesh, lambda: _sampler(rank, data.tokenizer))
     saver, judge = Saver(config, mesh), StepJudge(config.train)
-    return Trainer(config, mesh, plan, loader, optimizer, runner, builder, sampler, saver, judge)
+    return Trainer(config, mesh, plan, loader, rank.optimizer, rank.runner, rank.builder, sampler, saver, judge)
+
+
+def _sampler(rank: Rank, tokenizer: TextTokenizer) -> EulerSampler:
+    return EulerSampler(rank.config, rank.mesh, rank.batches, rank.builder, tokenizer, rank.runner.evaluate)
 
 
 def _attention(config: Config) -> AttentionEngine:

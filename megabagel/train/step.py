@@ -84,7 +84,6 @@ class StepRunner:
         self.config, self.mesh, self.optimizer = config, mesh, optimizer
         grid = config.parallel
         self.rows = layout_rows(config.data.max_tokens, grid.chunk, grid.cp)
-        self.rows_split = grid.sp and grid.tp > 1
 
     def train(
         self, micro_batches: Sequence[StageInputs], counts: Sequence[Counts], learning_rate: float
@@ -151,7 +150,7 @@ class StepRunner:
             found += torch.stack(sums)
         if not grid.tp.first:
             found[:, 0] = 0
-            found[:, 1] *= self.rows_split
+            found[:, 1] *= self.config.parallel.row_shards > 1
         mark("losses")
         dist.all_reduce(found)
         divided = all_reduced(found.sum(2)) / torch.tensor([[max(c.ce, 1), max(c.mse, 1)] for c in counts])

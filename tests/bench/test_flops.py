@@ -40,7 +40,7 @@ def test_matrix_products_equal_those_that_torch_counts() -> None:
     batch = model_step.draw_batch(exact)
     model = model_step.build_model(MODEL)
     with distributed(exact) as mesh:
-        builder = InputBuilder(exact, mesh, model_step.SingleDevice(), BlockCodec(), torch.device("cpu"))
+        builder = InputBuilder(exact, mesh, BlockCodec(), torch.device("cpu"))
         inputs = builder.build(batch)
     counter = FlopCounterMode(display=False)
     with counter:

@@ -19,7 +19,8 @@ from megabagel.data.decode.host import HostEngine
 from megabagel.data.load.loader import Loader, Step
 from megabagel.data.plan.global_plan import GlobalPlan, Source
 from megabagel.data.tokenize.tokenizer import load_tokenizer
-from megabagel.sequence.batch import Encoders
+from megabagel.sequence.rank_rows import RankPlace
+from tests.support.batches import batch_builder
 from tests.support.config_tree import change
 from tests.support.small_run import small_config, sources_of
 from tests.support.strategies import examples
@@ -55,7 +56,7 @@ def samples(packs: Sequence[Any]) -> list[Any]:
 
 def loader(config: Config, sources: list[Source], rank: int, size: int) -> Loader:
     tokenizer = load_tokenizer(config.data.tokenizer)
-    nothing = Encoders(False, 0, 1, 0, 1)  # which samples, not their pixels
+    nothing = batch_builder(config, RankPlace(first=False))  # which samples, not their pixels
     return Loader(GlobalPlan(sources, config), tokenizer, HostEngine(), config, nothing, (rank, size))
 
 

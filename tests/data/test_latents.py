@@ -24,7 +24,8 @@ from megabagel.errors import UserError
 from megabagel.model.noise import normal
 from megabagel.model.vae import Codec, build_codec, codec_fingerprint
 from megabagel.model.vae_flux import Autoencoder
-from megabagel.sequence.batch import Encoders, PackedBatch
+from megabagel.sequence.batch import PackedBatch
+from tests.support.batches import batch_builder
 from tests.support.config_tree import change
 from tests.support.pictures import file_of, noise
 from tests.support.small_run import small_config, sources_of
@@ -60,7 +61,7 @@ def opened(config: Config, folder: Path) -> LatentCache:
 
 def loader(config: Config, cache: LatentCache | None) -> Loader:
     plan, tokenizer = GlobalPlan(sources_of(config), config), load_tokenizer(config.data.tokenizer)
-    return Loader(plan, tokenizer, HostEngine(), config, Encoders(True, 0, 1, 0, 1), latents=cache)
+    return Loader(plan, tokenizer, HostEngine(), config, batch_builder(config), latents=cache)
 
 
 def batches(config: Config, cache: LatentCache | None) -> Iterator[PackedBatch]:

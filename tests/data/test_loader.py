@@ -25,16 +25,17 @@ from megabagel.data.plan.planned_sample import PackPlan
 from megabagel.data.tokenize.token_ids import Writer
 from megabagel.data.tokenize.tokenizer import TextTokenizer, load_tokenizer
 from megabagel.errors import UserError
-from megabagel.sequence.batch import Encoders, PackedBatch
-from megabagel.sequence.images import vae_images, vit_images
+from megabagel.sequence.batch import BatchBuilder, PackedBatch
+from megabagel.sequence.images import vae_images, vae_shares, vit_images, vit_shares
 from megabagel.sequence.items import Clip, Latent, Text, Vit
 from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.pack import Pack
+from megabagel.sequence.rank_rows import RankPlace
 from megabagel.sequence.sample import LATENT, TEXT, VIT, SamplePlan
+from tests.support.batches import batch_builder, token_ids
 from tests.support.config_tree import change
 from tests.support.small_run import small_config, sources_of
 
-ALL = Encoders(True, 0, 1, 0, 1)
 BOS, EOS, SOI, EOI = range(4)
 """Ids of the special tokens in the data set's tokenizer."""
 PATCHES, LATENTS = -1, -2
@@ -50,10 +51,10 @@ def tokenizer(config: Config) -> TextTokenizer:
     return load_tokenizer(config.data.tokenizer)
 
 
-def loader(config: Config, encoders: Encoders = ALL, dp: tuple[int, int] = (0, 1), **options: Any) -> Loader:
-    tokenizer = load_tokenizer(config.data.tokenizer)
+def loader(config: Config, batches: BatchBuilder | None = None, dp: tuple[int, int] = (0, 1), **options: Any) -> Loader:
+    tokenizer, batches = load_tokenizer(config.data.tokenizer), batches or batch_builder(config)
     options = {"decode": HostEngine()} | options
-    return Loader(GlobalPlan(sources_of(config), config), tokenizer, config=config, encoders=encoders, dp=dp, **options)
+    return Loader(GlobalPlan(sources_of(config), config), tokenizer, config=config, batches=batches, dp=dp, **options)
 
 
 def filled(config: Config, steps: int = 4) -> tuple[Loader, list[PackedBatch]]:
@@ -85,7 +86,7 @@ def written(made: Loader, sample: SamplePlan, tokenizer: TextTokenizer) -> list[
 def read(batch: PackedBatch) -> np.ndarray:
     """A pack as the model will read it: word ids on TEXT tokens, marks on the others."""
     tokens = np.select([batch.pack.kind_S == VIT, batch.pack.kind_S == LATENT], [PATCHES, LATENTS])
-    tokens[batch.pack.kind_S == TEXT] = batch.words.numpy()
+    tokens[batch.pack.kind_S == TEXT] = token_ids(batch)
     return tokens
 
 
@@ -93,7 +94,6 @@ def test_words_stand_where_they_belong(config: Config, tokenizer: TextTokenizer)
     made, batches = filled(config)
     sources = set()
     for batch in batches:
-        assert batch.words.dtype == torch.int64
         expected = [token for sample in batch.pack.samples for token in written(made, sample, tokenizer)]
         assert read(batch).tolist() == expected
         sources |= {sample.key.source for sample in batch.pack.samples}
@@ -189,9 +189,10 @@ def _planned(pack: PackPlan) -> list[Any]:
 def test_ranks_of_a_stage_share_the_images(config: Config) -> None:
     """tp = cp = 2: ViT images are dealt over cp, images to encode over all four ranks; later stages get none."""
     grid = change(config, {"parallel.tp": 2, "parallel.cp": 2, "parallel.pp": 2})
-    whole = loader(grid)
-    ranks = {(tp, cp): loader(grid, Encoders(True, cp, 2, cp * 2 + tp, 4)) for tp in range(2) for cp in range(2)}
-    later = loader(grid, Encoders(False, 0, 2, 0, 4))
+    whole = loader(config)
+    places = [(tp, cp) for tp in range(2) for cp in range(2)]
+    ranks = {(tp, cp): loader(grid, batch_builder(grid, RankPlace(tp, cp, last=False))) for tp, cp in places}
+    later = loader(grid, batch_builder(grid, RankPlace(first=False)))
     step = whole.plan.next_step()
     for number in range(len(step.packs)):
         task = whole.plan.task(step, number)
@@ -201,19 +202,19 @@ def test_ranks_of_a_stage_share_the_images(config: Config) -> None:
         idle = later.filler(task).batch
         assert idle.patches == [] and idle.pixels == []
         for batch in (*batches.values(), idle):
-            assert torch.equal(batch.words, everything.words)
-            assert batch.layout.cp == 2 and np.array_equal(batch.layout.token_R, everything.layout.token_R)
+            assert batch.layout.cp == 2 and np.array_equal(batch.layout.token_R, idle.layout.token_R)
         for tp in range(2):
-            dealt = [ranks[tp, cp].filler.encoders.vit(pack) for cp in range(2)]
+            assert token_ids(*(batches[tp, cp] for cp in range(2))) == token_ids(everything)
+            dealt = vit_shares(pack, 2).dealt
             assert sorted(dealt[0] + dealt[1]) == list(range(len(vit_images(pack))))
             _assert_dealt(everything.patches, dealt, [batches[tp, cp].patches for cp in range(2)])
         order = [(tp, cp) for cp in range(2) for tp in range(2)]
-        dealt = [ranks[place].filler.encoders.vae(pack) for place in order]
+        dealt = vae_shares(pack, 4).dealt
         assert sorted(number for part in dealt for number in part) == list(range(len(vae_images(pack))))
         _assert_dealt(everything.pixels, dealt, [batches[place].pixels for place in order])
 
 
-def _assert_dealt(images: list[torch.Tensor], dealt: list[list[int]], found: list[list[torch.Tensor]]) -> None:
+def _assert_dealt(images: list[torch.Tensor], dealt: Sequence[Sequence[int]], found: list[list[torch.Tensor]]) -> None:
     for numbers, mine in zip(dealt, found, strict=True):
         assert all(torch.equal(images[number], image) for number, image in zip(numbers, mine, strict=True))
 
@@ -259,7 +260,7 @@ def test_a_damaged_target_becomes_nan(config: Config, own: Path) -> None:
     after, (image,) = filled.batch, filled.lost
     assert _differing(before.pixels, after.pixels) == [1]
     assert after.pixels[1].shape == before.pixels[1].shape and after.pixels[1].isnan().all()
-    assert torch.equal(before.words, after.words)
+    assert token_ids(before) == token_ids(after)
     key = after.pack.samples[1].key
     assert (image.key, image.slot) == (key, 1)
     assert image.message == f"source draw, sample {made.plan.document(key).key}: image lost: not an image"
@@ -379,10 +380,10 @@ def test_long_captions_are_read_from_their_shard(config: Config, tokenizer: Text
         assert isinstance(item, TextItem) and isinstance(item.source, str)
         member = Member(0, shard.index(item.source.encode()), len(item.source.encode()))
         documents.append(replace(document, items=(replace(item, source=member),)))
-    inside = [batch.words for step in made.steps(2) for batch in step.batches]
+    inside = [token_ids(batch) for step in made.steps(2) for batch in step.batches]
     outside = loader(made.config)
     outside.plan.sources["notes"] = replace(source, index=replace(source.index, documents=tuple(documents)))
-    assert all(map(torch.equal, inside, [batch.words for step in outside.steps(2) for batch in step.batches]))
+    assert inside == [token_ids(batch) for step in outside.steps(2) for batch in step.batches]
 
 
 def test_writer_brackets_every_item(tokenizer: TextTokenizer) -> None:

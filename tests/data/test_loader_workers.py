@@ -14,12 +14,14 @@ from megabagel.data.load.collate import Filler
 from megabagel.data.load.loader import Loader, Step
 from megabagel.data.plan.planned_sample import PackPlan
 from megabagel.errors import UserError
+from megabagel.sequence.batch import BatchBuilder
 from megabagel.sequence.images import vae_images, vit_images
+from megabagel.sequence.rank_rows import RankPlace
 from tests.data.test_loader import loader, only
 from tests.support.batches import assert_same
 from tests.support.config_tree import change
 from tests.support.small_run import small_config
-from tests.support.worker_tasks import Stumbling, marked
+from tests.support.worker_tasks import Stumbling, plan_codes
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +44,13 @@ def own(shapes: Path, tmp_path: Path) -> Path:
 
 
 def test_batches_do_not_depend_on_who_fills_them(config: Config) -> None:
-    """A thread, or 1 to 4 workers: the same batches, bit for bit, with the last touch of `finish`."""
+    """A thread, or 1 to 4 workers: the same batches, bit for bit, with attention plans made where packs are filled."""
     settings = change(config, {"data.prefetch": 3})
-    expected = list(loader(settings, finish=marked, dp=(1, 2)).steps(4))
-    assert min(int(batch.words.min()) for step in expected for batch in step.batches) >= 1000
+    planning = BatchBuilder(settings, RankPlace(), plan_codes)
+    expected = list(loader(settings, planning, dp=(1, 2)).steps(4))
+    assert all(batch.plans.layers[0].queries > 0 for step in expected for batch in step.batches)
     for workers in (1, 4):
-        made = loader(change(settings, {"data.workers": workers}), finish=marked, dp=(1, 2))
+        made = loader(change(settings, {"data.workers": workers}), planning, dp=(1, 2))
         found = list(made.steps(4))
         assert [step.plan for step in found] == [step.plan for step in expected]
         for one, two in zip(expected, found, strict=True):

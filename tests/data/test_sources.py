@@ -17,6 +17,7 @@ from megabagel.data.tokenize.tokenizer import ByteTokenizer
 from megabagel.sequence.images import vae_images
 from megabagel.sequence.items import Text, Vit
 from tests.data.test_loader import filled
+from tests.support.batches import token_ids
 from tests.support.config_tree import change
 from tests.support.pictures import file_of, noise
 from tests.support.small_run import small_config
@@ -87,7 +88,7 @@ def test_every_text_of_the_layouts_comes_up_and_no_other(config: Config, workers
     tokenizer = ByteTokenizer()
     seen: dict[str, Counter[str]] = {name: Counter() for name in TEXTS}
     for batch in batches:
-        words = batch.words.tolist()
+        words = token_ids(batch)
         for sample in batch.pack.samples:
             for item in sample.items:
                 if isinstance(item, Text):

@@ -74,7 +74,9 @@ def build(config: Config) -> tuple[Any, Callable[..., Any]]:
 
     def sampler(telemetry: TelemetryConfig, evaluate: Any = None, **changes: Any) -> EulerSampler:
         settings = change(replace(config, telemetry=telemetry), changes)
-        return EulerSampler(settings, trainer.mesh, trainer.builder, tokenizer, evaluate or trainer.runner.evaluate)
+        batches = replace(trainer.loader.filler.batches, config=settings)
+        evaluate = evaluate or trainer.runner.evaluate
+        return EulerSampler(settings, trainer.mesh, batches, trainer.builder, tokenizer, evaluate)
 
     return trainer, sampler
 

@@ -1,14 +1,18 @@
-"""Attention plans made with the batch: picklable, equal to those made while inputs are built, and used when there."""
+"""Attention plans are made with the batch: where it is made, for what its rank runs."""
 
 import pickle
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from megabagel_kernels.attention.mask import dense_mask
 
-from megabagel.sequence.batch import Encoders, PackedBatch
+from megabagel.sequence.batch import AttentionPlans, BatchBuilder
+from megabagel.sequence.images import vit_images
+from megabagel.sequence.rank_rows import RankPlace
 from tests.support.grid_run import base_config, batch, on_grid, packs
 from tests.support.rank_pool import RankPool
 
@@ -44,66 +48,42 @@ def engine_of(name: str) -> Any:
     return engines.get(name) or attention.AttentionEngine("triton", triton, attention.triton_attention)
 
 
-def planned(name: str) -> list[tuple[PackedBatch, Any, Any]]:
-    """On this rank of cp 2: each batch with its plans, and the plans that a worker's copy of the planner makes."""
+def planned(name: str) -> list[tuple[AttentionPlans, AttentionPlans]]:
+    """On this rank of cp 2: the plans of each batch, made here and by a worker's copy of what makes batches."""
     from megabagel.parallel import mesh
-    from megabagel.parallel.attention_plans import Planner
 
     config = on_grid(base_config(), tp=1, pp=1, vpp=1, cp=2)
-    grid = mesh.build(config)
-    planner = Planner.of(config, grid, engine_of(name))
-    copy = pickle.loads(pickle.dumps(planner))
-    encoders = Encoders(True, grid.cp.rank, grid.cp.size, grid.tp_cp.rank, grid.tp_cp.size)
-    made = [batch(config, pack, encoders) for pack in packs(config, 0)]
-    return [(x, planner(x).plans, pickle.loads(pickle.dumps(copy(x))).plans) for x in made]
+    batches = BatchBuilder(config, mesh.build(config).place, engine_of(name).plan)
+    copy = pickle.loads(pickle.dumps(batches))
+    made = packs(config, 0)
+    return [(batch(batches, x).plans, pickle.loads(pickle.dumps(batch(copy, x))).plans) for x in made]
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_worker_makes_the_same_plans(ranks: RankPool, name: str) -> None:
-    for of_rank in ranks.run(2, planned, name):
-        for found, here, there in of_rank:
-            assert found.plans is None and here.vit is not None
-            assert same(here, there)
-    first, second = (found[0][1].layers for found in ranks.run(2, planned, name))
+    of_ranks = ranks.run(2, planned, name)
+    for here, there in (plans for of_rank in of_ranks for plans in of_rank):
+        assert here.vit is not None and same(here, there)
+    first, second = (of_rank[0][0].layers for of_rank in of_ranks)
     assert not same(first, second)  # the ranks hold other queries
 
 
-def counted(with_plans: bool) -> tuple[list[torch.Tensor], int]:
-    """Attention of both kinds from built inputs, and how often the engine planned while they were built."""
-    from megabagel.runtime.device import current_device
-
-    from megabagel.parallel import attention, mesh
-    from megabagel.parallel.attention_plans import Planner
-    from megabagel.parallel.inputs import InputBuilder
-    from megabagel.parallel.linears import MegatronLayers
-    from megabagel.parallel.megatron import megatron_config
-    from megabagel.runtime import cpu_backend
-
-    cpu_backend.install()
-    config = base_config()
-    grid = mesh.build(config)
-    calls = []
-    engine = replace(attention.HOST, plan=lambda *args: calls.append(1) or attention.HOST.plan(*args))
-    factory = MegatronLayers(megatron_config(config), grid)
-    from megabagel.model.vae import build_codec
-
-    builder = InputBuilder(config, grid, factory, build_codec(config.model.vae), current_device(), engine)
-    one = batch(config, packs(config, 0)[1], Encoders(True, 0, 1, 0, 1))
-    one = Planner.of(config, grid, attention.HOST)(one) if with_plans else one
-    inputs = builder.build(one)
-    assert inputs.vit is not None
-    draw = torch.Generator().manual_seed(0)
-    outs = []
-    for attend, rows, head in (
-        (inputs.attend, len(inputs.rope.cos_TH), 16),
-        (inputs.vit.attend, len(inputs.vit.grid), 8),
-    ):
-        outs.append(attend(*(torch.randn(rows, 2, head, generator=draw) for _ in range(3))))
-    return outs, len(calls)
-
-
-def test_plans_that_are_there_are_used(ranks: RankPool) -> None:
-    ((made, calls),) = ranks.run(1, counted, False)
-    ((given, no_calls),) = ranks.run(1, counted, True)
-    assert (calls, no_calls) == (2, 0)
-    assert all(torch.equal(a, b) for a, b in zip(made, given, strict=True))
+@pytest.mark.parametrize(
+    ("place", "visual_und", "head_dims"),
+    [(RankPlace(), True, [16, 8]), (RankPlace(first=False), True, [16]), (RankPlace(), False, [16])],
+)
+def test_a_rank_plans_for_what_it_runs(place: RankPlace, visual_und: bool, head_dims: list[int]) -> None:
+    """Once for all layers, and once for the tower where it stands."""
+    config, planned = base_config(), []
+    config = replace(config, model=replace(config.model, visual_und=visual_und))
+    batches = BatchBuilder(config, place, lambda *args: planned.append(args) or len(planned))
+    pack = packs(config, 0)[1]
+    plans = batch(batches, pack).plans
+    assert [head_dim for _, head_dim in planned] == head_dims
+    assert (plans.layers, plans.vit) == (1, 2 if len(head_dims) == 2 else None)
+    layout = batches.lay_out(pack).layout
+    assert all(map(np.array_equal, vars(planned[0][0]).values(), vars(layout.codes(pack, 0)).values()))
+    if plans.vit:
+        sizes = [image.rows * image.cols for _, image in vit_images(pack)]
+        image_P = np.repeat(np.arange(len(sizes)), sizes)
+        assert np.array_equal(dense_mask(planned[1][0]), image_P[:, None] == image_P)

@@ -18,7 +18,8 @@ from megabagel.model.bagel import Bagel
 from megabagel.model.factory import SingleDevice
 from megabagel.model.sharding import named_pieces
 from megabagel.parity.case import Case, model_config, open_case
-from megabagel.sequence.batch import Encoders
+from megabagel.sequence.batch import BatchBuilder
+from megabagel.sequence.rank_rows import RankPlace
 from tests.support.parity_command import FOLDER, TRAIN, needs_cases
 from tests.support.rank_pool import RankPool
 
@@ -46,22 +47,23 @@ def found(request: pytest.FixtureRequest, ranks: RankPool) -> Found:
 
 
 def backward(name: str) -> Found:
+    from megabagel.parallel.attention import HOST
     from megabagel.parallel.inputs import InputBuilder
     from megabagel.parallel.mesh import Axis, Mesh
-    from megabagel.parity.packs import given, official_batch, packed_batch
+    from megabagel.parity.packs import fixed_noise, official_batch, packed_batch
 
     case, alone = open_case(FOLDER / name), Axis(0, 1, NO_GROUP)
     mesh = Mesh(world=alone, tp=alone, pp=alone, cp=alone, dp=alone, tp_cp=alone, dp_cp=alone)
     config = _config(case)
     official = official_batch(case, config.model)
-    batch = packed_batch(official, config, Encoders(True, 0, 1, 0, 1))
+    batch = packed_batch(official, BatchBuilder(config, RankPlace(), HOST.plan))
     model = Bagel(config.model, SingleDevice())
     weights = load_file(case.path)
     with torch.no_grad():
         for piece, parameter in named_pieces(model):
             piece.view(parameter).copy_(weights[official_name(piece.name)])
-    builder = InputBuilder(config, mesh, SingleDevice(), None, torch.device("cpu"))
-    outputs = model(builder.build(batch, given(official, config.model)))
+    builder = InputBuilder(config, mesh, None, torch.device("cpu"))
+    outputs = model(builder.build(batch, fixed_noise(official, config.model)))
     weight, pack = case.entry("loss"), official.pack
     ce = weight["ce_weight"] * outputs.ce_K.sum() / max(pack.ce_tokens, 1)
     loss = ce + weight["mse_weight"] * outputs.mse_g.sum() / max(pack.mse_tokens, 1)

@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 
+import numpy as np
 import torch
 
 from megabagel.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig, VitConfig
-from megabagel.sequence.batch import Encoders, PackedBatch
-from megabagel.sequence.images import vae_images, vit_images
+from megabagel.sequence.batch import BatchBuilder, PackedBatch
 from megabagel.sequence.items import Clip, Item, Latent, Text, Vit
 from megabagel.sequence.keys import SampleKey, generator
-from megabagel.sequence.layout import build_layout, layout_rows
 from megabagel.sequence.pack import Pack, build_pack
 from megabagel.sequence.sample import TEXT, Dropout, plan_sample
 
@@ -89,55 +88,42 @@ def packs(config: Config, step: int) -> list[Pack]:
     ]  # fmt: skip
 
 
-def batch(config: Config, pack: Pack, encoders: Encoders) -> PackedBatch:
+def batch(batches: BatchBuilder, pack: Pack, latent_weight_L: np.ndarray | None = None) -> PackedBatch:
     """A pack with synthetic words, patches and pixels."""
-    grid = config.parallel
-    layout = build_layout(pack, layout_rows(config.data.max_tokens, grid.chunk, grid.cp), grid.chunk, grid.cp)
+    rank, config = batches.lay_out(pack), batches.config
     draw = generator("words", pack.samples[0].key.source, pack.samples[0].key.epoch)
-    words = torch.from_numpy(draw.integers(0, config.model.vocab, int((pack.kind_S == TEXT).sum())))
+    token_ids = draw.integers(0, config.model.vocab, int((pack.kind_S == TEXT).sum()))
 
     def pixels(sample: int, slot: int, *shape: int) -> torch.Tensor:
         key = pack.samples[sample].key
         values = generator("pixels", key.source, key.sample, key.epoch, slot).uniform(-1, 1, shape)
         return torch.from_numpy(values).float()
 
-    seen, made = vit_images(pack), vae_images(pack)
     patches = [
-        pixels(sample, vit.slot, vit.rows * vit.cols, 3 * config.model.vit.patch**2)
-        for sample, vit in (seen[number] for number in encoders.vit(pack))
+        pixels(sample, vit.slot, vit.rows * vit.cols, 3 * config.model.vit.patch**2) for sample, vit in rank.vit_images
     ]
     stride = config.model.latent_stride
     images = [
-        pixels(image.sample, image.slot, 3, image.rows * stride, image.cols * stride)
-        for image in (made[number] for number in encoders.vae(pack))
+        pixels(image.sample, image.slot, 3, image.rows * stride, image.cols * stride) for image in rank.vae_images
     ]
-    return PackedBatch(pack, layout, words, patches, images)
+    return batches.build(rank, token_ids, patches, images, latent_weight_L=latent_weight_L)
 
 
 class Harness:
     """One rank of the scenario inside a running process group."""
 
     def __init__(self, config: Config) -> None:
-        from megabagel.runtime.device import current_device
-
         from megabagel.model.vae import build_codec
         from megabagel.parallel import mesh
-        from megabagel.parallel.inputs import InputBuilder
-        from megabagel.parallel.linears import MegatronLayers
-        from megabagel.parallel.megatron import megatron_config
-        from megabagel.parallel.stages import build_stages
+        from megabagel.parallel.attention import HOST
         from megabagel.runtime import cpu_backend
-        from megabagel.train.optimizer import Optimizer
-        from megabagel.train.step import StepRunner
+        from megabagel.train.build_rank import build_rank
 
         cpu_backend.install()
         self.config, self.grid = config, mesh.build(config)
-        grid, megatron = self.grid, megatron_config(config)
-        self.encoders = Encoders(grid.pp.first, grid.cp.rank, grid.cp.size, grid.tp_cp.rank, grid.tp_cp.size)
-        self.optimizer = Optimizer(config.train, megatron, build_stages(config, grid, megatron), grid)
-        codec = build_codec(config.model.vae)
-        self.builder = InputBuilder(config, grid, MegatronLayers(megatron, grid), codec, current_device())
-        self.runner = StepRunner(config, grid, self.optimizer)
+        rank = build_rank(config, self.grid, HOST, build_codec(config.model.vae))
+        self.optimizer, self.runner = rank.optimizer, rank.runner
+        self.batches, self.builder = rank.batches, rank.builder
 
     def step(self, number: int, share: Sequence[int] | None = None) -> dict[str, float]:
         """Train one step; `share` names this rank's packs (default: dealt in turn)."""
@@ -147,7 +133,7 @@ class Harness:
         whole = packs(self.config, number)
         size = self.grid.dp.size
         mine = share if share is not None else range(self.grid.dp.rank, len(whole), size)
-        inputs = [self.builder.build(batch(self.config, whole[index], self.encoders)) for index in mine]
+        inputs = [self.builder.build(batch(self.batches, whole[index])) for index in mine]
         counts = denominators(self.config.train, [whole[turn : turn + size] for turn in range(0, len(whole), size)])
         losses, norm = self.runner.train(inputs, counts, learning_rate(self.config.train, number))
         return {"ce": losses.ce, "mse": losses.mse, "total": losses.total, "norm": norm}

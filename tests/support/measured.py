@@ -108,7 +108,7 @@ def _storage(tensor: torch.Tensor) -> int:
 def _activations(harness: Harness, config: Config) -> float:
     """Bytes alive after forward of one micro-batch through all chunks of this rank."""
     (pack,) = typical_workload(config, 1).packs
-    inputs = harness.builder.build(batch(config, pack, harness.encoders))
+    inputs = harness.builder.build(batch(harness.batches, pack))
     total = 0.0
     for chunk in harness.optimizer.chunks:
         stage = chunk.module

@@ -8,11 +8,11 @@ import time
 from typing import Any
 
 import torch
+from megabagel_kernels.attention.mask import AttentionCodes
 
 from megabagel.data.decode import DecodeEngine, Request
 from megabagel.data.decode.host import HostEngine
 from megabagel.errors import UserError
-from megabagel.sequence.batch import PackedBatch
 
 
 def double(task: Any) -> Any:
@@ -60,7 +60,6 @@ ENGINE: DecodeEngine = Stumbling(b"", "fail")
 """Stumbling is an engine: for the type checker."""
 
 
-def marked(batch: PackedBatch) -> PackedBatch:
-    """A last touch that tells."""
-    batch.words.add_(1000)
-    return batch
+def plan_codes(codes: AttentionCodes, head_dim: int) -> tuple[AttentionCodes, int]:
+    """An attention plan that shows what it was made of."""
+    return codes, head_dim

@@ -63,18 +63,18 @@ def train(config: Config, cut: int | None = None) -> list[int]:
 @contextmanager
 def weights_left_open_show() -> Iterator[None]:
     """What is left to a checkpoint to fill is NaN before. A new stage may add norms, which start as ones."""
-    from megabagel.train import build
+    from megabagel.train import build_rank
 
-    build_stages = build.build_stages
+    build_stages = build_rank.build_stages
 
-    def shown(config: Config, mesh: Any, megatron: Any, kernels: Any, draw: bool) -> Any:
-        stages = build_stages(config, mesh, megatron, kernels, draw)
+    def shown(config: Config, mesh: Any, megatron: Any, kernels: Any, draw: bool, device: Any) -> Any:
+        stages = build_stages(config, mesh, megatron, kernels, draw, device)
         for weight in (weight for stage in stages for weight in stage.parameters() if not draw):
             if weight.ndim > 1 or not config.run.init_from:
                 weight.data.fill_(math.nan)
         return stages
 
-    with mock.patch.object(build, "build_stages", shown):
+    with mock.patch.object(build_rank, "build_stages", shown):
         yield
 
 

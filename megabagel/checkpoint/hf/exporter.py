@@ -22,7 +22,7 @@ from megabagel.checkpoint.hf.folder import (
     write_json,
 )
 from megabagel.checkpoint.hf.importer import ASSETS, TABLE_TYPES, Summary, fresh, summary
-from megabagel.checkpoint.hf.names import model_shapes, official_name, table_sides
+from megabagel.checkpoint.hf.names import official_name, table_sides
 from megabagel.checkpoint.hf.writer import write_safetensors
 from megabagel.checkpoint.index import TYPES
 from megabagel.checkpoint.lazy import LazyTensor
@@ -32,6 +32,7 @@ from megabagel.config.schema import ModelConfig, VitConfig
 from megabagel.errors import UserError
 from megabagel.model.freezing import is_frozen
 from megabagel.model.positions import sincos_table
+from megabagel.model.shapes_only import model_shapes
 
 AS_STORED = "as-stored"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -17,7 +17,7 @@ from megabagel.checkpoint import lazy
 from megabagel.checkpoint.hf.deduce import deduce
 from megabagel.checkpoint.hf.files import INDEX_SUFFIX, TensorFiles
 from megabagel.checkpoint.hf.folder import VAE_WEIGHTS, assets, copy_into, new_folder
-from megabagel.checkpoint.hf.names import LATENT_TABLE, model_shapes, official_name, official_shapes, table_sides
+from megabagel.checkpoint.hf.names import LATENT_TABLE, official_name, official_shapes, table_sides
 from megabagel.checkpoint.hf.tokens import check_tokenizer
 from megabagel.checkpoint.hf.vae import vae_config
 from megabagel.checkpoint.index import TYPES
@@ -27,6 +27,7 @@ from megabagel.config.load import to_dict, write_yaml
 from megabagel.config.schema import ModelConfig, VaeConfig
 from megabagel.errors import UserError
 from megabagel.model.positions import sincos_table
+from megabagel.model.shapes_only import model_shapes
 
 ASSETS, MODEL = "official", "model.yaml"
 """In an imported checkpoint: the files beside the weights, kept for export, and the model as a config file."""

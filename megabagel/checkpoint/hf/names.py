@@ -3,12 +3,8 @@
 import re
 from collections.abc import Iterator
 
-import torch
-
 from megabagel.config.schema import ModelConfig
-from megabagel.model.bagel import Bagel
-from megabagel.model.factory import SingleDevice
-from megabagel.model.sharding import named_pieces
+from megabagel.model.shapes_only import model_shapes
 
 TOWER, LLM = "vit_model.vision_model.", "language_model.model."
 TWIN = {"und": "", "gen": "_moe_gen"}
@@ -47,17 +43,6 @@ def official_name(name: str) -> str:
         if (found := re.fullmatch(pattern, module))
     )
     return f"{theirs}.{leaf}"
-
-
-def whole_model(config: ModelConfig) -> Bagel:
-    """The whole model with shapes and no numbers, on the meta device."""
-    with torch.device("meta"):
-        return Bagel(config, SingleDevice())
-
-
-def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every whole-model tensor, by our name."""
-    return {piece.name: piece.shape for piece, _ in named_pieces(whole_model(config))}
 
 
 def table_sides(config: ModelConfig) -> dict[str, int]:

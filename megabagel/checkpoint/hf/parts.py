@@ -35,12 +35,13 @@ from megabagel.checkpoint.hf.importer import (
     write_checkpoint,
     write_model,
 )
-from megabagel.checkpoint.hf.names import TWIN, model_shapes, official_name, table_sides
+from megabagel.checkpoint.hf.names import TWIN, official_name, table_sides
 from megabagel.checkpoint.hf.tokens import check_tokenizer
 from megabagel.checkpoint.hf.vae import vae_config
 from megabagel.checkpoint.lazy import LazyTensor
 from megabagel.config.schema import ModelConfig
 from megabagel.model.init_weights import initial_values
+from megabagel.model.shapes_only import model_shapes
 
 SIGLIP_DEFAULTS = {
     "hidden_size": 768,

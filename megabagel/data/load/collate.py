@@ -4,9 +4,10 @@ Nothing here decides an order: the plan does. An image that fails although the i
 latents by NaN, which the model side turns into rows without loss, ViT patches by grey.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from megabagel.config.schema import Config
@@ -18,10 +19,10 @@ from megabagel.data.plan.global_plan import GlobalPlan
 from megabagel.data.plan.planned_sample import Rules, Task
 from megabagel.data.tokenize.token_ids import Writer
 from megabagel.data.tokenize.tokenizer import TextTokenizer
-from megabagel.sequence.batch import Encoders, PackedBatch
-from megabagel.sequence.images import VaeImage, vae_images, vit_images
+from megabagel.sequence.batch import BatchBuilder, PackedBatch
+from megabagel.sequence.images import VaeImage
 from megabagel.sequence.keys import SampleKey
-from megabagel.sequence.layout import build_layout, layout_rows
+from megabagel.sequence.layout import layout_rows
 from megabagel.sequence.patches import patchify
 from megabagel.sequence.sample import SamplePlan
 
@@ -47,7 +48,7 @@ class Filled:
 class Filler:
     """Fills packs for one rank. Plain data: a worker process holds a copy.
 
-    indexes: by source, for their readers; documents come with the packs. finish: the last work on every batch.
+    indexes: by source, for their readers; documents come with the packs. batches: what makes a rank's batch of them.
     """
 
     rules: Rules
@@ -55,8 +56,7 @@ class Filler:
     tokenizer: TextTokenizer
     decode: DecodeEngine
     config: Config
-    encoders: Encoders
-    finish: Callable[[PackedBatch], PackedBatch]
+    batches: BatchBuilder
     latents: LatentCache | None
 
     @classmethod
@@ -65,13 +65,12 @@ class Filler:
         plan: GlobalPlan,
         tokenizer: TextTokenizer,
         decode: DecodeEngine,
-        encoders: Encoders,
-        finish: Callable[[PackedBatch], PackedBatch],
+        batches: BatchBuilder,
         latents: LatentCache | None,
     ) -> "Filler":
         """The filler of a plan's packs."""
         indexes = {name: replace(source.index, documents=(), skipped=()) for name, source in plan.sources.items()}
-        return cls(plan.rules, indexes, tokenizer, decode, plan.config, encoders, finish, latents)
+        return cls(plan.rules, indexes, tokenizer, decode, plan.config, batches, latents)
 
     @property
     def rows(self) -> int:
@@ -86,11 +85,8 @@ class Filler:
 
     def __call__(self, task: Task) -> Filled:
         """One pack with the words and the images that this rank encodes."""
-        pack = self.rules.pack(task.plan, task.documents)
-        grid, model = self.config.parallel, self.config.model
-        layout = build_layout(pack, self.rows, grid.chunk, grid.cp)
-        seen, made = vit_images(pack), vae_images(pack)
-        vits, vaes = [seen[i] for i in self.encoders.vit(pack)], [made[i] for i in self.encoders.vae(pack)]
+        rank = self.batches.lay_out(self.rules.pack(task.plan, task.documents))
+        vits, vaes, model = rank.vit_images, rank.vae_images, self.config.model
         patch, stride = model.vit.patch, model.latent_stride
         sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}  # by (sample, slot): an image is decoded once
         for sample, vit in vits:
@@ -102,8 +98,8 @@ class Filler:
         patches = [patchify(torch.nan_to_num(next(views[sample, vit.slot])), patch) for sample, vit in vits]
         pixels = [next(views[image.sample, image.slot]) for image in encoded]
         moments, missed = (None, ()) if self.latents is None else self._moments(task, vaes, self.latents)
-        words = torch.tensor(self._words(task, pack.samples), dtype=torch.int64)
-        return Filled(self.finish(PackedBatch(pack, layout, words, patches, pixels, moments)), lost + missed)
+        token_ids = np.array(self._words(task, rank.pack.samples), np.int64)
+        return Filled(self.batches.build(rank, token_ids, patches, pixels, moments), lost + missed)
 
     def _words(self, task: Task, samples: tuple[SamplePlan, ...]) -> list[int]:
         writer = Writer(self.tokenizer)

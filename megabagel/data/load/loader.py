@@ -26,7 +26,7 @@ from megabagel.data.load.workers import Worker
 from megabagel.data.plan.global_plan import GlobalPlan, StepPlan
 from megabagel.data.plan.planned_sample import Task
 from megabagel.data.tokenize.tokenizer import TextTokenizer
-from megabagel.sequence.batch import Encoders, PackedBatch
+from megabagel.sequence.batch import BatchBuilder, PackedBatch
 from megabagel.sequence.keys import SampleKey
 
 logger = logging.getLogger(__name__)
@@ -50,10 +50,6 @@ class Step:
     """Seconds that training waited for this step, on any rank."""
 
 
-def _as_it_is(batch: PackedBatch) -> PackedBatch:
-    return batch
-
-
 class Loader:
     """Fills packs with content for one rank."""
 
@@ -63,14 +59,13 @@ class Loader:
         tokenizer: TextTokenizer,
         decode: DecodeEngine,
         config: Config,
-        encoders: Encoders,
+        batches: BatchBuilder,
         dp: tuple[int, int] = (0, 1),
-        finish: Callable[[PackedBatch], PackedBatch] = _as_it_is,
         latents: LatentCache | None = None,
     ) -> None:
-        """finish: the last work on every batch, where it is filled. latents: read instead of pixels for the codec."""
+        """batches: makes this rank's batches. latents: read instead of pixels for the codec."""
         self.plan, self.config, self.dp = plan, config, dp
-        self.filler = Filler.of(plan, tokenizer, decode, encoders, finish, latents)
+        self.filler = Filler.of(plan, tokenizer, decode, batches, latents)
         self.rows = self.filler.rows
 
     def steps(self, count: int) -> Iterator[Step]:
@@ -149,7 +144,8 @@ class Loader:
                 yield _step(plan, filled)
 
     def _worker(self, name: str, work: Callable[[Any], Any], describe: Callable[[Any], str]) -> Worker:
-        modules = (Filler.__module__, self.filler.finish.__module__)
+        plan = self.filler.batches.plan_attention
+        modules = (Filler.__module__, getattr(plan, "func", plan).__module__)  # `func`: of a functools.partial
         return Worker(name, work, describe, self.config.data.worker_timeout, logger.warning, modules)
 
     def _describe(self, task: Task) -> str:

@@ -1,0 +1,238 @@
+"""Everything one rank needs to know of a pack, derived once from sizes: in the loader's worker, in NumPy.
+
+A rank holds some rows of the pack (`layout`), looks up token ids, positions and grid cells for them, encodes its share
+of the images and computes losses on some rows. All of that follows from the pack, the layout and the rank's place in
+the grid, so none of it is derived again in the training process: `parallel.inputs` copies it to the device, encodes
+and noises.
+
+Shape letters: T rows of this context-parallel rank, [und | gen]; U and G its und and gen rows; g this tensor-parallel
+rank's share of G; P ViT patches that this rank encodes; L latent tokens and I latent images of the pack; Q rows with
+cross-entropy; S tokens of the pack in sequence order.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from megabagel.config.schema import Config
+from megabagel.sequence.grid import grid_ids
+from megabagel.sequence.images import (
+    ImageShares,
+    VaeImage,
+    index_latents,
+    vae_images,
+    vae_shares,
+    vit_images,
+    vit_shares,
+)
+from megabagel.sequence.items import Vit
+from megabagel.sequence.layout import Layout, build_layout, layout_rows
+from megabagel.sequence.pack import Pack
+from megabagel.sequence.sample import TEXT, VIT
+
+A = TypeVar("A")
+"""The kind of array: NumPy's in the worker, torch's on the device, or only where each lies (`sequence.one_buffer`)."""
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """A rank's indices on the tensor- and context-parallel axes, and whether it holds an end of the pipeline."""
+
+    tp: int = 0
+    cp: int = 0
+    first: bool = True
+    """Embeds tokens and encodes images."""
+    last: bool = True
+    """Computes losses."""
+
+    def share(self, rows: np.ndarray, row_shards: int) -> np.ndarray:
+        """This tensor-parallel rank's share of rows that are split `row_shards` ways: tp, or 1 for not at all."""
+        return np.split(rows, row_shards)[self.tp % row_shards]
+
+
+@dataclass(frozen=True)
+class RankPack:
+    """A pack as one rank holds it: which rows, and which images the rank encodes."""
+
+    pack: Pack
+    layout: Layout
+    place: RankPlace
+    vit: ImageShares
+    """ViT images over context-parallel ranks."""
+    vae: ImageShares
+    """Images to encode over all ranks of the first stage."""
+    vae_rank: int
+    """This rank's index in `vae`."""
+
+    @classmethod
+    def of(cls, pack: Pack, config: Config, place: RankPlace) -> "RankPack":
+        """Lay a pack out for the rank at `place`."""
+        grid = config.parallel
+        layout = build_layout(pack, layout_rows(config.data.max_tokens, grid.chunk, grid.cp), grid.chunk, grid.cp)
+        vit, vae = vit_shares(pack, grid.cp), vae_shares(pack, grid.cp * grid.tp)
+        return cls(pack, layout, place, vit, vae, place.cp * grid.tp + place.tp)
+
+    @cached_property
+    def vit_images(self) -> list[tuple[int, Vit]]:
+        """(sample, image) of every ViT image that this rank encodes; none beyond the first stage."""
+        images = vit_images(self.pack)
+        return [images[i] for i in self.vit.dealt[self.place.cp]] if self.place.first else []
+
+    @cached_property
+    def vae_images(self) -> list[VaeImage]:
+        """Images whose latents this rank encodes; none beyond the first stage."""
+        images = vae_images(self.pack)
+        return [images[i] for i in self.vae.dealt[self.vae_rank]] if self.place.first else []
+
+
+@dataclass(frozen=True)
+class VitRows(Generic[A]):
+    """ViT images of a rank, and where their tokens go."""
+
+    grid: A
+    """[P] int64 ids of the learned position table; 0 in padding."""
+    grid_all: A
+    """int64, ids of the frozen position table for every patch of the pack, in token order."""
+    gathered_row: A
+    """int64, for every patch of the pack its row once all context-parallel ranks' P rows lie end to end."""
+    row_U: A
+    """[U] int64: which patch of the pack a row takes, -1 for text and padding."""
+
+
+@dataclass(frozen=True)
+class LatentRows(Generic[A]):
+    """Latent tokens of a rank's gen rows, and the images behind them."""
+
+    image_g: A
+    """[g] int64: latent image of a row; -1 in padding."""
+    place_g: A
+    """[g] int64: row-major number inside the image; 0 in padding."""
+    grid_g: A
+    """[g] int64 ids of the frozen position table; 0 in padding."""
+    weight_g: A
+    """[g] fp32 weight of the flow loss; 0 for clean images and padding."""
+    raw_time_I: A
+    """[I] fp32 normal draw behind each timestep; -inf for a clean image."""
+    seed_I: A
+    """[I] int64 seed of the noise."""
+    start_I: A
+    """[I] int64: first number of the image's latent among those of all encoded images, end to end."""
+    height_I: A
+    """[I] int64, cells of the latent; likewise the width."""
+    width_I: A
+    gathered_row: A
+    """int64, for every token of the encoded images its row once all ranks' `encoded_rows` rows lie end to end."""
+    encoded_rows: int
+    """Rows that each rank of the stage contributes: the largest share."""
+    posterior_seeds: tuple[int, ...]
+    """Of the images that this rank encodes."""
+
+
+@dataclass(frozen=True)
+class RankRows(Generic[A]):
+    """One pack as one rank sees it. `vit` and `latents` are of the first pipeline stage, rows with CE of the last."""
+
+    position_T: A
+    """[T] int32 RoPE positions; 0 in padding."""
+    token_id_U: A
+    """[U] int64; 0 where the row is no text."""
+    is_text_U: A
+    """[U] bool."""
+    latent_g: A
+    """[g] int64: number of the row's latent token in the pack; -1 in padding."""
+    ce_row_Q: A
+    """[Q] int64, rows of U with cross-entropy."""
+    label_Q: A
+    """[Q] int64, the next token of each."""
+    source_Q: A
+    """[Q] int64, number of the row's data source in `data.sources`; the number after them for none."""
+    source_g: A
+    """[g] int64, the same for gen rows."""
+    vit: VitRows[A] | None
+    latents: LatentRows[A] | None
+
+
+def derive_rows(
+    rank: RankPack, config: Config, token_ids: np.ndarray, latent_weight_L: np.ndarray | None = None
+) -> RankRows[np.ndarray]:
+    """Rows of one rank.
+
+    Args:
+        rank: the pack, laid out for the rank.
+        token_ids: int64, of every text token of the pack in token order.
+        latent_weight_L: [L] weight of each latent token in the flow loss, on top of 0 for clean images; None: 1. Losses
+            are divided by counts of tokens, whatever they weigh.
+    """
+    pack, place = rank.pack, rank.place
+    token_U, token_G = rank.layout.split(place.cp)
+    token_g = place.share(token_G, config.parallel.row_shards)
+    is_text_U = _take(pack.kind_S, token_U, VIT) == TEXT
+    latent_g = _take(pack.fill_S, token_g, -1)
+    ce_row_Q = np.flatnonzero(_take(pack.ce_S, token_U, False)) if place.last else np.zeros(0, np.int64)
+    token_Q, source_S = token_U[ce_row_Q], _sources(pack, config)
+    return RankRows(
+        position_T=_take(pack.position_S, rank.layout.rank(place.cp), 0),
+        token_id_U=_take(token_ids, np.where(is_text_U, _take(pack.fill_S, token_U, -1), -1), 0),
+        is_text_U=is_text_U,
+        latent_g=latent_g,
+        ce_row_Q=ce_row_Q,
+        label_Q=token_ids[pack.fill_S[token_Q] + 1],
+        source_Q=source_S[token_Q],
+        source_g=_take(source_S, token_g, len(config.data.sources)),
+        vit=_vit_rows(rank, config, token_U) if place.first and config.model.visual_und else None,
+        latents=_latent_rows(rank, config, token_g, latent_g, latent_weight_L) if place.first else None,
+    )
+
+
+def _take(values: np.ndarray, index: np.ndarray, padding: int | float) -> np.ndarray:
+    """`values[index]`, with `padding` where the index is -1."""
+    return np.append(values, values.dtype.type(padding))[index]
+
+
+def _sources(pack: Pack, config: Config) -> np.ndarray:
+    """[S] int64 number of each token's data source; samples of none (prompts) get the number after them."""
+    number = {source.name: n for n, source in enumerate(config.data.sources)}
+    of_sample = [number.get(sample.key.source, len(number)) for sample in pack.samples]
+    return np.array(of_sample, np.int64)[pack.sample_S]
+
+
+def _vit_rows(rank: RankPack, config: Config, token_U: np.ndarray) -> VitRows[np.ndarray]:
+    pack, model = rank.pack, config.model
+    images = (image for _, image in vit_images(pack))
+    grids = (grid_ids(image.rows, image.cols, model.vit.grid, model.interpolate_pos) for image in images)
+    grid_all = np.concatenate([np.zeros(0, np.int64), *grids])
+    own = rank.vit.tokens(rank.place.cp)
+    return VitRows(
+        grid=np.pad(grid_all[own], (0, rank.vit.rows - len(own))),
+        grid_all=grid_all,
+        gathered_row=rank.vit.gathered_row(),
+        row_U=np.where(_take(pack.kind_S, token_U, TEXT) == VIT, _take(pack.fill_S, token_U, -1), -1),
+    )
+
+
+def _latent_rows(
+    rank: RankPack, config: Config, token_g: np.ndarray, latent_g: np.ndarray, latent_weight_L: np.ndarray | None
+) -> LatentRows[np.ndarray]:
+    pack, model = rank.pack, config.model
+    images, index = pack.latents, index_latents(pack)
+    grids = (grid_ids(image.rows, image.cols, model.latent_grid, model.interpolate_pos) for image in images)
+    weight_g = _take(pack.noised_S, token_g, False).astype(np.float32)
+    if latent_weight_L is not None:
+        assert len(latent_weight_L) == len(index.image_L), (len(latent_weight_L), len(index.image_L))
+        weight_g *= _take(latent_weight_L.astype(np.float32), latent_g, 0)
+    return LatentRows(
+        image_g=_take(index.image_L, latent_g, -1),
+        place_g=_take(index.place_L, latent_g, 0),
+        grid_g=_take(np.concatenate([np.zeros(0, np.int64), *grids]), latent_g, 0),
+        weight_g=weight_g,
+        raw_time_I=np.array([image.raw_timestep for image in images], np.float32),
+        seed_I=np.array([image.noise_seed for image in images], np.int64),
+        start_I=index.start_I * model.latent_dim,
+        height_I=np.array([image.rows * model.latent_patch for image in images], np.int64),
+        width_I=np.array([image.cols * model.latent_patch for image in images], np.int64),
+        gathered_row=rank.vae.gathered_row(),
+        encoded_rows=rank.vae.rows,
+        posterior_seeds=tuple(pack.samples[i.sample].key.seed64("posterior", i.slot) for i in rank.vae_images),
+    )

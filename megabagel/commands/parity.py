@@ -16,7 +16,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "parity",
         help="compare with numbers of the official model",
         description="Run golden cases of the official model and compare every number, on any grid.",
-        epilog="exit code: 0 all rows ok, 1 a row fails, 2 a mistake in the input, 3 a kind of case not yet supported. "
+        epilog="exit code: 0 all rows ok, 1 a row fails, 2 a mistake in the input. "
         "example: megabagel parity cases/train_04_edit parallel.tp=2 --nproc 2",
         allow_abbrev=False,
     )

@@ -22,6 +22,8 @@ from megabagel.model.inputs import Outputs, StageInputs
 from megabagel.model.noise import normal
 from megabagel.parallel.inputs import InputBuilder, SamplerLatents
 from megabagel.parallel.mesh import Mesh
+from megabagel.sampling.guidance import extrapolated
+from megabagel.sampling.timesteps import euler_step, shifted
 from megabagel.sequence.batch import BatchBuilder, PackedBatch
 from megabagel.sequence.items import Item, Latent, Text, item_tokens
 from megabagel.sequence.keys import SampleKey, seed64
@@ -77,15 +79,15 @@ class EulerSampler:
             v_LC = self._velocity(canvas.batch, SamplerLatents(both, now))
             if self.guided:
                 with_text, without = v_LC.chunk(2)
-                v_LC = without + self.config.telemetry.sample_guidance * (with_text - without)
-            x_LC = x_LC - v_LC * (now - then)
+                v_LC = extrapolated(without, with_text, self.config.telemetry.sample_guidance)
+            x_LC = euler_step(x_LC, v_LC, now, then)
         return {prompt: self._picture(tokens) for prompt, tokens in zip(prompts, x_LC.split(size), strict=True)}
 
     def _times(self) -> list[float]:
         """Grid points from 1 to 0, shifted as in training (bagel-reference section 16)."""
         shift = self.config.train.timestep_shift
         even = np.linspace(1, 0, self.config.telemetry.sample_steps + 1)
-        return [float(shift * t / (1 + (shift - 1) * t)) for t in even]
+        return [float(shifted(t, shift)) for t in even]
 
     def _velocity(self, batch: PackedBatch, latents: SamplerLatents) -> torch.Tensor:
         """[L, C] on every rank: the last stage's ranks put their rows together."""

@@ -14,7 +14,7 @@ from megabagel.config.schema import ModelConfig
 from megabagel.model.factory import LayerFactory, SingleDevice
 from megabagel.model.flow import TimeEmbedder
 from megabagel.model.freezing import freeze_parameters
-from megabagel.model.inputs import Hidden, LatentInputs, Outputs, StageInputs, VitInputs
+from megabagel.model.inputs import Hidden, LatentInputs, Outputs, Predictions, StageInputs, VitInputs
 from megabagel.model.layers import Experts, Layer, RMSNorm
 from megabagel.model.positions import sincos_table
 from megabagel.model.vit import Connector, Vit, splits
@@ -59,7 +59,7 @@ class Embed(nn.Module):
 
     def _latents(self, latents: LatentInputs, like: torch.Tensor) -> torch.Tensor:
         """[g, I]: latent tokens, their timestep and position."""
-        if not self.config.visual_gen:
+        if not self.config.visual_gen or len(latents.grid_g) == 0:  # no rows: a step that only decodes text
             return like.new_zeros(len(latents.grid_g), self.config.hidden)
         time_II = self.time_embedder(latents.time_I)
         tokens_gI = self.vae2llm(latents.x_t_gC.to(like.dtype))
@@ -93,6 +93,17 @@ class Heads(nn.Module):
         mse_g = self.factory.kernels.flow_loss(velocity_gC, hidden.target_gC, hidden.weight_g)
         return Outputs(ce_K, mse_g, velocity_gC)
 
+    def predict(self, und_uI: torch.Tensor, gen_gI: torch.Tensor, row_Q: torch.Tensor) -> Predictions:
+        """Next-token logits of und rows `row_Q` and velocities of all gen rows, from hidden states; no losses.
+
+        Requires rows that are not split over tensor-parallel ranks (`parallel.sp` false).
+        """
+        return Predictions(self.lm_head.logits(self.norm.und(und_uI[row_Q])), self.velocity(gen_gI))
+
+    def velocity(self, gen_gI: torch.Tensor) -> torch.Tensor:
+        """[g, I] hidden states of gen rows -> velocity [g, C]; [g, 0] for a model that generates nothing."""
+        return self.llm2vae(self.norm.for_gen(gen_gI)) if self.visual_gen else gen_gI[:, :0]
+
 
 class Bagel(nn.Module):
     """Layers `layers` of the model, with the inputs if `first` and the heads if `last`."""
@@ -121,13 +132,17 @@ class Bagel(nn.Module):
 
     def forward(self, inputs: StageInputs, hidden: Hidden | None = None) -> Hidden | Outputs:
         """One micro-batch through this stage; `hidden` comes from the stage before."""
+        hidden = self.through_layers(inputs, hidden)
+        return self.heads(hidden, inputs) if self.last else hidden
+
+    def through_layers(self, inputs: StageInputs, hidden: Hidden | None = None) -> Hidden:
+        """`forward` without the heads: inference reads predictions, not losses, from what this returns."""
         if self.first:
             hidden = self.embed(inputs)
         assert hidden is not None
         if not self.und_learns:
             hidden = replace(hidden, und_uI=hidden.und_uI.detach())
         und_uI, gen_gI = hidden.und_uI, hidden.gen_gI
-        for layer in self.layers.values():
-            und_uI, gen_gI = layer(und_uI, gen_gI, inputs.rope, inputs.attend)
-        hidden = replace(hidden, und_uI=und_uI, gen_gI=gen_gI)
-        return self.heads(hidden, inputs) if self.last else hidden
+        for number, layer in self.layers.items():
+            und_uI, gen_gI = layer(und_uI, gen_gI, inputs.rope, inputs.attend(int(number)))
+        return replace(hidden, und_uI=und_uI, gen_gI=gen_gI)

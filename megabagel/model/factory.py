@@ -47,7 +47,10 @@ class LayerFactory(Protocol):
         ...
 
     def head(self, width: int, vocabulary: int) -> nn.Module:
-        """Module (hidden [T, width], labels [T]) -> cross-entropy per row [T] in fp32, over a split vocabulary."""
+        """Module (hidden [T, width], labels [T]) -> cross-entropy per row [T] in fp32, over a split vocabulary.
+
+        Its method `logits` gives fp32 logits [T, vocabulary] of hidden [T, width], whole on every shard.
+        """
         ...
 
     def split_rows(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,5 +119,8 @@ class _Head(nn.Module):
     def forward(self, hidden_TI: torch.Tensor, label_T: torch.Tensor) -> torch.Tensor:
         if self.word_loss is not None:
             return self.word_loss(hidden_TI, self.weight, label_T, shard=WHOLE)
-        logits = functional.linear(hidden_TI, self.weight).float()
-        return functional.cross_entropy(logits, label_T, reduction="none")
+        return functional.cross_entropy(self.logits(hidden_TI), label_T, reduction="none")
+
+    def logits(self, hidden_TI: torch.Tensor) -> torch.Tensor:
+        """[T, width] -> [T, vocabulary] fp32."""
+        return functional.linear(hidden_TI, self.weight).float()

@@ -13,6 +13,10 @@ import torch
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q [T, N, H], k [T, M, H], v [T, M, H]) -> [T, N, H] under the mask of the batch."""
 
+LayerAttend = Callable[[int], Attend]
+"""Number of a layer in the whole model -> its attention. The same for all layers in training; behind a KV cache each
+layer has keys and values of its own."""
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -62,7 +66,7 @@ class LatentInputs:
 class StageInputs:
     """One micro-batch for one stage. `word_U`, `vit`, `latents` serve the first stage, the rest below them the last."""
 
-    attend: Attend
+    attend: LayerAttend
     rope: Rope
     word_U: torch.Tensor
     """[U] int64 word ids; 0 where the row is no word."""
@@ -100,3 +104,13 @@ class Outputs:
     """[g] fp32 mean squared velocity error times weight, of this rank's gen rows."""
     velocity_gC: torch.Tensor
     """[g, C] predicted velocity."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Output of the heads without losses, for inference."""
+
+    logits_QV: torch.Tensor
+    """[Q, V] fp32 next-token logits of the rows asked for, equal on all tensor-parallel ranks."""
+    velocity_gC: torch.Tensor
+    """[g, C] predicted velocity of this rank's gen rows."""

@@ -30,7 +30,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
-from megabagel.model.inputs import Attend
+from megabagel.model.inputs import Attend, LayerAttend
 from megabagel.parallel.megatron import parameter_dtype
 from megabagel.parallel.mesh import Axis
 from megabagel.runtime.device import current_device
@@ -136,6 +136,11 @@ def attend_across(plan: Any, engine: AttentionEngine, cp: Axis | None = None) ->
         return engine.run(q_CNH, k_CMH, v_CMH, plan)
 
     return attend
+
+
+def every_layer(attend: Attend) -> LayerAttend:
+    """The same attention in all layers: training has no KV cache."""
+    return lambda layer: attend
 
 
 def join_over_cp(x: torch.Tensor, cp: Axis) -> torch.Tensor:

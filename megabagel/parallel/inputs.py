@@ -19,7 +19,7 @@ from megabagel.model.inputs import LatentInputs, Rope, StageInputs, VitInputs
 from megabagel.model.kernels import TORCH, Kernels
 from megabagel.model.positions import rope_tables
 from megabagel.model.vae import Codec
-from megabagel.parallel.attention import HOST, AttentionEngine, attend_across, join_over_cp
+from megabagel.parallel.attention import HOST, AttentionEngine, attend_across, every_layer, join_over_cp
 from megabagel.parallel.mesh import Axis, Mesh
 from megabagel.sequence.batch import PackedBatch
 from megabagel.sequence.rank_rows import LatentRows, RankRows, VitRows
@@ -72,7 +72,7 @@ class InputBuilder:
         rows, model = batch.rows.to(self.device), self.config.model
         rope = rope_tables(rows.position_T, model.kv_channels, model.rope_base, model.rope_precision)
         return StageInputs(
-            attend=attend_across(batch.plans.layers, self.attention, self.mesh.cp),
+            attend=every_layer(attend_across(batch.plans.layers, self.attention, self.mesh.cp)),
             rope=Rope(*rope),
             word_U=rows.token_id_U,
             is_word_U=rows.is_text_U,

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
     vocab_parallel_cross_entropy,
 )
@@ -149,6 +150,10 @@ class _Head(ColumnParallelLinear):
             return self.word_loss(hidden_TI, self.weight, label_T, shard=self.shard)
         logits = super().forward(hidden_TI)[0]
         return vocab_parallel_cross_entropy(logits.float(), label_T)
+
+    def logits(self, hidden_TI: torch.Tensor) -> torch.Tensor:
+        """[T, width] -> [T, vocabulary] fp32 on every rank: each rank's columns are gathered."""
+        return gather_from_tensor_model_parallel_region(super().forward(hidden_TI)[0].float(), group=self.tp_group)
 
 
 def _reduced(x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType) -> torch.Tensor:

@@ -154,7 +154,21 @@ def _resize_rows(case: Case, gates: Gates) -> Iterator[Row]:
 
 def _autoencoder_rows(case: Case, gates: Gates) -> Iterator[Row]:
     """The FLUX autoencoder at the case's size: posterior, sample with the case's noise, pixels."""
-    shape, entries = case.entry("vae"), case.tensors("vae")
+    entries, codec = case.tensors("vae"), case_autoencoder(case)
+    moments = codec.moments(entries["x"])
+    latents = codec.sample(moments, entries["eps"])
+    ours = {"moments": moments, "z": latents, "decoded": codec.decode(latents)}
+    for name, theirs in entries.items():
+        if name.startswith("expect_"):
+            quantity = name.removeprefix("expect_")
+            if quantity not in ours:
+                raise UserError(f"{case.path}: vae/{name}: expected one of {', '.join(f'expect_{q}' for q in ours)}")
+            yield compare(f"vae/{name}", ours[quantity], theirs, gates.block)
+
+
+def case_autoencoder(case: Case) -> FluxCodec:
+    """The codec of a case that holds an autoencoder. Raises UserError for weights that do not fit."""
+    shape = case.entry("vae")
     with tempfile.TemporaryDirectory() as folder:
         config = VaeConfig(
             codec="flux",
@@ -171,15 +185,6 @@ def _autoencoder_rows(case: Case, gates: Gates) -> Iterator[Row]:
             weights = {name: file.get_tensor(name) for name in file.keys() if "/" not in name}  # noqa: SIM118
         save_file(weights, str(config.path))
         try:
-            codec = FluxCodec(config, load_autoencoder(config))
+            return FluxCodec(config, load_autoencoder(config))
         except UserError as error:
             raise UserError(f"{case.path}: {error}") from error
-    moments = codec.moments(entries["x"])
-    latents = codec.sample(moments, entries["eps"])
-    ours = {"moments": moments, "z": latents, "decoded": codec.decode(latents)}
-    for name, theirs in entries.items():
-        if name.startswith("expect_"):
-            quantity = name.removeprefix("expect_")
-            if quantity not in ours:
-                raise UserError(f"{case.path}: vae/{name}: expected one of {', '.join(f'expect_{q}' for q in ours)}")
-            yield compare(f"vae/{name}", ours[quantity], theirs, gates.block)

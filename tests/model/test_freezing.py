@@ -44,7 +44,7 @@ def inputs() -> StageInputs:
         return torch.einsum("nts,snh->tnh", weight_NTT, v_TNH)
 
     return StageInputs(
-        attend=attend,
+        attend=lambda layer: attend,
         rope=Rope(*rope_tables(torch.arange(UND + GEN), MODEL.kv_channels, MODEL.rope_base)),
         word_U=torch.arange(UND),
         is_word_U=torch.ones(UND, dtype=torch.bool),

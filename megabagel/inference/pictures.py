@@ -1,0 +1,45 @@
+"""Pictures in and out: resize rules, patches, latent tokens, and pixels as the released code rounds them."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megabagel.config.schema import ResizeConfig
+from megabagel.data.decode.contract import unit_range
+from megabagel.data.decode.host import resample
+from megabagel.data.decode.transforms import resize_target
+from megabagel.model.vae import Codec
+from megabagel.sequence.patches import patchify, unpatchify
+
+
+def resized(image: Image.Image, rule: ResizeConfig, stride: int) -> Image.Image:
+    """An RGB picture at the size that a visual branch sees; applying a rule twice changes nothing."""
+    width, height = resize_target(*image.size, rule, stride)
+    return resample(image, height, width)
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB picture as fp32 [3, height, width] in [-1, 1]."""
+    return unit_range(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
+
+
+def patches_of(image: Image.Image, patch: int) -> Tensor:
+    """ViT patches [rows * cols, 3 patch patch] of a picture whose sides are multiples of `patch`."""
+    return patchify(to_pixels(image), patch)
+
+
+def latent_tokens(latent_CHW: Tensor, patch: int) -> Tensor:
+    """Latent tokens [rows * cols, Z] of a latent image."""
+    return patchify(latent_CHW, patch)
+
+
+def from_latent(
+    tokens: Tensor, rows: int, cols: int, patch: int, codec: Codec, device: torch.device | str = "cpu"
+) -> np.ndarray:
+    """The picture uint8 [height, width, 3] of latent tokens.
+
+    Levels are truncated, not rounded, as in the released code: pictures that it made can be reproduced.
+    """
+    pixels = codec.decode(unpatchify(tokens, rows, cols, patch)[None].to(device))[0]
+    return (pixels * 0.5 + 0.5).clamp(0, 1).mul(255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()

@@ -90,7 +90,7 @@ def step(model: Bagel, inputs: StageInputs) -> None:
     model.zero_grad()
     outputs = model(inputs)
     assert isinstance(outputs, Outputs)
-    (0.25 * outputs.ce_K.mean() + outputs.mse_g.mean()).backward()
+    (0.25 * outputs.ce_Q.mean() + outputs.mse_g.mean()).backward()
 
 
 def clocks(run: Callable[[], object]) -> tuple[float, float]:

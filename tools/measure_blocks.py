@@ -38,15 +38,15 @@ def image_bytes(source: Path) -> Iterator[bytes]:
 
 
 def pixels(image: Image.Image, max_side: int) -> Tensor:
-    """Image on white, at most `max_side` pixels a side, cut to whole blocks: [1, 3, H, W] in [-1, 1]."""
+    """Image on white, at most `max_side` pixels a side, cut to whole blocks: [1, 3, h, w] in [-1, 1]."""
     layer = image.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     flat.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
     width, height = (side - side % BLOCK for side in flat.size)
     if min(width, height) == 0:
         raise ValueError("smaller than a block")
-    array_HW3 = np.array(flat.crop((0, 0, width, height)), dtype=np.float32) / 127.5 - 1
-    return torch.from_numpy(array_HW3).permute(2, 0, 1)[None]
+    array_hw3 = np.array(flat.crop((0, 0, width, height)), dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(array_hw3).permute(2, 0, 1)[None]
 
 
 def moments(source: Path, max_side: int) -> tuple[Tensor, Tensor]:

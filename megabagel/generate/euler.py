@@ -3,7 +3,7 @@
 Each prompt is a packed sample (text, noised image) and, with guidance, a second one without the text; a forward pass
 of the pack gives every velocity at once. Nothing is cached between steps, so this is for a few small pictures.
 
-Legend: L latent tokens of a pack, C = 64 numbers of each.
+Shape letters: docs/notation.md.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,16 +72,16 @@ class EulerSampler:
     def _draw(self, canvas: _Canvas) -> dict[str, np.ndarray]:
         prompts, seed = canvas.prompts, self.config.train.seed
         size, width = self.rows * self.cols, self.config.model.latent_dim
-        x_LC = torch.cat([normal(seed64(seed, "sample image", prompt), size, width) for prompt in prompts])
+        x_LZ = torch.cat([normal(seed64(seed, "sample image", prompt), size, width) for prompt in prompts])
         times = self._times()
         for now, then in pairwise(times):
-            both = torch.cat([x_LC, x_LC]) if self.guided else x_LC
-            v_LC = self._velocity(canvas.batch, SamplerLatents(both, now))
+            both = torch.cat([x_LZ, x_LZ]) if self.guided else x_LZ
+            v_LZ = self._velocity(canvas.batch, SamplerLatents(both, now))
             if self.guided:
-                with_text, without = v_LC.chunk(2)
-                v_LC = extrapolated(without, with_text, self.config.telemetry.sample_guidance)
-            x_LC = euler_step(x_LC, v_LC, now, then)
-        return {prompt: self._picture(tokens) for prompt, tokens in zip(prompts, x_LC.split(size), strict=True)}
+                with_text, without = v_LZ.chunk(2)
+                v_LZ = extrapolated(without, with_text, self.config.telemetry.sample_guidance)
+            x_LZ = euler_step(x_LZ, v_LZ, now, then)
+        return {prompt: self._picture(tokens) for prompt, tokens in zip(prompts, x_LZ.split(size), strict=True)}
 
     def _times(self) -> list[float]:
         """Grid points from 1 to 0, shifted as in training (bagel-reference section 16)."""
@@ -90,13 +90,13 @@ class EulerSampler:
         return [float(shifted(t, shift)) for t in even]
 
     def _velocity(self, batch: PackedBatch, latents: SamplerLatents) -> torch.Tensor:
-        """[L, C] on every rank: the last stage's ranks put their rows together."""
+        """[L, Z] on every rank: the last stage's ranks put their rows together."""
         outputs = self.evaluate(self.builder.build(batch, latents))
         grid = self.mesh
-        found = torch.zeros(latents.x_t_LC.shape, device=self.builder.device)
+        found = torch.zeros(latents.x_t_LZ.shape, device=self.builder.device)
         if outputs is not None and grid.dp.first and (grid.tp.first or self.config.parallel.row_shards > 1):
             latent_g = batch.rows.to(self.builder.device).latent_g
-            found[latent_g[latent_g >= 0]] = outputs.velocity_gC.float()[latent_g >= 0]
+            found[latent_g[latent_g >= 0]] = outputs.velocity_gZ.float()[latent_g >= 0]
         dist.all_reduce(found)
         return found.cpu()
 

@@ -29,9 +29,9 @@ def patches_of(image: Image.Image, patch: int) -> Tensor:
     return patchify(to_pixels(image), patch)
 
 
-def latent_tokens(latent_CHW: Tensor, patch: int) -> Tensor:
+def latent_tokens(latent_Chw: Tensor, patch: int) -> Tensor:
     """Latent tokens [rows * cols, Z] of a latent image."""
-    return patchify(latent_CHW, patch)
+    return patchify(latent_Chw, patch)
 
 
 def from_latent(

@@ -105,7 +105,7 @@ class Runner:
         hidden = self.stage.through_layers(self._inputs(parts, rows), hidden)
         if not self.stage.last:
             assert pp is not None
-            sent = torch.cat([hidden.und_uI, hidden.gen_gI])
+            sent = torch.cat([hidden.und_uD, hidden.gen_gD])
             dist.send(sent, dist.get_global_rank(pp.group, pp.rank + 1), group=pp.group)
         return hidden
 
@@ -120,9 +120,9 @@ class Runner:
             is_word_U=self._tensor(rows.is_text_U),
             vit=self._vit(parts, rows) if first else None,
             latents=self._latents(parts, rows) if first else None,
-            ce_row_K=none,
-            label_K=none,
-            source_K=none,
+            ce_row_Q=none,
+            label_Q=none,
+            source_Q=none,
             source_g=none,
         )
 
@@ -177,10 +177,10 @@ class Runner:
         times = np.array([time for *_, time in images], np.float32)
         times = np.pad(times, (0, max(0, MIN_ROWS - len(times))))
         row = rows.latent_G + 1
-        x_t_gC, zero_g = x_t[self._tensor(row)], torch.zeros(len(row), device=self.device)
+        x_t_gZ, zero_g = x_t[self._tensor(row)], torch.zeros(len(row), device=self.device)
         return LatentInputs(
-            x_t_gC=x_t_gC,
-            target_gC=x_t_gC[:, :0],
+            x_t_gZ=x_t_gZ,
+            target_gZ=x_t_gZ[:, :0],
             weight_g=zero_g,
             grid_g=self._tensor(grid[row]),
             time_I=self._tensor(times),
@@ -224,7 +224,7 @@ class Runner:
         """Heads over computed rows and, behind them, over extrapolated features."""
         width, model = self.config.hidden, self.config
         empty = torch.zeros(0, width, dtype=self.dtype, device=self.device)
-        und, gen = (empty, empty) if hidden is None else (hidden.und_uI, hidden.gen_gI)
+        und, gen = (empty, empty) if hidden is None else (hidden.und_uD, hidden.gen_gD)
         features = []
         at = 0
         for part in parts:
@@ -243,7 +243,7 @@ class Runner:
         if len(row_Q) == 0:
             return Predictions(torch.zeros(0, model.vocab, device=self.device), self.stage.heads.velocity(gen).float())
         found = self.stage.heads.predict(und, gen, torch.nn.functional.pad(row_Q, (0, max(0, MIN_ROWS - len(row_Q)))))
-        return Predictions(found.logits_QV[: len(row_Q)], found.velocity_gC.float())
+        return Predictions(found.logits_QV[: len(row_Q)], found.velocity_gZ.float())
 
     def _shared(
         self, parts: Sequence[Part], computed: Sequence[Part], rows: "_Rows", found: Predictions | None
@@ -260,7 +260,7 @@ class Runner:
         if found is not None:
             logits[self._tensor(rows.logits_at)] = found.logits_QV
             shares = [-(-counts[i] // size) for i in order]
-            mine = found.velocity_gC[: sum(shares)]
+            mine = found.velocity_gZ[: sum(shares)]
             if size > 1:
                 assert self.ranks.cp is not None
                 dist.all_reduce(logits, group=self.ranks.cp.group)

@@ -1,7 +1,7 @@
 """The model, whole or one pipeline stage of it: inputs, layers, heads (BAGEL section 2; bagel-reference section 8).
 
-Legend: see `model.inputs`. A stage owns the layers it is given by their number in the whole model, so a parameter's
-name does not depend on how the model is cut.
+Shape letters: docs/notation.md. A stage owns the layers it is given by their number in the whole model, so a
+parameter's name does not depend on how the model is cut.
 """
 
 from collections.abc import Collection
@@ -41,29 +41,29 @@ class Embed(nn.Module):
 
     def forward(self, inputs: StageInputs) -> Hidden:
         """Hidden states of this rank's rows."""
-        und_UI = self.tokens(inputs.word_U) * inputs.is_word_U[:, None]
+        und_UD = self.tokens(inputs.word_U) * inputs.is_word_U[:, None]
         if inputs.vit is not None:
-            und_UI = und_UI + self._images(inputs.vit)
+            und_UD = und_UD + self._images(inputs.vit)
         latents = inputs.latents
         assert latents is not None
         return Hidden(
-            self.factory.split_rows(und_UI), self._latents(latents, und_UI), latents.target_gC, latents.weight_g
+            self.factory.split_rows(und_UD), self._latents(latents, und_UD), latents.target_gZ, latents.weight_g
         )
 
     def _images(self, vit: VitInputs) -> torch.Tensor:
-        """[U, I]: encoded patches on their rows, zeros elsewhere."""
+        """[U, D]: encoded patches on their rows, zeros elsewhere."""
         encoded = vit.collect(self.connector(self.vit(vit.patches, vit.grid, vit.attend)))
         encoded = encoded + self.vit_table[vit.grid_all].to(encoded.dtype)
         nothing = encoded.sum(0, keepdim=True) * 0  # keeps the tower in the graph of a batch without images
         return torch.cat([encoded, nothing])[vit.row_U]
 
     def _latents(self, latents: LatentInputs, like: torch.Tensor) -> torch.Tensor:
-        """[g, I]: latent tokens, their timestep and position."""
+        """[g, D]: latent tokens, their timestep and position."""
         if not self.config.visual_gen or len(latents.grid_g) == 0:  # no rows: a step that only decodes text
             return like.new_zeros(len(latents.grid_g), self.config.hidden)
-        time_II = self.time_embedder(latents.time_I)
-        tokens_gI = self.vae2llm(latents.x_t_gC.to(like.dtype))
-        return tokens_gI + time_II[latents.image_g] + self.latent_table[latents.grid_g].to(tokens_gI.dtype)
+        time_ID = self.time_embedder(latents.time_I)
+        tokens_gD = self.vae2llm(latents.x_t_gZ.to(like.dtype))
+        return tokens_gD + time_ID[latents.image_g] + self.latent_table[latents.grid_g].to(tokens_gD.dtype)
 
 
 class Heads(nn.Module):
@@ -83,26 +83,26 @@ class Heads(nn.Module):
 
     def forward(self, hidden: Hidden, inputs: StageInputs) -> Outputs:
         """Losses per row."""
-        und_uI, gen_gI = self.norm(hidden.und_uI, hidden.gen_gI)
-        und_uI = und_uI if self.und_learns else und_uI.detach()
-        ce_K = self.lm_head(self.factory.join_rows(und_uI)[inputs.ce_row_K], inputs.label_K)
+        und_uD, gen_gD = self.norm(hidden.und_uD, hidden.gen_gD)
+        und_uD = und_uD if self.und_learns else und_uD.detach()
+        ce_Q = self.lm_head(self.factory.join_rows(und_uD)[inputs.ce_row_Q], inputs.label_Q)
         if self.visual_gen:
-            velocity_gC = self.llm2vae(gen_gI)
+            velocity_gZ = self.llm2vae(gen_gD)
         else:
-            velocity_gC = torch.zeros_like(hidden.target_gC) + gen_gI[:, :1] * 0  # keeps the expert in the graph
-        mse_g = self.factory.kernels.flow_loss(velocity_gC, hidden.target_gC, hidden.weight_g)
-        return Outputs(ce_K, mse_g, velocity_gC)
+            velocity_gZ = torch.zeros_like(hidden.target_gZ) + gen_gD[:, :1] * 0  # keeps the expert in the graph
+        mse_g = self.factory.kernels.flow_loss(velocity_gZ, hidden.target_gZ, hidden.weight_g)
+        return Outputs(ce_Q, mse_g, velocity_gZ)
 
-    def predict(self, und_uI: torch.Tensor, gen_gI: torch.Tensor, row_Q: torch.Tensor) -> Predictions:
+    def predict(self, und_uD: torch.Tensor, gen_gD: torch.Tensor, row_Q: torch.Tensor) -> Predictions:
         """Next-token logits of und rows `row_Q` and velocities of all gen rows, from hidden states; no losses.
 
         Requires rows that are not split over tensor-parallel ranks (`parallel.sp` false).
         """
-        return Predictions(self.lm_head.logits(self.norm.und(und_uI[row_Q])), self.velocity(gen_gI))
+        return Predictions(self.lm_head.logits(self.norm.und(und_uD[row_Q])), self.velocity(gen_gD))
 
-    def velocity(self, gen_gI: torch.Tensor) -> torch.Tensor:
+    def velocity(self, gen_gD: torch.Tensor) -> torch.Tensor:
         """[g, I] hidden states of gen rows -> velocity [g, C]; [g, 0] for a model that generates nothing."""
-        return self.llm2vae(self.norm.for_gen(gen_gI)) if self.visual_gen else gen_gI[:, :0]
+        return self.llm2vae(self.norm.for_gen(gen_gD)) if self.visual_gen else gen_gD[:, :0]
 
 
 class Bagel(nn.Module):
@@ -141,8 +141,8 @@ class Bagel(nn.Module):
             hidden = self.embed(inputs)
         assert hidden is not None
         if not self.und_learns:
-            hidden = replace(hidden, und_uI=hidden.und_uI.detach())
-        und_uI, gen_gI = hidden.und_uI, hidden.gen_gI
+            hidden = replace(hidden, und_uD=hidden.und_uD.detach())
+        und_uD, gen_gD = hidden.und_uD, hidden.gen_gD
         for number, layer in self.layers.items():
-            und_uI, gen_gI = layer(und_uI, gen_gI, inputs.rope, inputs.attend(int(number)))
-        return replace(hidden, und_uI=und_uI, gen_gI=gen_gI)
+            und_uD, gen_gD = layer(und_uD, gen_gD, inputs.rope, inputs.attend(int(number)))
+        return replace(hidden, und_uD=und_uD, gen_gD=gen_gD)

@@ -1,7 +1,7 @@
 """What a model is built from, so that the model itself never asks for a rank.
 
-Legend: T rows, I and O input and output width. "Rows" are tokens; under sequence parallelism each tensor-parallel
-rank holds 1/tp of them between the linears.
+Shape letters: docs/notation.md. Rows are tokens; under sequence parallelism each tensor-parallel rank holds 1/tp of
+them between the linears.
 """
 
 from collections.abc import Mapping
@@ -32,14 +32,14 @@ class LayerFactory(Protocol):
         ...
 
     def column(self, inputs: int, blocks: Mapping[str, int], *, bias: bool, rows_split: bool) -> nn.Module:
-        """Linear [T, I] -> [T', O / shards]: the outputs of several named blocks side by side, each split alike.
+        """Linear [T, inputs] -> [T', outputs / shards]: several named blocks side by side, each split alike.
 
         With `rows_split` the input holds this rank's share of the rows and the output all of them.
         """
         ...
 
     def row(self, inputs: int, outputs: int, *, bias: bool, rows_split: bool) -> nn.Module:
-        """Linear [T, I / shards] -> [T', O], summed over shards; with `rows_split` the output is this rank's rows."""
+        """Linear [T, inputs / shards] -> [T', outputs], summed over shards; `rows_split`: the output is its rows."""
         ...
 
     def embedding(self, vocabulary: int, width: int) -> nn.Module:
@@ -116,11 +116,11 @@ class _Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocabulary, width))
         self.word_loss = word_loss
 
-    def forward(self, hidden_TI: torch.Tensor, label_T: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_QD: torch.Tensor, label_Q: torch.Tensor) -> torch.Tensor:
         if self.word_loss is not None:
-            return self.word_loss(hidden_TI, self.weight, label_T, shard=WHOLE)
-        return functional.cross_entropy(self.logits(hidden_TI), label_T, reduction="none")
+            return self.word_loss(hidden_QD, self.weight, label_Q, shard=WHOLE)
+        return functional.cross_entropy(self.logits(hidden_QD), label_Q, reduction="none")
 
-    def logits(self, hidden_TI: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden_QD: torch.Tensor) -> torch.Tensor:
         """[T, width] -> [T, vocabulary] fp32."""
-        return functional.linear(hidden_TI, self.weight).float()
+        return functional.linear(hidden_QD, self.weight).float()

@@ -1,4 +1,4 @@
-"""Timesteps of rectified flow and their embedding (bagel-reference sections 8 and 9). Shapes: T timesteps."""
+"""Timesteps of rectified flow and their embedding (bagel-reference sections 8 and 9)."""
 
 import math
 
@@ -19,21 +19,21 @@ def timestep(draw: Tensor, shift: float, precision: str = "fp32") -> Tensor:
     return (shift * s / (1 + (shift - 1) * s)).float()
 
 
-def timestep_features(t_T: Tensor) -> Tensor:
-    """concat(cos(t w), sin(t w)) [T, 256] float32 with w_i = 10000 ** (-i / 128); t is not scaled."""
+def timestep_features(t_I: Tensor) -> Tensor:
+    """concat(cos(t w), sin(t w)) [I, 256] float32 with w_i = 10000 ** (-i / 128); t is not scaled."""
     half = FEATURES // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t_T.device) / half
-    angles = torch.outer(t_T.float(), torch.exp(-math.log(10000.0) * exponents))
+    exponents = torch.arange(half, dtype=torch.float32, device=t_I.device) / half
+    angles = torch.outer(t_I.float(), torch.exp(-math.log(10000.0) * exponents))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class TimeEmbedder(nn.Module):
-    """Timesteps [T] to hidden states [T, hidden], added to the latent tokens: features, Linear, SiLU, Linear."""
+    """Timesteps [I] to hidden states [I, D], added to the latent tokens: features, Linear, SiLU, Linear."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
 
-    def forward(self, t_T: Tensor) -> Tensor:
+    def forward(self, t_I: Tensor) -> Tensor:
         """Features are made in float32 whatever the type of the weights: bf16 has too few digits for a timestep."""
-        return self.mlp(timestep_features(t_T).to(next(self.parameters()).dtype))
+        return self.mlp(timestep_features(t_I).to(next(self.parameters()).dtype))

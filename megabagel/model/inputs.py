@@ -1,8 +1,6 @@
 """What one stage of the model needs for one micro-batch, as tensors (built by `parallel.inputs` from a pack).
 
-Legend: U und rows, G gen rows of this context-parallel rank; g this tensor-parallel rank's share of G; C = 64 numbers
-per latent token; P ViT patches encoded here, V of the whole pack; I latent images; K rows with cross-entropy;
-N heads, H head dimension.
+Shape letters: docs/notation.md.
 """
 
 from collections.abc import Callable
@@ -33,25 +31,25 @@ class VitInputs:
     patches: torch.Tensor
     """[P, patch * patch * 3] in [-1, 1]; a patch is ordered row, column, channel."""
     grid: torch.Tensor
-    """[P] int64 ids of the learned position table."""
+    """[P] int64 ids of the learned position table, for the patches that this rank encodes."""
     grid_all: torch.Tensor
-    """[V] int64, the same for the whole pack in token order."""
+    """[P] int64, the same for the whole pack in token order."""
     row_U: torch.Tensor
-    """[U] int64: which of the V encoded patches a row takes, -1 for words and padding."""
+    """[U] int64: which of the pack's encoded patches a row takes, -1 for words and padding."""
     attend: Attend
     """Full attention inside each image."""
     collect: Callable[[torch.Tensor], torch.Tensor]
-    """[P, width] of every context-parallel rank -> [V, width] in token order."""
+    """[P, width] of every context-parallel rank -> [P, width] of the whole pack in token order."""
 
 
 @dataclass(frozen=True)
 class LatentInputs:
     """Latent tokens, already noised."""
 
-    x_t_gC: torch.Tensor
-    """[g, C] fp32; zeros in padding."""
-    target_gC: torch.Tensor
-    """[g, C] fp32: the velocity eps - x_0 (bagel-reference section 9)."""
+    x_t_gZ: torch.Tensor
+    """[g, Z] fp32; zeros in padding."""
+    target_gZ: torch.Tensor
+    """[g, Z] fp32: the velocity eps - x_0 (bagel-reference section 9)."""
     weight_g: torch.Tensor
     """[g] fp32: 1 for rows with flow loss, else 0."""
     grid_g: torch.Tensor
@@ -74,12 +72,12 @@ class StageInputs:
     """[U] bool."""
     vit: VitInputs | None
     latents: LatentInputs | None
-    ce_row_K: torch.Tensor
-    """[K] int64, rows of U with cross-entropy."""
-    label_K: torch.Tensor
-    """[K] int64, the next word of each."""
-    source_K: torch.Tensor
-    """[K] int64, number of the data source behind each of these rows; only for the log."""
+    ce_row_Q: torch.Tensor
+    """[Q] int64, rows of U with cross-entropy."""
+    label_Q: torch.Tensor
+    """[Q] int64, the next word of each."""
+    source_Q: torch.Tensor
+    """[Q] int64, number of the data source behind each of these rows; only for the log."""
     source_g: torch.Tensor
     """[g] int64, the same for gen rows; only for the log."""
 
@@ -88,9 +86,9 @@ class StageInputs:
 class Hidden:
     """What flows between layers: this rank's rows of both experts, and the flow target on its way to the last stage."""
 
-    und_uI: torch.Tensor
-    gen_gI: torch.Tensor
-    target_gC: torch.Tensor
+    und_uD: torch.Tensor
+    gen_gD: torch.Tensor
+    target_gZ: torch.Tensor
     weight_g: torch.Tensor
 
 
@@ -98,12 +96,12 @@ class Hidden:
 class Outputs:
     """What the last stage says of a micro-batch."""
 
-    ce_K: torch.Tensor
-    """[K] fp32 cross-entropy, equal on all tensor-parallel ranks."""
+    ce_Q: torch.Tensor
+    """[Q] fp32 cross-entropy, equal on all tensor-parallel ranks."""
     mse_g: torch.Tensor
     """[g] fp32 mean squared velocity error times weight, of this rank's gen rows."""
-    velocity_gC: torch.Tensor
-    """[g, C] predicted velocity."""
+    velocity_gZ: torch.Tensor
+    """[g, Z] predicted velocity."""
 
 
 @dataclass(frozen=True)
@@ -112,5 +110,5 @@ class Predictions:
 
     logits_QV: torch.Tensor
     """[Q, V] fp32 next-token logits of the rows asked for, equal on all tensor-parallel ranks."""
-    velocity_gC: torch.Tensor
+    velocity_gZ: torch.Tensor
     """[g, C] predicted velocity of this rank's gen rows."""

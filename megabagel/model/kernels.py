@@ -4,8 +4,7 @@ One choice for a run, carried by the layer factory; the model calls what it find
 rounding, and round bf16 in the same places. The Triton ones take both experts' rows in one call where they lie in one
 tensor, and each expert's by itself where they do not.
 
-Legend: U und rows, G gen rows, T = U + G; N heads, H head dimension; W width of a norm, F of an MLP; g rows of latent
-tokens, C numbers of each; K rows with a word to predict, I hidden width, V words.
+Shape letters: docs/notation.md.
 """
 
 from collections.abc import Callable
@@ -35,8 +34,8 @@ class QkNormRope(Protocol):
 class WordLoss(Protocol):
     """Cross-entropy per row of linear logits that never stand in memory all at once."""
 
-    def __call__(self, hidden_KI: Tensor, weight_VI: Tensor, label_K: Tensor, *, shard: VocabShard) -> Tensor:
-        """[K, I], this rank's words [V, I], labels [K] -> fp32 [K]; see `linear_cross_entropy`."""
+    def __call__(self, hidden_QD: Tensor, weight_VD: Tensor, label_Q: Tensor, /, *, shard: VocabShard) -> Tensor:
+        """[Q, D], this rank's words [V, D], labels [Q] -> fp32 [Q]; see `linear_cross_entropy`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Kernels:
     noised_rows: Callable[[LatentImages, Tensor, Tensor], NoisedRows]
     """(images, image of each row [g] or -1, place in it [g]) -> noised latent tokens and their velocities."""
     flow_loss: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(v [g, C], velocity [g, C], weight [g]) -> weighted mean squared error fp32 [g]."""
+    """(v [g, Z], velocity [g, Z], weight [g]) -> weighted mean squared error fp32 [g]."""
     word_loss: WordLoss | None
     """None: the head makes all logits and hands them to torch or megatron-core."""
 
@@ -109,8 +108,8 @@ def triton_kernels() -> Kernels:
         x_TNH = torch.cat([und_UNH, gen_GNH])
         return glue_triton_rope.qk_norm_rope(x_TNH, und_H, gen_H, len(und_UNH), row_T, cos_TR, sin_TR, eps)
 
-    def flow_loss(v_gC: Tensor, target_gC: Tensor, weight_g: Tensor) -> Tensor:
-        return flow_triton.flow_losses(v_gC, target_gC, weight_g.contiguous()).total_G
+    def flow_loss(v_gZ: Tensor, target_gZ: Tensor, weight_g: Tensor) -> Tensor:
+        return flow_triton.flow_losses(v_gZ, target_gZ, weight_g.contiguous()).total_G
 
     return Kernels(
         name="triton",

@@ -1,7 +1,6 @@
 """The Mixture-of-Transformers layer and its dense and MoE variants (BAGEL sections 2.1 and 2.4; bagel-reference 1, 8).
 
-Legend: U und rows, G gen rows (of this rank); u, g its share of them under row splitting; I hidden width; N query
-heads, M key/value heads (of this rank), H head dimension.
+Shape letters: docs/notation.md.
 
 Hidden states lie as two contiguous blocks, one per expert: every projection is a dense GEMM, and nothing is gathered
 or scattered inside a layer. Attention alone sees both blocks, one after the other.
@@ -75,9 +74,9 @@ class Attention(nn.Module):
             self.q_norm = factory.partial_over_heads(RMSNorm(head, config.norm_eps, factory.kernels))
             self.k_norm = factory.partial_over_heads(RMSNorm(head, config.norm_eps, factory.kernels))
 
-    def project(self, x_uI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, x_uD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """This rank's rows -> all rows' q [U, N, H], k and v [U, M, H], not yet normed."""
-        return self.qkv(x_uI).unflatten(-1, (-1, self.head)).split([self.heads, self.kv_heads, self.kv_heads], 1)
+        return self.qkv(x_uD).unflatten(-1, (-1, self.head)).split([self.heads, self.kv_heads, self.kv_heads], 1)
 
     @property
     def q_gamma(self) -> torch.Tensor | None:
@@ -102,9 +101,9 @@ class Mlp(nn.Module):
         if recompute and not factory.kernels.swiglu_keeps_input_alone:
             self.swiglu = partial(_recomputed, factory.kernels.swiglu)
 
-    def forward(self, x_uI: torch.Tensor) -> torch.Tensor:
-        """[u, I] -> [u, I]."""
-        return self.down(self.swiglu(self.gate_up(x_uI)))
+    def forward(self, x_uD: torch.Tensor) -> torch.Tensor:
+        """[u, D] -> [u, D]."""
+        return self.down(self.swiglu(self.gate_up(x_uD)))
 
 
 class Layer(nn.Module):
@@ -128,40 +127,40 @@ class Layer(nn.Module):
         self.mlp = Experts(partial(Mlp, config, factory, recompute == "selective"), doubled=experts)
 
     def forward(
-        self, und_uI: torch.Tensor, gen_gI: torch.Tensor, rope: Rope, attend: Attend
+        self, und_uD: torch.Tensor, gen_gD: torch.Tensor, rope: Rope, attend: Attend
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both experts' rows -> the same shapes."""
         if self.recompute == "full" and torch.is_grad_enabled():
-            return _recomputed(self._forward, und_uI, gen_gI, rope, attend)
-        return self._forward(und_uI, gen_gI, rope, attend)
+            return _recomputed(self._forward, und_uD, gen_gD, rope, attend)
+        return self._forward(und_uD, gen_gD, rope, attend)
 
     def _forward(
-        self, und_uI: torch.Tensor, gen_gI: torch.Tensor, rope: Rope, attend: Attend
+        self, und_uD: torch.Tensor, gen_gD: torch.Tensor, rope: Rope, attend: Attend
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        und_uI = self._und(und_uI)
-        normed_und, normed_gen = self.input_norm(und_uI, gen_gI)
+        und_uD = self._und(und_uD)
+        normed_und, normed_gen = self.input_norm(und_uD, gen_gD)
         und, gen = self._attention(normed_und, normed_gen, rope, attend)
-        und_uI, normed_und = self.mlp_norm.und.of_sum(und_uI, self._und(und))
-        gen_gI, normed_gen = self.mlp_norm.for_gen.of_sum(gen_gI, gen)
+        und_uD, normed_und = self.mlp_norm.und.of_sum(und_uD, self._und(und))
+        gen_gD, normed_gen = self.mlp_norm.for_gen.of_sum(gen_gD, gen)
         und, gen = self.mlp(normed_und, normed_gen)
-        return und_uI + und, gen_gI + gen
+        return und_uD + und, gen_gD + gen
 
     def _und(self, x: torch.Tensor) -> torch.Tensor:
         """The und stream; cut from the graph where it is frozen, since it carries what und rows read of gen rows."""
         return x if self.und_learns else x.detach()
 
     def _attention(
-        self, und_uI: torch.Tensor, gen_gI: torch.Tensor, rope: Rope, attend: Attend
+        self, und_uD: torch.Tensor, gen_gD: torch.Tensor, rope: Rope, attend: Attend
     ) -> tuple[torch.Tensor, torch.Tensor]:
         of_und, of_gen = self.attention.und, self.attention.for_gen
-        q_und, k_und, v_und = of_und.project(und_uI)
-        q_gen, k_gen, v_gen = of_gen.project(gen_gI)
+        q_und, k_und, v_und = of_und.project(und_uD)
+        q_gen, k_gen, v_gen = of_gen.project(gen_gD)
         q_TNH = self.qk_norm_rope(q_und, q_gen, of_und.q_gamma, of_gen.q_gamma, rope=rope)
         k_TMH = self.qk_norm_rope(k_und, k_gen, of_und.k_gamma, of_gen.k_gamma, rope=rope)
         v_TMH = torch.cat([v_und, v_gen])
         run = partial(_recomputed, attend) if self.recompute == "selective" else attend
-        out_TI = run(q_TNH, k_TMH, v_TMH).flatten(1)
-        out_und, out_gen = out_TI.split([len(q_und), len(q_gen)])
+        out_TW = run(q_TNH, k_TMH, v_TMH).flatten(1)
+        out_und, out_gen = out_TW.split([len(q_und), len(q_gen)])
         return of_und.o(out_und), of_gen.o(out_gen)
 
 

@@ -1,7 +1,6 @@
 """Where a token stands: the frozen 2-D sin-cos table of visual tokens and the rotary embedding of all tokens.
 
-Shapes: T tokens, N heads, H channels of a head, G cells per grid side, D hidden size. Ids into the 2-D table come from
-`megabagel.sequence.grid.grid_ids`.
+Shape letters: docs/notation.md. Ids into the 2-D table come from `megabagel.sequence.grid.grid_ids`.
 """
 
 import torch
@@ -18,10 +17,10 @@ def sincos_table(dim: int, grid: int) -> Tensor:
     quarter = dim // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.outer(torch.arange(grid, dtype=torch.float64), frequencies)
-    axis_GD = torch.cat([angles.sin(), angles.cos()], dim=1).float()
-    column_GGD = axis_GD[None, :, :].expand(grid, grid, -1)
-    row_GGD = axis_GD[:, None, :].expand(grid, grid, -1)
-    return torch.cat([column_GGD, row_GGD], dim=2).reshape(grid * grid, dim)
+    axis_hD = torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    column_hwD = axis_hD[None, :, :].expand(grid, grid, -1)
+    row_hwD = axis_hD[:, None, :].expand(grid, grid, -1)
+    return torch.cat([column_hwD, row_hwD], dim=2).reshape(grid * grid, dim)
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, base: float, precision: str = "fp32") -> tuple[Tensor, Tensor]:

@@ -30,28 +30,28 @@ class Codec(Protocol):
     moment_channels: int
     """M, channels of `moments`."""
 
-    def moments(self, pixels_B3HW: Tensor) -> Tensor:
-        """All that is known of an image's latents before any draw: [B, M, H / downsample, W / downsample] float32.
+    def moments(self, pixels_B3hw: Tensor) -> Tensor:
+        """All that is known of an image's latents before any draw: [B, C, h / downsample, w / downsample] float32.
 
         Pixels are float32 in [-1, 1]; H and W are multiples of `downsample`. Means and log variances of the posterior,
         or the latents themselves where it is a point. They depend on the image alone, so they can be computed once.
         """
         ...
 
-    def draw(self, moments_BMHW: Tensor, generator_seeds: Sequence[int]) -> Tensor:
-        """Latents x_0 [B, C, H / downsample, W / downsample] float32, normalised as the model sees them.
+    def draw(self, moments_BChw: Tensor, generator_seeds: Sequence[int]) -> Tensor:
+        """Latents x_0 [B, C, h / downsample, w / downsample] float32, normalised as the model sees them.
 
         Image i draws its posterior noise, if the codec has any, from `generator_seeds[i]` (any integer of 64 bits),
         never from its place in the batch.
         """
         ...
 
-    def encode(self, pixels_B3HW: Tensor, generator_seeds: Sequence[int]) -> Tensor:
+    def encode(self, pixels_B3hw: Tensor, generator_seeds: Sequence[int]) -> Tensor:
         """`draw` from the `moments` of pixels."""
         ...
 
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] float32, [-1, 1] for latents of real images; not clamped."""
+    def decode(self, latents_BChw: Tensor) -> Tensor:
+        """Pixels [B, 3, h, w] float32, [-1, 1] for latents of real images; not clamped."""
         ...
 
 

@@ -4,7 +4,7 @@ Every block goes to YCbCr and through an orthonormal 8x8 DCT; the first 10 luma 
 order are kept and brought to mean 0 and standard deviation 1 by fixed constants. All of it is one linear map, so that
 encoding is a strided convolution, decoding a transposed one, and encode(decode(z)) is z.
 
-Shapes: B images, C = 16 latent channels, (u, v) vertical and horizontal frequency in a block.
+Shape letters: docs/notation.md. (u, v): vertical and horizontal frequency in a block.
 """
 
 import math
@@ -79,25 +79,25 @@ class BlockCodec:
         self._std_C11 = torch.tensor(STD, dtype=torch.float64, device=device)[:, None, None]
 
     @torch.no_grad()
-    def coefficients(self, pixels_B3HW: Tensor) -> Tensor:
-        """Kept coefficients [B, 16, H/8, W/8] float64 before normalisation."""
-        return F.conv2d(pixels_B3HW.double(), self._analysis, stride=BLOCK)
+    def coefficients(self, pixels_B3hw: Tensor) -> Tensor:
+        """Kept coefficients [B, 16, h/8, w/8] float64 before normalisation."""
+        return F.conv2d(pixels_B3hw.double(), self._analysis, stride=BLOCK)
 
     @torch.no_grad()
-    def moments(self, pixels_B3HW: Tensor) -> Tensor:
-        """Latents [B, 16, H/8, W/8] float32 of pixels in [-1, 1]: the one point of the posterior."""
-        return ((self.coefficients(pixels_B3HW) - self._mean_C11) / self._std_C11).float()
+    def moments(self, pixels_B3hw: Tensor) -> Tensor:
+        """Latents [B, 16, h/8, w/8] float32 of pixels in [-1, 1]: the one point of the posterior."""
+        return ((self.coefficients(pixels_B3hw) - self._mean_C11) / self._std_C11).float()
 
-    def draw(self, moments_BMHW: Tensor, generator_seeds: Sequence[int] = ()) -> Tensor:
+    def draw(self, moments_BChw: Tensor, generator_seeds: Sequence[int] = ()) -> Tensor:
         """The point itself."""
-        return moments_BMHW
+        return moments_BChw
 
-    def encode(self, pixels_B3HW: Tensor, generator_seeds: Sequence[int] = ()) -> Tensor:
-        """Latents [B, 16, H/8, W/8] float32 of pixels in [-1, 1]; H and W are multiples of 8."""
-        return self.moments(pixels_B3HW)
+    def encode(self, pixels_B3hw: Tensor, generator_seeds: Sequence[int] = ()) -> Tensor:
+        """Latents [B, 16, h/8, w/8] float32 of pixels in [-1, 1]; h and w are multiples of 8."""
+        return self.moments(pixels_B3hw)
 
     @torch.no_grad()
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Pixels [B, 3, 8 H, 8 W] float32; latents of no real image may leave [-1, 1]."""
-        coefficients = latents_BCHW.double() * self._std_C11 + self._mean_C11
+    def decode(self, latents_BChw: Tensor) -> Tensor:
+        """Pixels [B, 3, 8 h, 8 w] float32; latents of no real image may leave [-1, 1]."""
+        coefficients = latents_BChw.double() * self._std_C11 + self._mean_C11
         return F.conv_transpose2d(coefficients, self._synthesis, stride=BLOCK).float()

@@ -3,7 +3,7 @@
 A convolutional autoencoder with one attention block in the middle of each half (bagel-reference section 2). Nothing in
 it branches, so both halves are written as sequences of named parts: the nesting of names is the nesting of modules.
 
-Shapes: B images, C latent channels; H, W pixels or cells; W_i = width * width_multipliers[i] channels at level i.
+Shape letters: docs/notation.md. Level i has width * width_multipliers[i] channels.
 """
 
 from collections import OrderedDict
@@ -42,11 +42,11 @@ class ResBlock(nn.Module):
         self.norm2, self.conv2 = _norm(outputs), _conv(outputs, outputs)
         self.nin_shortcut = nn.Conv2d(inputs, outputs, kernel_size=1) if inputs != outputs else nn.Identity()
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, inputs, H, W] -> [B, outputs, H, W]."""
-        h = self.conv1(F.silu(self.norm1(x_BCHW)))
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        """[B, inputs, h, w] -> [B, outputs, h, w]."""
+        h = self.conv1(F.silu(self.norm1(x_BChw)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x_BCHW) + h
+        return self.nin_shortcut(x_BChw) + h
 
 
 class Attention(nn.Module):
@@ -57,12 +57,12 @@ class Attention(nn.Module):
         self.norm = _norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, kernel_size=1) for _ in range(4))
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, C, H, W] -> the same shape."""
-        h = self.norm(x_BCHW)
-        q_B1TC, k_B1TC, v_B1TC = (part(h).flatten(2).transpose(1, 2)[:, None] for part in (self.q, self.k, self.v))
-        mixed_B1TC = F.scaled_dot_product_attention(q_B1TC, k_B1TC, v_B1TC)
-        return x_BCHW + self.proj_out(mixed_B1TC[:, 0].transpose(1, 2).reshape(x_BCHW.shape))
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        """[B, C, h, w] -> the same shape."""
+        h = self.norm(x_BChw)
+        q_B1XC, k_B1XC, v_B1XC = (part(h).flatten(2).transpose(1, 2)[:, None] for part in (self.q, self.k, self.v))
+        mixed_B1XC = F.scaled_dot_product_attention(q_B1XC, k_B1XC, v_B1XC)
+        return x_BChw + self.proj_out(mixed_B1XC[:, 0].transpose(1, 2).reshape(x_BChw.shape))
 
 
 def _blocks(inputs: int, outputs: int, count: int) -> nn.Sequential:
@@ -85,7 +85,7 @@ def _upsample(channels: int) -> nn.Sequential:
 
 
 def _encoder(config: VaeConfig) -> nn.Sequential:
-    """Pixels [B, 3, H, W] to posterior moments [B, 2 C, h, w]: means, then log variances."""
+    """Pixels [B, 3, h, w] to posterior moments [B, 2 C, h, w]: means, then log variances."""
     widths = [config.width * multiplier for multiplier in config.width_multipliers]
     down = nn.Sequential()
     for level, (inputs, outputs) in enumerate(zip([config.width, *widths[:-1]], widths, strict=True)):
@@ -104,7 +104,7 @@ def _encoder(config: VaeConfig) -> nn.Sequential:
 
 
 def _decoder(config: VaeConfig) -> nn.Sequential:
-    """Latents [B, C, h, w] to pixels [B, 3, H, W]. Levels run from the coarsest, with the highest number, to 0."""
+    """Latents [B, C, h, w] to pixels [B, 3, h, w]. Levels run from the coarsest, with the highest number, to 0."""
     widths = [config.width * multiplier for multiplier in config.width_multipliers]
     up = nn.Sequential()
     for level, (inputs, outputs) in reversed(list(enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)))):
@@ -174,28 +174,28 @@ class FluxCodec:
         self._encoder, self._decoder = autoencoder.encoder, autoencoder.decoder
 
     @torch.no_grad()
-    def moments(self, pixels_B3HW: Tensor) -> Tensor:
+    def moments(self, pixels_B3hw: Tensor) -> Tensor:
         """Means and log variances of the posterior [B, 2 C, h, w]."""
-        return self._encoder(pixels_B3HW)
+        return self._encoder(pixels_B3hw)
 
-    def sample(self, moments: Tensor, noise_BCHW: Tensor) -> Tensor:
+    def sample(self, moments: Tensor, noise_BChw: Tensor) -> Tensor:
         """x_0 [B, C, h, w] from the posterior's moments and standard normal noise."""
-        mean_BCHW, log_variance_BCHW = moments.chunk(2, dim=1)
-        z_BCHW = mean_BCHW + torch.exp(0.5 * log_variance_BCHW) * noise_BCHW
-        return self._scale * (z_BCHW - self._shift)
+        mean_BChw, log_variance_BChw = moments.chunk(2, dim=1)
+        z_BChw = mean_BChw + torch.exp(0.5 * log_variance_BChw) * noise_BChw
+        return self._scale * (z_BChw - self._shift)
 
-    def draw(self, moments_BMHW: Tensor, generator_seeds: Sequence[int]) -> Tensor:
+    def draw(self, moments_BChw: Tensor, generator_seeds: Sequence[int]) -> Tensor:
         """x_0 [B, C, h, w] float32 with keyed noise; one seed per image."""
-        shape = (self.channels, *moments_BMHW.shape[2:])
-        noise_BCHW = torch.stack([normal(seed, *shape) for seed in generator_seeds])
-        assert len(noise_BCHW) == len(moments_BMHW), "one seed per image"
-        return self.sample(moments_BMHW, noise_BCHW.to(moments_BMHW.device))
+        shape = (self.channels, *moments_BChw.shape[2:])
+        noise_BChw = torch.stack([normal(seed, *shape) for seed in generator_seeds])
+        assert len(noise_BChw) == len(moments_BChw), "one seed per image"
+        return self.sample(moments_BChw, noise_BChw.to(moments_BChw.device))
 
-    def encode(self, pixels_B3HW: Tensor, generator_seeds: Sequence[int]) -> Tensor:
-        """Latents [B, C, H / downsample, W / downsample] float32; one seed per image."""
-        return self.draw(self.moments(pixels_B3HW), generator_seeds)
+    def encode(self, pixels_B3hw: Tensor, generator_seeds: Sequence[int]) -> Tensor:
+        """Latents [B, C, h / downsample, w / downsample] float32; one seed per image."""
+        return self.draw(self.moments(pixels_B3hw), generator_seeds)
 
     @torch.no_grad()
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] float32."""
-        return self._decoder(latents_BCHW / self._scale + self._shift)
+    def decode(self, latents_BChw: Tensor) -> Tensor:
+        """Pixels [B, 3, h, w] float32."""
+        return self._decoder(latents_BChw / self._scale + self._shift)

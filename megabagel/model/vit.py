@@ -1,7 +1,7 @@
 """The ViT tower (SigLIP layout, NaViT packing) and its connector (BAGEL section 2.2; bagel-reference sections 1, 8).
 
-Legend: P patches of several images end to end; E tower width; N heads of this rank, H head dimension; I hidden width.
-Row counts are small beside the language model's, so the tower is split by heads and MLP width but not by rows.
+Shape letters: docs/notation.md. Row counts are small beside the language model's, so the tower is split by heads and
+MLP width but not by rows.
 """
 
 import torch
@@ -67,5 +67,5 @@ class Connector(nn.Module):
         self.fc2 = factory.row(config.hidden, config.hidden, bias=True, rows_split=False)
 
     def forward(self, x_PE: torch.Tensor) -> torch.Tensor:
-        """[P, E] -> [P, I]."""
+        """[P, E] -> [P, D]."""
         return self.fc2(functional.gelu(self.fc1(x_PE), approximate="tanh"))

@@ -1,7 +1,6 @@
 """Attention under the mask of a batch: the engines, and context parallelism by gathering keys and values.
 
-Legend: C rows of this context-parallel rank, R rows of all of them; N query heads, M key/value heads of this
-tensor-parallel rank, H head dimension.
+Shape letters: docs/notation.md.
 
 Queries stay where they are. With grouped queries K and V are small beside the hidden state, so all ranks' K and V are
 gathered in one collective and the mask's integers, which carry the sequence order, do the rest.
@@ -46,7 +45,7 @@ class AttentionEngine:
     plan: Callable[[AttentionCodes, int], Any]
     """(mask, head dimension) -> plan, once per batch, on the CPU. This and its plans can be pickled, for a worker."""
     run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
-    """(q [C, N, H], k [R, M, H], v [R, M, H], plan) -> [C, N, H]."""
+    """(q [T, N, H], k [K, M, H], v [K, M, H], plan) -> [T, N, H]."""
     place: Callable[[Any], Any] = lambda plan: plan
     """A plan, where `run` wants it."""
     has_backward: bool = True
@@ -130,10 +129,11 @@ def attend_across(plan: Any, engine: AttentionEngine, cp: Axis | None = None) ->
     """
     plan = engine.place(plan)
 
-    def attend(q_CNH: torch.Tensor, k_CMH: torch.Tensor, v_CMH: torch.Tensor) -> torch.Tensor:
+    def attend(q_TNH: torch.Tensor, k_TMH: torch.Tensor, v_TMH: torch.Tensor) -> torch.Tensor:
         if cp is not None and cp.size > 1:
-            k_CMH, v_CMH = join_over_cp(torch.cat([k_CMH, v_CMH], 1), cp).chunk(2, 1)
-        return engine.run(q_CNH, k_CMH, v_CMH, plan)
+            k_KMH, v_KMH = join_over_cp(torch.cat([k_TMH, v_TMH], 1), cp).chunk(2, 1)
+            return engine.run(q_TNH, k_KMH, v_KMH, plan)
+        return engine.run(q_TNH, k_TMH, v_TMH, plan)
 
     return attend
 

@@ -31,7 +31,7 @@ Rows = RankRows[torch.Tensor]
 class SamplerLatents:
     """Latents from a sampler instead of encoded images: x_t of every latent token, and one timestep."""
 
-    x_t_LC: torch.Tensor
+    x_t_LZ: torch.Tensor
     time: float
 
 
@@ -39,8 +39,8 @@ class SamplerLatents:
 class FixedNoise:
     """Latents and noise from outside instead of encoded images and keyed noise, to compare with another program."""
 
-    x0_LC: torch.Tensor
-    eps_LC: torch.Tensor
+    x0_LZ: torch.Tensor
+    eps_LZ: torch.Tensor
 
 
 Outside = SamplerLatents | FixedNoise | None
@@ -78,9 +78,9 @@ class InputBuilder:
             is_word_U=rows.is_text_U,
             vit=None if rows.vit is None else self._vit(batch, rows.vit),
             latents=None if rows.latents is None else self._latents(batch, rows, rows.latents, outside),
-            ce_row_K=rows.ce_row_Q,
-            label_K=rows.label_Q,
-            source_K=rows.source_Q,
+            ce_row_Q=rows.ce_row_Q,
+            label_Q=rows.label_Q,
+            source_Q=rows.source_Q,
             source_g=rows.source_g,
         )
 
@@ -106,18 +106,18 @@ class InputBuilder:
         latent_g = rows.latent_g.clamp_min(0)
         time_I = self._times(latents, outside)
         if isinstance(outside, SamplerLatents):
-            x_t_gC = outside.x_t_LC.to(self.device)[latent_g] * real_g[:, None]
-            noised_g = NoisedRows(x_t_gC, torch.zeros_like(x_t_gC), real_g)
+            x_t_gZ = outside.x_t_LZ.to(self.device)[latent_g] * real_g[:, None]
+            noised_g = NoisedRows(x_t_gZ, torch.zeros_like(x_t_gZ), real_g)
         elif isinstance(outside, FixedNoise):
-            x0_gC, eps_gC = (x.to(self.device)[latent_g] for x in (outside.x0_LC, outside.eps_LC))
-            noised_g = noised(x0_gC, eps_gC, time_I[image_g], real_g)
+            x0_gZ, eps_gZ = (x.to(self.device)[latent_g] for x in (outside.x0_LZ, outside.eps_LZ))
+            noised_g = noised(x0_gZ, eps_gZ, time_I[image_g], real_g)
         else:
             images = self._noised_images(batch, latents, time_I)
             noised_g = self.kernels.noised_rows(images, latents.image_g, latents.place_g)
         real_g = noised_g.real_G  # without images that are lost: their rows stay, without loss
         return LatentInputs(
-            x_t_gC=noised_g.x_t_GC,
-            target_gC=noised_g.target_GC,
+            x_t_gZ=noised_g.x_t_GC,
+            target_gZ=noised_g.target_GC,
             weight_g=latents.weight_g * real_g,
             grid_g=latents.grid_g * real_g,
             time_I=time_I,
@@ -161,8 +161,8 @@ class InputBuilder:
         codec, width = self.codec, self.config.model.latent_dim
         assert codec is not None
         cells = [torch.zeros(0, width, device=self.device)]
-        for seed, moments_1MHW in zip(latents.posterior_seeds, self._moments(batch, codec), strict=True):
-            cells.append(codec.draw(moments_1MHW, [seed])[0].reshape(-1, width))
+        for seed, moments_1Chw in zip(latents.posterior_seeds, self._moments(batch, codec), strict=True):
+            cells.append(codec.draw(moments_1Chw, [seed])[0].reshape(-1, width))
         own = torch.cat(cells)
         own = functional.pad(own, (0, 0, 0, latents.encoded_rows - len(own)))
         return _gathered(own, self.mesh.tp_cp)[latents.gathered_row]

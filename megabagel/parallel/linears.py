@@ -143,17 +143,17 @@ class _Head(ColumnParallelLinear):
         all_max, all_sum = (partial(_reduced, axis=tp, op=op) for op in (dist.ReduceOp.MAX, dist.ReduceOp.SUM))
         self.shard = VocabShard(tp.rank * len(self.weight), all_max, all_sum)
 
-    def forward(self, hidden_TI: torch.Tensor, label_T: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, hidden_QD: torch.Tensor, label_Q: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         if self.word_loss is not None:
             if self.sums_hidden:
-                hidden_TI = copy_to_tensor_model_parallel_region(hidden_TI, group=self.tp_group)
-            return self.word_loss(hidden_TI, self.weight, label_T, shard=self.shard)
-        logits = super().forward(hidden_TI)[0]
-        return vocab_parallel_cross_entropy(logits.float(), label_T)
+                hidden_QD = copy_to_tensor_model_parallel_region(hidden_QD, group=self.tp_group)
+            return self.word_loss(hidden_QD, self.weight, label_Q, shard=self.shard)
+        logits = super().forward(hidden_QD)[0]
+        return vocab_parallel_cross_entropy(logits.float(), label_Q)
 
-    def logits(self, hidden_TI: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden_QD: torch.Tensor) -> torch.Tensor:
         """[T, width] -> [T, vocabulary] fp32 on every rank: each rank's columns are gathered."""
-        return gather_from_tensor_model_parallel_region(super().forward(hidden_TI)[0].float(), group=self.tp_group)
+        return gather_from_tensor_model_parallel_region(super().forward(hidden_QD)[0].float(), group=self.tp_group)
 
 
 def _reduced(x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType) -> torch.Tensor:

@@ -4,7 +4,7 @@ Rows are this rank's [und | gen] rows; columns are the hidden state, then the fl
 their way from the stage that encodes images to the stage that has the loss. The latter are fp32 numbers whose bits
 travel unchanged in whatever type the wire has, so that a pipeline split does not round the target.
 
-Legend: T rows, I hidden width, C = 64 numbers per latent token, W columns of the wire.
+Shape letters: docs/notation.md; here W is the width of the wire.
 """
 
 import torch
@@ -20,10 +20,10 @@ def wire_width(model: ModelConfig, dtype: torch.dtype) -> int:
 
 def to_wire(hidden: Hidden) -> torch.Tensor:
     """Hidden -> [T, 1, W], the shape megatron-core's schedules exchange."""
-    rows_TI = torch.cat([hidden.und_uI, hidden.gen_gI])
-    gen_gC = torch.cat([hidden.target_gC, hidden.weight_g[:, None]], 1)
-    carried = torch.cat([gen_gC.new_zeros(len(hidden.und_uI), gen_gC.shape[1]), gen_gC])
-    return torch.cat([rows_TI, carried.view(rows_TI.dtype)], 1)[:, None]
+    rows_TD = torch.cat([hidden.und_uD, hidden.gen_gD])
+    gen_gZ = torch.cat([hidden.target_gZ, hidden.weight_g[:, None]], 1)
+    carried = torch.cat([gen_gZ.new_zeros(len(hidden.und_uD), gen_gZ.shape[1]), gen_gZ])
+    return torch.cat([rows_TD, carried.view(rows_TD.dtype)], 1)[:, None]
 
 
 def from_wire(wire_T1W: torch.Tensor, und_rows: int, width: int) -> Hidden:

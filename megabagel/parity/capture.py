@@ -1,6 +1,6 @@
 """What a forward pass computes, seen on every rank of a grid and put together in sequence order on rank 0.
 
-Legend: S tokens in sequence order, L latent tokens and V ViT patches in token order.
+Shape letters: docs/notation.md.
 """
 
 from collections import defaultdict
@@ -63,15 +63,15 @@ class Watch:
         values = values_T.detach().float().cpu()[torch.from_numpy(real)]
         self.parts.setdefault(key, []).append((token_T[real], values))
 
-    def _rows(self, key: str, und_uI: Tensor, gen_gI: Tensor) -> None:
-        self._put(key, self.token_u, und_uI)
-        self._put(key, self.token_g, gen_gI)
+    def _rows(self, key: str, und_uD: Tensor, gen_gD: Tensor) -> None:
+        self._put(key, self.token_u, und_uD)
+        self._put(key, self.token_g, gen_gD)
 
     def _layer(self, key: str, _: Any, both: tuple[Tensor, Tensor]) -> None:
         self._rows(key, *both)
 
     def _embedded(self, _: Any, hidden: Hidden) -> None:
-        self._rows("inputs_embeds", hidden.und_uI, hidden.gen_gI)
+        self._rows("inputs_embeds", hidden.und_uD, hidden.gen_gD)
         latents = self.inputs.latents
         if latents is not None:
             self._put("t", self.token_g, latents.time_I[latents.image_g])
@@ -83,8 +83,8 @@ class Watch:
 
     def _outputs(self, received: tuple[Hidden, StageInputs], outputs: Outputs) -> None:
         hidden, _ = received
-        self._put("ce", self.token_U[self.inputs.ce_row_K.cpu().numpy()], outputs.ce_K)
-        self._put("mse", self.token_g, (outputs.velocity_gC - hidden.target_gC).square())
+        self._put("ce", self.token_U[self.inputs.ce_row_Q.cpu().numpy()], outputs.ce_Q)
+        self._put("mse", self.token_g, (outputs.velocity_gZ - hidden.target_gZ).square())
 
     def whole(self) -> dict[str, Tensor]:
         """Every quantity in token order, on rank 0; nothing elsewhere. Called on all ranks."""
@@ -109,9 +109,9 @@ def visible(batch: PackedBatch) -> Tensor:
     """[S, S] uint8: who sees whom, put together from the mask integers of every context-parallel rank."""
     layout, tokens = batch.layout, batch.pack.tokens
     seen_SS = np.zeros((tokens, tokens), np.uint8)
-    real_R = layout.token_R >= 0
+    real_K = layout.token_K >= 0
     for rank in range(layout.cp):
-        token_C = layout.rank(rank)
-        seen_CR = dense_mask(layout.codes(batch.pack, rank))
-        seen_SS[np.ix_(token_C[token_C >= 0], layout.token_R[real_R])] = seen_CR[np.ix_(token_C >= 0, real_R)]
+        token_T = layout.rank(rank)
+        seen_TK = dense_mask(layout.codes(batch.pack, rank))
+        seen_SS[np.ix_(token_T[token_T >= 0], layout.token_K[real_K])] = seen_TK[np.ix_(token_T >= 0, real_K)]
     return torch.from_numpy(seen_SS)

@@ -3,7 +3,7 @@
 Content (word ids, patches, latents, timesteps, noise) comes from the case. Who sees whom, RoPE positions, rows with a
 loss and the order of rows come from our own sequence code, planned from the samples that were packed.
 
-Legend: S tokens in sequence order, L latent tokens, C numbers of a latent token.
+Shape letters: docs/notation.md.
 """
 
 from collections.abc import Iterator, Sequence
@@ -162,8 +162,8 @@ def _take(into: list[Any], images: Iterator[Any], tokens: int) -> None:
 
 def _vits(tensors: dict[str, Tensor], model: ModelConfig) -> Iterator[Vit]:
     sizes = tensors.get("vit_token_seqlens", torch.zeros(0, dtype=torch.int64)).tolist()
-    ids_V = tensors.get("packed_vit_position_ids", torch.zeros(0, dtype=torch.int64))
-    for slot, ids in enumerate(ids_V.split(sizes) if sizes else ()):
+    ids_P = tensors.get("packed_vit_position_ids", torch.zeros(0, dtype=torch.int64))
+    for slot, ids in enumerate(ids_P.split(sizes) if sizes else ()):
         yield Vit(slot, len((ids // model.vit.grid).unique()), len((ids % model.vit.grid).unique()))
 
 
@@ -188,8 +188,8 @@ def fixed_noise(batch: OfficialBatch, model: ModelConfig) -> FixedNoise:
         patchify(latent[:, : image.rows * patch, : image.cols * patch], patch)
         for image, latent in zip(images, batch.tensors["padded_latent"] if images else (), strict=True)
     ]
-    none_LC = torch.zeros(0, model.latent_dim)
-    return FixedNoise(torch.cat([none_LC, *x0]), batch.tensors["noise"] if images else none_LC)
+    none_LZ = torch.zeros(0, model.latent_dim)
+    return FixedNoise(torch.cat([none_LZ, *x0]), batch.tensors["noise"] if images else none_LZ)
 
 
 def words_S(batch: OfficialBatch) -> Tensor:

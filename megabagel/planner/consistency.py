@@ -78,7 +78,7 @@ def derive(config: Config, workload: Workload, place: Place, dp_size: int) -> De
     return Derived(
         place=place,
         pack=_digest(pack.kind_S, pack.position_S, pack.sample_S, *vars(pack.codes).values()),
-        layout=_digest(layout.token_R, np.array(layout.num_und)),
+        layout=_digest(layout.token_K, np.array(layout.num_und)),
         rows=len(mine),
         border=layout.num_und[place.cp],
         tokens=tuple(mine[mine >= 0].tolist()),
@@ -103,8 +103,8 @@ def _sent(config: Config, und: int, rows: int) -> tuple[int, ...]:
     width, gen, dtype = config.model.hidden, (rows - und) // split, parameter_dtype(config)
     with torch.device("meta"):
         target = torch.empty(gen, config.model.latent_dim)
-        und_uI, gen_gI = torch.empty(und // split, width, dtype=dtype), torch.empty(gen, width, dtype=dtype)
-        return tuple(to_wire(Hidden(und_uI, gen_gI, target, target[:, 0])).shape)
+        und_uD, gen_gD = torch.empty(und // split, width, dtype=dtype), torch.empty(gen, width, dtype=dtype)
+        return tuple(to_wire(Hidden(und_uD, gen_gD, target, target[:, 0])).shape)
 
 
 def _digest(*arrays: np.ndarray) -> str:

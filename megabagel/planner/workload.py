@@ -142,7 +142,7 @@ def _load(config: Config, pack: Pack, layout: Layout, tp: int) -> Load:
         rows_und=und,
         rows_gen=gen,
         pairs=pairs,
-        keys=float(len(layout.token_R)),
+        keys=float(len(layout.token_K)),
         ce_rows=max(float(ce[layout.rank(rank)].sum()) for rank in range(cp)),
         vit_patches=float(max(seen)),
         vit_pairs=float(sum(n**2 for n in patches)) / cp,

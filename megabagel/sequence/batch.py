@@ -75,7 +75,7 @@ class PackedBatch:
     pixels: list[torch.Tensor]
     """fp32 [3, height, width] in [-1, 1] per image whose latents this rank encodes."""
     moments: list[torch.Tensor] | None = None
-    """From a latent cache, instead of pixels: fp32 [M, h, w] of the codec (see `model.vae.Codec`) per such image."""
+    """From a latent cache, instead of pixels: fp32 [C, h, w] of the codec (see `model.vae.Codec`) per such image."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ def grid_ids(rows: int, cols: int, grid: int, interpolate: bool) -> np.ndarray:
     boundaries k / grid (0 < k < grid) that are <= i / n. That is floor(i * grid / n), also when both fractions are
     rounded to float32 (they differ by 1 / (n * grid) or not at all), so integers do.
     """
-    row_R, col_C = np.arange(rows, dtype=np.int64), np.arange(cols, dtype=np.int64)
+    row_h, col_w = np.arange(rows, dtype=np.int64), np.arange(cols, dtype=np.int64)
     if interpolate:
-        row_R, col_C = row_R * grid // rows, col_C * grid // cols
+        row_h, col_w = row_h * grid // rows, col_w * grid // cols
     else:
         assert rows <= grid and cols <= grid, f"{rows} x {cols} tokens do not fit a grid of {grid} x {grid}"
-    return (row_R[:, None] * grid + col_C).reshape(-1)
+    return (row_h[:, None] * grid + col_w).reshape(-1)

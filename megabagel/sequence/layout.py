@@ -1,6 +1,6 @@
 """Compact [und | gen] layout of a pack, dealt to context-parallel ranks (architecture, ideas 2 and 3).
 
-Legend: S tokens of the pack in sequence order, R rows of all ranks together, C rows of one rank.
+Shape letters: docs/notation.md. Here T is the number of rows of one rank, K that of all ranks together.
 
 Rows are handed out in chunks of one kind. Every rank holds the same number of rows, und chunks first, and at least one
 chunk of either kind, so that each expert always has rows to run on; only the border between the two moves. Padding rows
@@ -19,7 +19,7 @@ from megabagel.sequence.sample import LATENT
 
 
 def layout_rows(max_tokens: int, chunk: int, cp: int) -> int:
-    """R for packs of at most `max_tokens`: a constant of the run, whatever the und/gen segment of a pack."""
+    """K for packs of at most `max_tokens`: a constant of the run, whatever the und/gen segment of a pack."""
     unit = chunk * cp
     return -(-max_tokens // unit) * unit + unit
 
@@ -28,11 +28,11 @@ def layout_rows(max_tokens: int, chunk: int, cp: int) -> int:
 class Layout:
     """Where every token of a pack lies.
 
-    token_R (int64): sequence index per row, -1 for padding; rank r owns rows [r * C, (r + 1) * C).
+    token_K (int64): sequence index per row, -1 for padding; rank r owns rows [r * T, (r + 1) * T).
     num_und: und rows at the start of each rank's share, a multiple of the chunk.
     """
 
-    token_R: np.ndarray
+    token_K: np.ndarray
     num_und: tuple[int, ...]
 
     @property
@@ -42,17 +42,17 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """C, rows per rank."""
-        return len(self.token_R) // self.cp
+        """T, rows per rank."""
+        return len(self.token_K) // self.cp
 
     def rank(self, index: int) -> np.ndarray:
-        """token_C of one rank."""
-        return self.token_R[index * self.rows : (index + 1) * self.rows]
+        """token_T of one rank."""
+        return self.token_K[index * self.rows : (index + 1) * self.rows]
 
     def split(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(und, gen) rows of one rank."""
-        token_C, border = self.rank(index), self.num_und[index]
-        return token_C[:border], token_C[border:]
+        token_T, border = self.rank(index), self.num_und[index]
+        return token_T[:border], token_T[border:]
 
     def codes(self, pack: Pack, index: int) -> AttentionCodes:
         """Mask integers for the queries of one rank and the keys of all ranks, in row order."""
@@ -61,7 +61,7 @@ class Layout:
             np.where(query >= 0, interval[query], 0).astype(np.int32)
             for interval in (pack.codes.a0, pack.codes.a1, pack.codes.b0, pack.codes.b1)
         )
-        key_code = np.where(self.token_R >= 0, pack.codes.key_code[self.token_R], -1).astype(np.int32)
+        key_code = np.where(self.token_K >= 0, pack.codes.key_code[self.token_K], -1).astype(np.int32)
         return AttentionCodes(key_code, *of_query)
 
 
@@ -83,8 +83,8 @@ def build_layout(pack: Pack, rows: int, chunk: int, cp: int) -> Layout:
     visible = np.append(pack.visible_S, 0)  # index -1 (padding) sees nothing
     area = visible[chunks].sum(1)
     shares = _deal_both_kinds(area[:und_chunks], area[und_chunks:], cp)
-    token_R = np.concatenate([chunks[und_part + gen_part].ravel() for und_part, gen_part in shares])
-    return Layout(token_R, tuple(len(und_part) * chunk for und_part, _ in shares))
+    token_K = np.concatenate([chunks[und_part + gen_part].ravel() for und_part, gen_part in shares])
+    return Layout(token_K, tuple(len(und_part) * chunk for und_part, _ in shares))
 
 
 def _generation_order(pack: Pack) -> np.ndarray:

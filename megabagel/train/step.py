@@ -59,10 +59,10 @@ def weigh(outputs: Outputs, inputs: StageInputs, counts: Counts, config: Config)
     Returns (loss, rows counted by megatron-core, which we leave at 0, fp64 sums [2, sources + 1] for the log).
     """
     train, sources = config.train, len(config.data.sources) + 1
-    ce, mse = outputs.ce_K.sum(), outputs.mse_g.sum()
+    ce, mse = outputs.ce_Q.sum(), outputs.mse_g.sum()
     loss = train.ce_weight * ce / max(counts.ce, 1) + train.mse_weight * mse / max(counts.mse, 1)
     sums = torch.stack([
-        _by_source(outputs.ce_K.detach(), inputs.source_K, sources),
+        _by_source(outputs.ce_Q.detach(), inputs.source_Q, sources),
         _by_source(outputs.mse_g.detach(), inputs.source_g, sources),
     ])  # fmt: skip
     return loss, torch.zeros((), dtype=torch.int, device=ce.device), sums

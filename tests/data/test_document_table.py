@@ -44,7 +44,7 @@ def table(documents: list[Document]) -> Table:
 def test_documents_come_back(documents: list[Document]) -> None:
     made = table(documents)
     assert [made.document(number) for number in range(len(made))] == documents
-    assert made.items_I["crc"].tolist() == [n for document in documents for n in range(len(document.items))]
+    assert made.items["crc"].tolist() == [n for document in documents for n in range(len(document.items))]
 
 
 def test_tables_are_joined_by_the_numbers_of_their_shards() -> None:

@@ -202,7 +202,7 @@ def test_ranks_of_a_stage_share_the_images(config: Config) -> None:
         idle = later.filler(task).batch
         assert idle.patches == [] and idle.pixels == []
         for batch in (*batches.values(), idle):
-            assert batch.layout.cp == 2 and np.array_equal(batch.layout.token_R, idle.layout.token_R)
+            assert batch.layout.cp == 2 and np.array_equal(batch.layout.token_K, idle.layout.token_K)
         for tp in range(2):
             assert token_ids(*(batches[tp, cp] for cp in range(2))) == token_ids(everything)
             dealt = vit_shares(pack, 2).dealt

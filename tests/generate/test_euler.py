@@ -166,20 +166,20 @@ def follow(config: Config, guidance: float, steps: int, skew: float) -> tuple[Pi
         assert latents is not None and inputs.vit is not None
         time, count = float(latents.time_I[0]), len(canvas.prompts)
         token_g = (latents.grid_g // config.model.latent_grid) * 3 + latents.grid_g % config.model.latent_grid
-        goal_gC = torch.stack(goals)[first + latents.image_g % count, token_g]
+        goal_gZ = torch.stack(goals)[first + latents.image_g % count, token_g]
         unguided_g = (latents.image_g >= count).float()
-        velocity_gC = (latents.x_t_gC - goal_gC) / time + skew * unguided_g[:, None]
+        velocity_gZ = (latents.x_t_gZ - goal_gZ) / time + skew * unguided_g[:, None]
         none = torch.zeros(0)
-        return Outputs(none, none, velocity_gC)
+        return Outputs(none, none, velocity_gZ)
 
     made = sampler(telemetry, evaluate)
     found = made.draw()
     codec = trainer.builder.codec
     expected = {}
     for prompt, goal in zip(PROMPTS, goals, strict=True):
-        x_LC = goal + _drift(steps, (1 - guidance) * skew if guidance > 1 else 0.0)
-        assert torch.equal(patchify(unpatchify(x_LC, 2, 3, 2), 2), x_LC)
-        pixels = codec.decode(unpatchify(x_LC, 2, 3, 2)[None])[0]
+        x_LZ = goal + _drift(steps, (1 - guidance) * skew if guidance > 1 else 0.0)
+        assert torch.equal(patchify(unpatchify(x_LZ, 2, 3, 2), 2), x_LZ)
+        pixels = codec.decode(unpatchify(x_LZ, 2, 3, 2)[None])[0]
         expected[prompt] = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     return found, expected
 

@@ -41,11 +41,11 @@ def test_time_embedder_has_the_published_names_and_formula():
     with torch.no_grad():
         for i, parameter in enumerate(embedder.parameters()):
             parameter.copy_(0.1 * normal(i, *parameter.shape))
-    t_T = torch.tensor([0.0, 0.25, 1.0])
+    t_I = torch.tensor([0.0, 0.25, 1.0])
     w0, b0, w2, b2 = (p.detach().double() for p in embedder.parameters())
-    inner = timestep_features(t_T).double() @ w0.T + b0
+    inner = timestep_features(t_I).double() @ w0.T + b0
     expected = (inner / (1 + torch.exp(-inner))) @ w2.T + b2
-    torch.testing.assert_close(embedder(t_T).double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(embedder(t_I).double(), expected, rtol=0, atol=1e-5)
 
 
 def test_time_embedder_in_bf16_tells_close_timesteps_apart():
@@ -61,14 +61,14 @@ def test_time_embedder_in_bf16_tells_close_timesteps_apart():
 
 @pytest.mark.parametrize(("rows", "cols", "channels", "patch"), [(3, 2, 16, 2), (1, 5, 4, 2), (2, 3, 5, 3)])
 def test_latent_tokens_are_row_major_with_the_channel_fastest(rows, cols, channels, patch):
-    latent_CHW = normal(7, channels, rows * patch, cols * patch)
-    tokens_TD = patchify(latent_CHW, patch)
+    latent_Chw = normal(7, channels, rows * patch, cols * patch)
+    tokens_TD = patchify(latent_Chw, patch)
     assert tokens_TD.shape == (rows * cols, patch * patch * channels)
     for r in range(rows):
         for c in range(cols):
-            cells = [latent_CHW[:, r * patch + i, c * patch + j] for i in range(patch) for j in range(patch)]
+            cells = [latent_Chw[:, r * patch + i, c * patch + j] for i in range(patch) for j in range(patch)]
             assert torch.equal(tokens_TD[r * cols + c], torch.cat(cells))
-    assert torch.equal(unpatchify(tokens_TD, rows, cols, patch), latent_CHW)
+    assert torch.equal(unpatchify(tokens_TD, rows, cols, patch), latent_Chw)
 
 
 def test_noise_is_a_function_of_every_bit_of_its_seed():

@@ -30,8 +30,8 @@ def inputs() -> StageInputs:
     """Und rows see gen rows and the other way round, so that gradients can flow both ways."""
     draw = torch.Generator().manual_seed(5)
     latents = LatentInputs(
-        x_t_gC=torch.randn(GEN, MODEL.latent_dim, generator=draw),
-        target_gC=torch.randn(GEN, MODEL.latent_dim, generator=draw),
+        x_t_gZ=torch.randn(GEN, MODEL.latent_dim, generator=draw),
+        target_gZ=torch.randn(GEN, MODEL.latent_dim, generator=draw),
         weight_g=torch.ones(GEN),
         grid_g=torch.arange(GEN),
         time_I=torch.tensor([0.3]),
@@ -50,16 +50,16 @@ def inputs() -> StageInputs:
         is_word_U=torch.ones(UND, dtype=torch.bool),
         vit=None,
         latents=latents,
-        ce_row_K=torch.tensor([1, 4]),
-        label_K=torch.tensor([7, 9]),
-        source_K=torch.zeros(2, dtype=torch.int64),
+        ce_row_Q=torch.tensor([1, 4]),
+        label_Q=torch.tensor([7, 9]),
+        source_Q=torch.zeros(2, dtype=torch.int64),
         source_g=torch.zeros(GEN, dtype=torch.int64),
     )
 
 
 def gradients(model: Bagel) -> dict[str, Tensor]:
     outputs = model(inputs())
-    (outputs.ce_K.sum() + outputs.mse_g.sum()).backward()
+    (outputs.ce_Q.sum() + outputs.mse_g.sum()).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -69,7 +69,7 @@ def stop(module: nn.Module, cut: Callable[[Any], Any] = lambda x: x.detach()) ->
 
 def released(model: Bagel, inside: bool) -> Bagel:
     """The released code's `freeze_und`, detach by detach (bagel-reference section 11); `inside` the layers or not."""
-    stop(model.embed, lambda hidden: replace(hidden, und_uI=hidden.und_uI.detach()))
+    stop(model.embed, lambda hidden: replace(hidden, und_uD=hidden.und_uD.detach()))
     stop(model.heads.norm, lambda both: (both[0].detach(), both[1]))
     for layer in model.layers.values() if inside else ():
         attention = layer.attention.und
@@ -131,13 +131,13 @@ def test_a_later_stage_gets_no_gradient_for_und_rows_either() -> None:
     model = Bagel(MODEL, SingleDevice(), range(2, 5), first=False, freeze=("und",))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
-    und_uI, gen_gI = (
+    und_uD, gen_gD = (
         torch.randn(UND, MODEL.hidden, requires_grad=True),
         torch.randn(GEN, MODEL.hidden, requires_grad=True),
     )
     given = inputs()
     assert given.latents is not None
-    outputs = model(given, Hidden(und_uI, gen_gI, given.latents.target_gC, given.latents.weight_g))
-    (outputs.ce_K.sum() + outputs.mse_g.sum()).backward()
-    assert und_uI.grad is None
-    assert gen_gI.grad is not None and gen_gI.grad.any()
+    outputs = model(given, Hidden(und_uD, gen_gD, given.latents.target_gZ, given.latents.weight_g))
+    (outputs.ce_Q.sum() + outputs.mse_g.sum()).backward()
+    assert und_uD.grad is None
+    assert gen_gD.grad is not None and gen_gD.grad.any()

@@ -40,10 +40,10 @@ def test_block_transform_is_orthonormal_and_its_order_that_of_jpeg():
 
 
 def test_block_latents_follow_the_plain_definition():
-    pixels_B3HW = normal(3, 2, 3, 16, 24).clamp(-1, 1)
-    latents = BlockCodec().encode(pixels_B3HW, [0, 0])
+    pixels_B3hw = normal(3, 2, 3, 16, 24).clamp(-1, 1)
+    latents = BlockCodec().encode(pixels_B3hw, [0, 0])
     assert latents.shape == (2, 16, 2, 3) and latents.dtype == torch.float32
-    red, green, blue = pixels_B3HW.double().unbind(1)
+    red, green, blue = pixels_B3hw.double().unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     planes = [luma, (blue - luma) / 1.772, (red - luma) / 1.402]
     kept = [(plane, uv) for plane, count in ((0, 10), (1, 3), (2, 3)) for uv in zigzag(8)[:count]]

@@ -65,7 +65,7 @@ def backward(name: str) -> Found:
     builder = InputBuilder(config, mesh, None, torch.device("cpu"))
     outputs = model(builder.build(batch, fixed_noise(official, config.model)))
     weight, pack = case.entry("loss"), official.pack
-    ce = weight["ce_weight"] * outputs.ce_K.sum() / max(pack.ce_tokens, 1)
+    ce = weight["ce_weight"] * outputs.ce_Q.sum() / max(pack.ce_tokens, 1)
     loss = ce + weight["mse_weight"] * outputs.mse_g.sum() / max(pack.mse_tokens, 1)
     loss.backward()
     norms = dict(_norms(model))

@@ -38,7 +38,7 @@ def _lose_a_chunk(patch: pytest.MonkeyPatch) -> None:
         layout = real(*args)
         calls.append(1)
         if len(calls) % 4 == 2:
-            layout.token_R[-32:] = -1
+            layout.token_K[-32:] = -1
         return layout
 
     patch.setattr(consistency, "build_layout", build)
@@ -72,7 +72,7 @@ def _shift_optimizer_shards(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_the_target(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(consistency, "to_wire", lambda hidden: hidden.und_uI[:, None])
+    patch.setattr(consistency, "to_wire", lambda hidden: hidden.und_uD[:, None])
 
 
 def _nothing(patch: pytest.MonkeyPatch) -> None:

@@ -25,17 +25,17 @@ def laid_out(pack: Pack, max_tokens: int, chunk: int, cp: int) -> Layout:
 
 def check_rules(layout: Layout, pack: Pack, chunk: int, cp: int) -> None:
     """Everything that ranks rely on."""
-    placed = layout.token_R[layout.token_R >= 0]
+    placed = layout.token_K[layout.token_K >= 0]
     assert sorted(placed.tolist()) == list(range(pack.tokens))  # every token exactly once
     assert layout.cp == len(layout.num_und) == cp
-    assert layout.rows * cp == len(layout.token_R)
-    assert np.array_equal(np.concatenate([layout.rank(rank) for rank in range(cp)]), layout.token_R)
+    assert layout.rows * cp == len(layout.token_K)
+    assert np.array_equal(np.concatenate([layout.rank(rank) for rank in range(cp)]), layout.token_K)
     for rank, border in enumerate(layout.num_und):
-        token_C = layout.rank(rank)
-        assert len(token_C) == layout.rows
+        token_T = layout.rank(rank)
+        assert len(token_T) == layout.rows
         assert border % chunk == 0 and layout.rows % chunk == 0
         assert chunk <= border <= layout.rows - chunk  # at least one chunk of either kind
-        und, gen = (part[part >= 0] for part in (token_C[:border], token_C[border:]))
+        und, gen = (part[part >= 0] for part in (token_T[:border], token_T[border:]))
         assert (pack.kind_S[und] != LATENT).all() and (pack.kind_S[gen] == LATENT).all()
         assert (np.diff(und) > 0).all()  # delimiters stay among the words
         order = [(pack.sample_S[token], pack.noised_S[token], token) for token in gen]
@@ -53,9 +53,9 @@ def test_any_pack_on_any_grid(drawn, chunk, cp, room):
 def test_the_mask_in_row_order_is_the_permuted_mask(drawn, chunk, cp, room):
     pack = drawn.pack
     layout, mask = laid_out(pack, pack.tokens + room, chunk, cp), mask_of(places_of(drawn.tokens))
-    expected = np.zeros((len(layout.token_R),) * 2, bool)  # padding sees nothing and is seen by none
-    real = np.flatnonzero(layout.token_R >= 0)
-    expected[np.ix_(real, real)] = mask[np.ix_(layout.token_R[real], layout.token_R[real])]
+    expected = np.zeros((len(layout.token_K),) * 2, bool)  # padding sees nothing and is seen by none
+    real = np.flatnonzero(layout.token_K >= 0)
+    expected[np.ix_(real, real)] = mask[np.ix_(layout.token_K[real], layout.token_K[real])]
     pairs = 0
     for rank in range(cp):
         codes = layout.codes(pack, rank)

@@ -118,7 +118,7 @@ def _activations(harness: Harness, config: Config) -> float:
             total += wire.untyped_storage().nbytes()
         with Alive() as alive:
             output = stage(inputs)
-        leaving = output if isinstance(output, torch.Tensor) else output.ce_K
+        leaving = output if isinstance(output, torch.Tensor) else output.ce_Q
         total += alive.bytes() - (leaving.untyped_storage().nbytes() if isinstance(output, torch.Tensor) else 0)
         del output, leaving
     return total

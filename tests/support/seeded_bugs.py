@@ -41,10 +41,10 @@ def vit_patches_transposed(patch: Patch) -> None:
     patch.setattr("megabagel.parity.train_case.packed_batch", packed_batch)
 
 
-def columns_first(cells_CHW: Tensor, size: int) -> Tensor:
+def columns_first(cells_Chw: Tensor, size: int) -> Tensor:
     """`patchify` with its patches column by column."""
-    channels, height, width = cells_CHW.shape
-    grid = cells_CHW.reshape(channels, height // size, size, width // size, size)
+    channels, height, width = cells_Chw.shape
+    grid = cells_Chw.reshape(channels, height // size, size, width // size, size)
     return grid.permute(3, 1, 2, 4, 0).reshape(-1, size * size * channels)
 
 
@@ -89,7 +89,7 @@ def target_reversed(patch: Patch) -> None:
 
     def latents(*args: Any) -> Any:
         found = right(*args)
-        return dataclasses.replace(found, target_gC=-found.target_gC)
+        return dataclasses.replace(found, target_gZ=-found.target_gZ)
 
     patch.setattr(InputBuilder, "_latents", latents)
 
@@ -130,7 +130,7 @@ def ce_over_own_rows(patch: Patch) -> None:
     right = step.weigh
 
     def weigh(outputs: Any, inputs: Any, counts: Any, config: Any) -> Any:
-        own = len(outputs.ce_K) * dist.get_world_size()
+        own = len(outputs.ce_Q) * dist.get_world_size()
         return right(outputs, inputs, step.Counts(own, counts.mse), config)
 
     patch.setattr(step, "weigh", weigh)

@@ -155,8 +155,8 @@ def words(setting: Setting, dtype: torch.dtype) -> Iterator[Check]:
                 [hidden, weight])  # fmt: skip
 
 
-def _word_loss(label_K: Tensor, cut: int, hidden_KI: Tensor, weight_VI: Tensor) -> Tensor:
-    return linear_cross_entropy(hidden_KI, weight_VI, label_K, engine="triton", slice_words=cut)
+def _word_loss(label_Q: Tensor, cut: int, hidden_QD: Tensor, weight_VD: Tensor) -> Tensor:
+    return linear_cross_entropy(hidden_QD, weight_VD, label_Q, engine="triton", slice_words=cut)
 
 
 def latents(setting: Setting, dtype: torch.dtype) -> tuple[LatentImages, Tensor, Tensor]:

@@ -50,7 +50,7 @@ def ours(setting: Setting, rows: int, angle_TR: Tensor, label: Tensor) -> Calls:
     rest = *gammas, rows // 2, torch.arange(rows, device=setting.device), angle_TR.cos(), angle_TR.sin(), EPS
     hidden = setting.normal(len(label), width, key="liger hidden")
     weight = setting.normal(words, width, key="liger head")
-    word_loss = partial(linear_cross_entropy, label_K=label, engine="triton")
+    word_loss = partial(linear_cross_entropy, label_Q=label, engine="triton")
     return {
         "norm": ("norm", lambda x, gamma: rms_norm(x, gamma, gamma, rows, EPS), [x, gamma]),
         "rotation": ("rope", lambda q, k: (qk_norm_rope(q, *rest), qk_norm_rope(k, *rest)), [q, k]),

@@ -143,5 +143,5 @@ class Rows:
 def rows_of(pack: Pack) -> Rows:
     """The rows as the training loop orders them."""
     layout = build_layout(pack, layout_rows(pack.tokens + CHUNK, CHUNK, 1), CHUNK, 1)
-    token_S = layout.token_R[layout.token_R >= 0]
+    token_S = layout.token_K[layout.token_K >= 0]
     return Rows(pack, token_S, pack.tokens - pack.tokens_gen, pack.codes.take(token_S, token_S))

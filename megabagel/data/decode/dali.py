@@ -172,28 +172,28 @@ def _batch(blobs: Sequence[bytes], device: str, threads: int) -> list[torch.Tens
         return [torch.from_dlpack(image) for image in images.tensors]
 
 
-def _turned(image_HW3: torch.Tensor, turn: int) -> torch.Tensor:
+def _turned(image_hw3: torch.Tensor, turn: int) -> torch.Tensor:
     """The image as it is shown."""
     swap, mirror = _TURNS.get(turn, (False, ()))
-    shown = image_HW3.transpose(0, 1) if swap else image_HW3
+    shown = image_hw3.transpose(0, 1) if swap else image_hw3
     return shown.flip(mirror) if mirror else shown
 
 
-def _view(image_HW3: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    levels = image_HW3.permute(2, 0, 1)
+def _view(image_hw3: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    levels = image_hw3.permute(2, 0, 1)
     if levels.shape[1:] != size:
         levels = resample_floats(levels, size) if levels.is_cuda else resample_bytes(levels, size)
     return unit_range(levels.contiguous())
 
 
-def resample_bytes(levels_3HW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resample_bytes(levels_3hw: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """uint8 at another size, on the CPU: torch too resamples rows first and rounds in between."""
-    return F.interpolate(levels_3HW[None], size, mode="bicubic", antialias=True)[0]
+    return F.interpolate(levels_3hw[None], size, mode="bicubic", antialias=True)[0]
 
 
-def resample_floats(levels_3HW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resample_floats(levels_3hw: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """The same in float32, for GPUs, where torch does not resample uint8: whole levels after each pass."""
-    for step in ((levels_3HW.shape[1], size[1]), size):
-        levels = F.interpolate(levels_3HW[None].float(), step, mode="bicubic", antialias=True)[0]
-        levels_3HW = levels.round_().clamp_(0, 255)
-    return levels_3HW
+    for step in ((levels_3hw.shape[1], size[1]), size):
+        levels = F.interpolate(levels_3hw[None].float(), step, mode="bicubic", antialias=True)[0]
+        levels_3hw = levels.round_().clamp_(0, 255)
+    return levels_3hw

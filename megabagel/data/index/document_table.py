@@ -1,6 +1,6 @@
 """Documents as records of fixed size, what an index holds in memory and on disk: 37 bytes per item, 8 per document.
 
-D: documents, I: items of all documents one after another, B: bytes of all keys or texts one after another.
+Items of all documents, and bytes of all keys and texts, lie one after another.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ ITEM = np.dtype(
         ("wide", "<i4"),  # width of an image
         ("crc", "<u4"),  # CRC-32 of the bytes of an image, or of a text in UTF-8
         ("file", "<i4"),  # number of the shard (0 in a table of one shard), or _INLINE or _LOOSE
-        ("at", "<i8"),  # byte in the shard or in texts_B; of a cell: row group and row
+        ("at", "<i8"),  # byte in the shard or in texts; of a cell: row group and row
         ("size", "<i8"),  # bytes there
         (
             "part",
@@ -31,7 +31,7 @@ ITEM = np.dtype(
 )
 """An item: what it is and where it lies."""
 
-TYPES = {"documents_D": DOCUMENT, "items_I": ITEM, "keys_B": np.dtype("<u1"), "texts_B": np.dtype("<u1")}
+TYPES = {"documents": DOCUMENT, "items": ITEM, "keys": np.dtype("<u1"), "texts": np.dtype("<u1")}
 """Types of the arrays of a table."""
 
 _ROLES: tuple[Role | None, ...] = (None, "condition", "target", "look")
@@ -53,32 +53,32 @@ Row = tuple[int, int, int, int, int, int, int, int]
 class Table:
     """The documents of one shard, or of several, see `joined`."""
 
-    documents_D: np.ndarray
-    items_I: np.ndarray
-    keys_B: np.ndarray
-    texts_B: np.ndarray
+    documents: np.ndarray
+    items: np.ndarray
+    keys: np.ndarray
+    texts: np.ndarray
     """Short texts, and paths of images that are files of their own."""
 
     def __len__(self) -> int:
-        return len(self.documents_D)
+        return len(self.documents)
 
     @cached_property
-    def first_D(self) -> np.ndarray:
-        """[D + 1] int64: the first item of every document."""
-        return _starts(self.documents_D["items"])
+    def first(self) -> np.ndarray:
+        """[documents + 1] int64: the first item of every document."""
+        return _starts(self.documents["items"])
 
     @cached_property
-    def key_at_D(self) -> np.ndarray:
-        """[D + 1] int64: the first byte of every key."""
-        return _starts(self.documents_D["key_bytes"])
+    def key_at(self) -> np.ndarray:
+        """[documents + 1] int64: the first byte of every key."""
+        return _starts(self.documents["key_bytes"])
 
     def chosen(self, numbers: np.ndarray) -> "Table":
         """The table of some documents alone; `numbers`: int64, rising."""
-        chosen_D = np.zeros(len(self), bool)
-        chosen_D[numbers] = True
-        items_I = self.items_I[np.repeat(chosen_D, self.documents_D["items"])]
-        keys_B = self.keys_B[np.repeat(chosen_D, self.documents_D["key_bytes"])]
-        return Table(self.documents_D[chosen_D], items_I, keys_B, self.texts_B)
+        selected = np.zeros(len(self), bool)
+        selected[numbers] = True
+        items = self.items[np.repeat(selected, self.documents["items"])]
+        keys = self.keys[np.repeat(selected, self.documents["key_bytes"])]
+        return Table(self.documents[selected], items, keys, self.texts)
 
     def document(self, number: int) -> Document:
         """One document; roles are as declared."""
@@ -86,11 +86,11 @@ class Table:
 
     def rows(self, number: int) -> list[Row]:
         """The items of one document as numbers."""
-        return self.items_I[self.first_D[number] : self.first_D[number + 1]].tolist()
+        return self.items[self.first[number] : self.first[number + 1]].tolist()
 
     def key(self, number: int) -> str:
         """The key of one document."""
-        return self.keys_B[self.key_at_D[number] : self.key_at_D[number + 1]].tobytes().decode()
+        return self.keys[self.key_at[number] : self.key_at[number + 1]].tobytes().decode()
 
     def item(self, row: Row, role: Role | None) -> Item:
         """An item in a role."""
@@ -114,7 +114,7 @@ class Table:
         return TextItem(high, source, role, further, kind >> _JOINED_SHIFT & 3)  # type: ignore[arg-type]
 
     def _text(self, at: int, size: int) -> str:
-        return self.texts_B[at : at + size].tobytes().decode()
+        return self.texts[at : at + size].tobytes().decode()
 
 
 def declared_role(row: Row) -> Role | None:
@@ -198,12 +198,12 @@ def joined(tables: Sequence[Table]) -> Table:
     """One table of the documents of several shards, whose numbers enter it."""
     parts = {name: [getattr(table, name) for table in tables] for name in TYPES}
     joint = Table(**{name: np.concatenate(arrays) for name, arrays in parts.items()})
-    counts = [len(table.items_I) for table in tables]
-    shard_I = np.repeat(np.arange(len(tables), dtype=np.int32), counts)
-    texts_I = np.repeat(_starts([len(table.texts_B) for table in tables])[:-1], counts)
-    in_shard_I = joint.items_I["file"] == 0
-    joint.items_I["file"][in_shard_I] = shard_I[in_shard_I]
-    joint.items_I["at"][~in_shard_I] += texts_I[~in_shard_I]
+    counts = [len(table.items) for table in tables]
+    shard = np.repeat(np.arange(len(tables), dtype=np.int32), counts)
+    text_start = np.repeat(_starts([len(table.texts) for table in tables])[:-1], counts)
+    in_shard = joint.items["file"] == 0
+    joint.items["file"][in_shard] = shard[in_shard]
+    joint.items["at"][~in_shard] += text_start[~in_shard]
     return joint
 
 

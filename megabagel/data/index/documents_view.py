@@ -118,7 +118,7 @@ Arrangement = tuple[tuple[int, Role | None], ...]
 
 def usable(table: Table, task: Task) -> tuple[np.ndarray, list[tuple[int, SampleError]]]:
     """Numbers of the documents that suit the task, and the other ones with what is wrong with each."""
-    kinds, first = (table.items_I["kind"] & MEANING).tobytes(), table.first_D.tolist()
+    kinds, first = (table.items["kind"] & MEANING).tobytes(), table.first.tolist()
     faults: dict[bytes, SampleError | None] = {}
     unusable = []
     for number in range(len(table)):
@@ -152,9 +152,9 @@ def _arrangement(task: Task, document: Document) -> Arrangement:
 def _digest(table: Table, numbers: np.ndarray) -> str:
     """SHA-256, shortened, of what the documents are, without where they lie."""
     chosen = table.chosen(numbers)
-    items_I = chosen.items_I
-    digest = hashlib.sha256(chosen.documents_D.tobytes())
-    for column in (items_I["kind"] & MEANING, items_I["high"], items_I["wide"], items_I["crc"]):
+    items = chosen.items
+    digest = hashlib.sha256(chosen.documents.tobytes())
+    for column in (items["kind"] & MEANING, items["high"], items["wide"], items["crc"]):
         digest.update(column.tobytes())
-    digest.update(chosen.keys_B.tobytes())
+    digest.update(chosen.keys.tobytes())
     return digest.hexdigest()[:32]

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Raised whenever a scan of the same shard would find something else, or is written in another way."""
+ON_DISK = {"documents": "documents_D", "items": "items_I", "keys": "keys_B", "texts": "texts_B"}
+"""Names of a table's arrays in the header of format 2."""
 
 FOLDER = ".index"
 
@@ -123,7 +125,7 @@ def save(path: Path, scan: Scan) -> None:
     fields = {
         "state": astuple(scan.state),
         "skipped": [astuple(skip) for skip in scan.skipped],
-        "lengths": {name: len(column) for name, column in columns.items()},
+        "lengths": {ON_DISK[name]: len(column) for name, column in columns.items()},
         "sha256": hashlib.sha256(body).hexdigest(),
     }
     try:
@@ -135,7 +137,7 @@ def save(path: Path, scan: Scan) -> None:
 def _unpack(fields: Mapping[str, Any], body: bytes) -> Scan:
     columns, offset = {}, 0
     for name, kind in TYPES.items():
-        columns[name] = np.frombuffer(body, kind, fields["lengths"][name], offset)
+        columns[name] = np.frombuffer(body, kind, fields["lengths"][ON_DISK[name]], offset)
         offset += columns[name].nbytes
     return Scan(Table(**columns), tuple(Skip(*skip) for skip in fields["skipped"]), State(*fields["state"]))
 

@@ -24,9 +24,9 @@ def survey(index: Index, title: str, named: int | None) -> str:
 
 def _items(documents: Documents) -> list[str]:
     """Texts and images of the samples that are used; every wording and every frame counts."""
-    items_I = documents.table.chosen(documents.numbers).items_I
-    is_image = (items_I["kind"] & IMAGE).astype(bool)
-    texts, images = items_I[~is_image], items_I[is_image]
+    items = documents.table.chosen(documents.numbers).items
+    is_image = (items["kind"] & IMAGE).astype(bool)
+    texts, images = items[~is_image], items[is_image]
     lines = []
     if len(texts):
         ids = texts["high"]

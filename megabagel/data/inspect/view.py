@@ -217,5 +217,5 @@ def _images(
 
 
 def _levels(pixels: torch.Tensor) -> np.ndarray:
-    """[3, H, W] in [-1, 1] as uint8 [H, W, 3]."""
+    """[3, h, w] in [-1, 1] as uint8 [h, w, 3]."""
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()

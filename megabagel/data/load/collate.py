@@ -141,7 +141,7 @@ class Filler:
     def _moments(
         self, task: Task, images: Sequence[VaeImage], cache: LatentCache
     ) -> tuple[list[torch.Tensor], tuple[LostImage, ...]]:
-        """The codec's moments of images [M, h, w]; NaN for one that cannot be had."""
+        """The codec's moments of images [C, h, w]; NaN for one that cannot be had."""
         stride, cells = self.config.model.latent_stride, self.config.model.latent_patch
         moments, lost = [], []
         for image in images:

@@ -5,7 +5,7 @@ training still draws its own latents. An image is found by the digest of its fil
 it lies in: a cache outlives other tokenizers and tasks, and an image that is in two sources is in it once.
 
     OUT/manifest.json                  what the cache is valid for
-    OUT/latents-000000.safetensors     "<digest>-<height>x<width>": [M, height / downsample, width / downsample]
+    OUT/latents-000000.safetensors     "<digest>-<height>x<width>": [C, height / downsample, width / downsample]
 """
 
 import hashlib
@@ -53,7 +53,7 @@ class LatentCache:
     shards: Mapping[str, str]
 
     def read(self, blob: bytes, height: int, width: int) -> Tensor:
-        """float32 [M, h, w] of an image file at a training size.
+        """float32 [C, h, w] of an image file at a training size.
 
         Raises:
             SampleError: the cache has no such image: it could not be decoded, or its file has changed since.
@@ -118,7 +118,7 @@ def write_latents(
     """Write the moments of every image that training encodes, except those that the cache has; may be interrupted.
 
     Args:
-        moments: [1, 3, H, W] in [-1, 1] -> float32 [1, M, h, w].
+        moments: [1, 3, h, w] in [-1, 1] -> float32 [1, C, h, w].
         codec: fingerprint, and M.
         precision: bf16 halves the cache and rounds every moment to 8 significant bits.
 

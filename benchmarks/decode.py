@@ -3,7 +3,7 @@
     python benchmarks/decode.py [--images 24] [--rounds 5] [--out FOLDER]
 
 Every rival gets the same files (sides of 512 to 1024 pixels; JPEG of quality 90, PNG) and the same
-sizes: the VAE view (512 to 1024, stride 16) and the ViT view (224 to 518, stride 14; bagel-reference section 14). The
+sizes: the VAE view (512 to 1024, stride 16) and the ViT view (224 to 518, stride 14; docs/bagel.md#image-sizes). The
 official recipe is Pillow and the arithmetic of torchvision's ToTensor and Normalize, one decode, two resizes.
 
 Rounds alternate between the rivals, so that all meet the same load of the machine. CPU seconds are those of the whole

@@ -1,4 +1,4 @@
-"""The packer and the released one (bagel-reference section 12) on the same samples, simulated for many ranks.
+"""The packer and the released one (docs/bagel.md#packing) on the same samples, simulated for many ranks.
 
     python benchmarks/packing.py [--real examples/configs/real.yaml] [--out benchmarks/results]
 
@@ -126,7 +126,7 @@ class Packed:
 
 
 def official(config: Config, sources: Sequence[Source], packs: int, rank: int) -> Packed:
-    """The released packer for one rank (bagel-reference section 12), on its own stream of samples.
+    """The released packer for one rank (docs/bagel.md#packing), on its own stream of samples.
 
     Length is estimated before dropout. Mandatory groups: the first source that generates and the first that looks.
     """

@@ -14,7 +14,7 @@ from PIL import Image
 
 from megabagel.config.load import load
 from tests.checkpoint.hf.test_parts import Parts
-from tests.support.parity_files import FOLDER as CASES
+from tests.support.parity_files import stem
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
@@ -146,7 +146,7 @@ def test_commands_about_the_official_model_run(data_root: Path, tmp_path: Path) 
     run("train", config, f"run.dir={tmp_path / 'RUN'}", *options)
     run("export-hf", first, "BAGEL-7B-MoT")
     Parts(tmp_path).write("Qwen2.5-7B", "siglip2", "ae.safetensors")
-    ran = []
+    ran, case = [], str(stem("train_01_text_only"))
     for wanted in OFFICIAL:
         for command in (command for command in COMMANDS if wanted in command):
             words = [word.replace("step_00000100", first.name) for word in shlex.split(command)[1:]]
@@ -154,12 +154,11 @@ def test_commands_about_the_official_model_run(data_root: Path, tmp_path: Path) 
                 words[-1] = "from-parts"
             if wanted == "export-hf":
                 words = [f"{word}-{len(ran)}" if word == "OUT" else word for word in words]
-            if "CASE" in words and not CASES.is_dir():
-                continue  # they are not part of this repository
-            words = [{"CONFIG": str(config), "CASE": str(CASES / "train_04_edit")}.get(word, word) for word in words]
+            words = [{"CONFIG": str(config), "CASE": case}.get(word, word) for word in words]
+            words = [str(ROOT / word) if word.startswith("tests/") else word for word in words]
             run(*words, *(["run.dir=next", *options] if words[0] == "train" else ()))
             ran.append(wanted)
-    assert set(ran) >= set(OFFICIAL) - (set() if CASES.is_dir() else {"parity"})
+    assert set(ran) >= set(OFFICIAL)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Torch references of rectified flow on latent tokens (BAGEL section 2.1; bagel-reference section 9).
+"""Torch references of rectified flow on latent tokens (BAGEL section 2; docs/bagel.md#flow-time).
 
 Letters: G rows of latent tokens, C numbers of each, I images.
 """

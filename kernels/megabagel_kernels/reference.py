@@ -1,8 +1,8 @@
 """Torch references of the kernels around the linears: norms by expert, rotary embedding, SwiGLU, word loss.
 
 Statistics are fp32 (fp64 for fp64 arguments), results have the type of the first argument. bf16 is rounded where the
-released model rounds it: a norm before its gamma and after, SwiGLU after silu and at its end (bagel-reference section
-8). Tests and benchmarks share them; they are the definition, written to be read.
+released model rounds it: a norm before its gamma and after, SwiGLU after silu and at its end
+(docs/bagel.md#layer). Tests and benchmarks share them; they are the definition, written to be read.
 
 Letters: T rows, the first `border` of the understanding expert and the rest of the generation expert; W width of a
 norm, N heads, H channels of a head, R = H / 2 rotary frequencies, P positions of a table, F width of an MLP, K rows
@@ -17,7 +17,7 @@ from torch.nn import functional
 def add_rms_norm(
     x_TW: Tensor, residual_TW: Tensor, und_W: Tensor, gen_W: Tensor, border: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(residual + x, its RMS norm with the gamma of each row's expert), both [T, W] (bagel-reference section 8)."""
+    """(residual + x, its RMS norm with the gamma of each row's expert), both [T, W] (docs/bagel.md#layer)."""
     total_TW = (residual_TW.to(_wide(x_TW)) + x_TW).to(x_TW.dtype)
     return total_TW, rms_norm(total_TW, und_W, gen_W, border, eps)
 

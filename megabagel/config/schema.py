@@ -92,7 +92,7 @@ class ModelConfig:
     rope_base: float = 1e6
     rope_precision: Literal["fp32", "bf16"] = "fp32"
     """Type of the rotary frequencies. bf16 is what FSDP's buffer cast makes of them in the released trainer: up to 1.15
-    rad of phase at position 1000 (bagel-reference section 17); its inference uses fp32. Angles are fp32 in both."""
+    rad of phase at position 1000 (docs/bagel.md#precision); its inference uses fp32. Angles are fp32 in both."""
     init_std: float = 0.02
     visual_und: bool = True
     """Build the ViT tower and connector."""
@@ -168,7 +168,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class ResizeConfig:
-    """Resize rule of one visual branch (bagel-reference section 14): sides become multiples of the branch's stride."""
+    """Resize rule of one visual branch (docs/bagel.md#image-sizes): sides become multiples of the branch's stride."""
 
     max_size: int = 1024
     min_size: int = 512
@@ -202,7 +202,7 @@ class DataConfig:
     """Conditioning dropout per item kind (BAGEL section 2.3)."""
     dropped_images_advance: bool = True
     """Whether an image that dropout leaves out still moves the RoPE counter by one, as in the released trainer (its
-    inference leaves no such gap; bagel-reference sections 6 and 16). Dropped text never does."""
+    inference leaves no such gap; docs/bagel.md#rope, #contexts). Dropped text never does."""
     vae_resize: ResizeConfig = field(default_factory=ResizeConfig)
     vit_resize: ResizeConfig = field(default_factory=lambda: ResizeConfig(max_size=518, min_size=224))
     decode: Literal["auto", "host", "dali"] = "auto"
@@ -222,7 +222,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation (BAGEL table 3; bagel-reference section 11)."""
+    """Optimisation (BAGEL table 3; docs/bagel.md#optimizer)."""
 
     steps: int = 100
     seed: int = 0
@@ -247,11 +247,11 @@ class TrainConfig:
     timestep_shift: float = 1.0
     timestep_precision: Literal["fp32", "bf16"] = "fp32"
     """Type in which timesteps are shifted. bf16 is what FSDP's casts make of them in the released code: t then has 8
-    significant bits (bagel-reference section 17)."""
+    significant bits (docs/bagel.md#precision)."""
     loss_normalization: Literal["global_batch", "micro_step"] = "global_batch"
     """What losses are divided by. `global_batch`: the loss tokens of the whole step, so that a step does not depend on
     how its packs are spread over micro-batches and ranks. `micro_step`: as released, the loss tokens of one micro-batch
-    of all data-parallel ranks, then averaged over micro-batches (bagel-reference section 10): tokens weigh more in
+    of all data-parallel ranks, then averaged over micro-batches (docs/bagel.md#losses): tokens weigh more in
     micro-batches that have few, and the curve depends on the data-parallel size."""
     freeze: tuple[Literal["llm", "vit", "connector", "latent", "und"], ...] = ()
     """Weights that do not learn. `llm`: the language model with embedding and head, both experts (freeze_llm). `vit`:

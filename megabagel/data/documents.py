@@ -133,7 +133,7 @@ def assign_roles(task: Task, document: Document) -> Document:
     t2i: caption (condition), image (target). i2t: image (look), caption (target), or a conversation as declared, whose
     images are looked at. edit: the first image is a condition, all others are targets; texts are conditions unless
     declared a target. video: texts (condition), then frames (target). text: texts are targets unless declared a
-    condition. interleave: roles as declared (bagel-reference section 5). Assigning a task twice changes nothing.
+    condition. interleave: roles as declared (docs/bagel.md#tasks). Assigning a task twice changes nothing.
 
     Raises:
         SampleError: the document does not suit the task; the reason starts with the task's name.

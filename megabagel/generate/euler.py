@@ -84,7 +84,7 @@ class EulerSampler:
         return {prompt: self._picture(tokens) for prompt, tokens in zip(prompts, x_LZ.split(size), strict=True)}
 
     def _times(self) -> list[float]:
-        """Grid points from 1 to 0, shifted as in training (bagel-reference section 16)."""
+        """Grid points from 1 to 0, shifted as in training (docs/bagel.md#sampler)."""
         shift = self.config.train.timestep_shift
         even = np.linspace(1, 0, self.config.telemetry.sample_steps + 1)
         return [float(shifted(t, shift)) for t in even]

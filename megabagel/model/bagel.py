@@ -1,4 +1,4 @@
-"""The model, whole or one pipeline stage of it: inputs, layers, heads (BAGEL section 2; bagel-reference section 8).
+"""The model, whole or one pipeline stage of it: inputs, layers, heads (BAGEL section 2; docs/bagel.md#layer).
 
 Shape letters: docs/notation.md. A stage owns the layers it is given by their number in the whole model, so a
 parameter's name does not depend on how the model is cut.

@@ -1,4 +1,4 @@
-"""Timesteps of rectified flow and their embedding (bagel-reference sections 8 and 9)."""
+"""Timesteps of rectified flow and their embedding (docs/bagel.md#flow-time, #layer)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Which weights a stage of training leaves alone (BAGEL section 4.2; bagel-reference section 11)."""
+"""Which weights a stage of training leaves alone (BAGEL section 4; docs/bagel.md#freezing)."""
 
 import re
 from collections.abc import Collection

@@ -60,6 +60,6 @@ def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
 def _constant(name: str) -> float | None:
     """What every number of a tensor starts as, unless they are drawn."""
     *_, module, leaf = f".{name}".split(".")
-    if leaf.endswith("bias") or module.startswith("llm2vae"):  # the velocity head starts at zero (bagel-reference 2)
+    if leaf.endswith("bias") or module.startswith("llm2vae"):  # llm2vae: docs/bagel.md#initial-weights
         return 0.0
     return 1.0 if "norm" in name else None

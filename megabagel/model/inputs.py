@@ -49,7 +49,7 @@ class LatentInputs:
     x_t_gZ: torch.Tensor
     """[g, Z] fp32; zeros in padding."""
     target_gZ: torch.Tensor
-    """[g, Z] fp32: the velocity eps - x_0 (bagel-reference section 9)."""
+    """[g, Z] fp32: the velocity eps - x_0 (docs/bagel.md#flow-time)."""
     weight_g: torch.Tensor
     """[g] fp32: 1 for rows with flow loss, else 0."""
     grid_g: torch.Tensor

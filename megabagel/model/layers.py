@@ -1,4 +1,4 @@
-"""The Mixture-of-Transformers layer and its dense and MoE variants (BAGEL sections 2.1 and 2.4; bagel-reference 1, 8).
+"""The Mixture-of-Transformers layer and its dense and MoE variants (BAGEL section 2.4; docs/bagel.md#layer-kinds).
 
 Shape letters: docs/notation.md.
 
@@ -23,7 +23,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: statistics in fp32, cast to the input's type, then times weight (bagel-reference 8)."""
+    """Root-mean-square norm: statistics in fp32, cast to the input's type, then times weight (docs/bagel.md#layer)."""
 
     def __init__(self, width: int, eps: float, kernels: Kernels) -> None:
         super().__init__()

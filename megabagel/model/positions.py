@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def sincos_table(dim: int, grid: int) -> Tensor:
-    """The frozen table [grid * grid, dim] float32 that is added to visual tokens (bagel-reference section 6).
+    """The frozen table [grid * grid, dim] float32 that is added to visual tokens (docs/bagel.md#position-tables).
 
     Row `r * grid + c` is concat(s(c), s(r)): the first half encodes the column. s(p) = concat(sin(p w), cos(p w)) with
     w_i = 10000 ** (-i / (dim / 4)), computed in float64. `dim` is a multiple of 4.
@@ -27,7 +27,7 @@ def rope_tables(positions_T: Tensor, head_dim: int, base: float, precision: str 
     """Cosines and sines [T, head_dim] float32 of the rotary angles; both halves of a row hold the same numbers.
 
     The angles are float32 products, position times base ** (-2 i / head_dim), as in pretraining: at long positions a
-    more exact angle would be another angle (bagel-reference section 6). `precision` is that of the frequencies.
+    more exact angle would be another angle (docs/bagel.md#rope). `precision` is that of the frequencies.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device) / head_dim
     frequencies = 1.0 / base**exponents

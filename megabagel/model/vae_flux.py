@@ -1,6 +1,6 @@
 """Codec `flux`: the FLUX autoencoder, under the tensor names of its published file `ae.safetensors`.
 
-A convolutional autoencoder with one attention block in the middle of each half (bagel-reference section 2). Nothing in
+A convolutional autoencoder with one attention block in the middle of each half (docs/bagel.md#vae). Nothing in
 it branches, so both halves are written as sequences of named parts: the nesting of names is the nesting of modules.
 
 Shape letters: docs/notation.md. Level i has width * width_multipliers[i] channels.
@@ -165,7 +165,7 @@ def _check_shapes(path: Path, autoencoder: nn.Module, tensors: dict[str, Tensor]
 
 
 class FluxCodec:
-    """The codec: x_0 = scale * (z - shift) with z drawn from the posterior (bagel-reference section 9)."""
+    """The codec: x_0 = scale * (z - shift) with z drawn from the posterior (docs/bagel.md#vae)."""
 
     def __init__(self, config: VaeConfig, autoencoder: Autoencoder) -> None:
         self.channels, self.downsample = config.channels, config.downsample

@@ -1,4 +1,4 @@
-"""The ViT tower (SigLIP layout, NaViT packing) and its connector (BAGEL section 2.2; bagel-reference sections 1, 8).
+"""The ViT tower (SigLIP layout, NaViT packing) and its connector (BAGEL section 2.2; docs/bagel.md#vit).
 
 Shape letters: docs/notation.md. Row counts are small beside the language model's, so the tower is split by heads and
 MLP width but not by rows.

@@ -1,6 +1,6 @@
 """FLOP count of packs, from sizes alone, in the two conventions in use.
 
-official: what the released trainer reports (bagel-reference section 19): 6 x parameters of one branch, embedding and
+official: what the released trainer reports (docs/bagel.md#flops): 6 x parameters of one branch, embedding and
 head per token, attention by the square of each sample's length, no credit for the mask.
 masked-pair: the same, attention by exactly visible (query, key) pairs.
 Both are forward plus backward of the language model. ViT and VAE work is counted beside them; recompute never is.

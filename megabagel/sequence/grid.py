@@ -1,4 +1,4 @@
-"""Ids of the cells of a 2-D grid: rows of the position tables (bagel-reference section 6)."""
+"""Ids of the cells of a 2-D grid: rows of the position tables (docs/bagel.md#position-tables)."""
 
 import numpy as np
 

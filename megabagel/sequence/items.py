@@ -1,4 +1,4 @@
-"""Items: what a sample is made of, in order, as sizes (bagel-reference sections 5 and 6).
+"""Items: what a sample is made of, in order, as sizes (docs/bagel.md#samples).
 
 An item names its content by a slot (which text or image of the document) and says how large it is. Every item becomes
 one segment of the attention rule; a clip of several frames shares one.
@@ -80,7 +80,7 @@ DELIMITERS = 2
 """Every text and image is bracketed by two special tokens."""
 
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
-"""Start and end of a text, start and end of an image (bagel-reference section 4)."""
+"""Start and end of a text, start and end of an image (docs/bagel.md#special-tokens)."""
 
 
 def item_tokens(item: Item) -> int:

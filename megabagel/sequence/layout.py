@@ -1,4 +1,4 @@
-"""Compact [und | gen] layout of a pack, dealt to context-parallel ranks (architecture, ideas 2 and 3).
+"""Compact [und | gen] layout of a pack, dealt to context-parallel ranks (docs/architecture.md#five-ideas).
 
 Shape letters: docs/notation.md. Here T is the number of rows of one rank, K that of all ranks together.
 

@@ -9,7 +9,7 @@ def choose_pack(tokens: Sequence[int], min_tokens: int, max_tokens: int) -> list
     """Indices of the window's samples that form the next pack, oldest first.
 
     The oldest sample is always taken, then every further one that fits, until `min_tokens` are reached: none starves
-    and none is lost, unlike the released packer (bagel-reference sections 12 and 19). Every sample must fit by itself
+    and none is lost, unlike the released packer (docs/bagel.md#packing). Every sample must fit by itself
     (tokens <= max_tokens). The pack holds fewer than `min_tokens` only if the window has nothing that fits.
     """
     chosen, total = [], 0

@@ -1,4 +1,4 @@
-"""Pictures as rows of patches and back: the same cut for ViT pixels and for latents (bagel-reference sections 2, 8).
+"""Pictures as rows of patches and back: the same cut for ViT pixels and for latents (docs/bagel.md#vit, #vae).
 
 Shape letters: docs/notation.md. A patch has p cells per side and Z = p * p * C numbers.
 """

@@ -1,4 +1,4 @@
-"""Sample plan: from items to segments, RoPE ids, loss rows and noise draws (bagel-reference sections 5, 6, 9, 13)."""
+"""Sample plan: from items to segments, RoPE ids, loss rows and noise draws (docs/bagel.md#samples, #rope, #flow-time)."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -85,7 +85,7 @@ def plan_sample(items: list[Item], key: SampleKey, dropout: Dropout, advance_dro
 
 
 def dropped_items(items: list[Item], key: SampleKey, dropout: Dropout) -> set[int]:
-    """Numbers of the items that conditioning dropout leaves out (bagel-reference section 13)."""
+    """Numbers of the items that conditioning dropout leaves out (docs/bagel.md#conditioning-dropout)."""
     return {
         index
         for index, item in enumerate(items)
@@ -96,8 +96,8 @@ def dropped_items(items: list[Item], key: SampleKey, dropout: Dropout) -> set[in
 def lay_out(items: list[Item], key: SampleKey, dropped: Collection[int], advance_dropped: bool = True) -> SamplePlan:
     """Lay out one sample without the items whose numbers are in `dropped`.
 
-    A dropped image still moves the RoPE counter by one when `advance_dropped` (the released code does; bagel-reference
-    section 6); dropped text never moves it.
+    A dropped image still moves the RoPE counter by one when `advance_dropped` (the released code does;
+    docs/bagel.md#rope); dropped text never moves it.
     """
     plan = SamplePlan(key)
     kinds, positions, losses = [], [], []

@@ -1,4 +1,4 @@
-"""Learning rate by step (bagel-reference section 11)."""
+"""Learning rate by step (docs/bagel.md#learning-rate)."""
 
 import math
 

@@ -29,7 +29,7 @@ class Counts:
 
 
 def denominators(config: TrainConfig, micro_steps: Sequence[Sequence[Pack | Size]]) -> list[Counts]:
-    """What the summed losses of each micro-step are divided by (bagel-reference section 10).
+    """What the summed losses of each micro-step are divided by (docs/bagel.md#losses).
 
     micro_steps: the packs, or their sizes, that all data-parallel ranks run at the same time, for each turn of a step.
     """

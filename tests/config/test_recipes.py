@@ -134,7 +134,7 @@ AS_RELEASED = {
     "checkpoint.every": 2000,
     "telemetry.log_every": 10,
 }
-"""The released trainer's defaults, and its example's image sizes (bagel-reference sections 10 to 14, 17, 18)."""
+"""The released trainer's defaults, and its example's image sizes (docs/bagel.md#paper-and-release, #image-sizes)."""
 
 AS_FINETUNED = {
     **AS_RELEASED,
@@ -220,7 +220,7 @@ def test_recipes_name_the_files_of_the_published_model(name: str, tmp_path: Path
 
 
 def parameters(hidden: int, kv: int, ffn: int, vocab: int, qk_norm: bool) -> int:
-    """Numbers in the published file by its table of names and shapes (bagel-reference section 2); 28 layers."""
+    """Numbers in the published file by its table of names and shapes (docs/bagel.md#tensor-names); 28 layers."""
 
     def linear(inputs: int, outputs: int) -> int:
         return inputs * outputs + outputs

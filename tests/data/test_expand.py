@@ -1,4 +1,4 @@
-"""Which token sets every image of a document gets, and in which order (bagel-reference section 5)."""
+"""Which token sets every image of a document gets, and in which order (docs/bagel.md#tasks)."""
 
 from collections import Counter
 

@@ -68,7 +68,7 @@ def stop(module: nn.Module, cut: Callable[[Any], Any] = lambda x: x.detach()) ->
 
 
 def released(model: Bagel, inside: bool) -> Bagel:
-    """The released code's `freeze_und`, detach by detach (bagel-reference section 11); `inside` the layers or not."""
+    """The released code's `freeze_und`, detach by detach (docs/bagel.md#freezing); `inside` the layers or not."""
     stop(model.embed, lambda hidden: replace(hidden, und_uD=hidden.und_uD.detach()))
     stop(model.heads.norm, lambda both: (both[0].detach(), both[1]))
     for layer in model.layers.values() if inside else ():

@@ -75,7 +75,7 @@ def test_scores_depend_on_distance_only_and_bf16_is_rotated_in_float32():
 
 
 def test_frequencies_in_bf16_are_those_of_the_released_trainer():
-    """Up to 1.15 rad of phase at position 1000, at the width of a BAGEL head (bagel-reference section 17)."""
+    """Up to 1.15 rad of phase at position 1000, at the width of a BAGEL head (docs/bagel.md#precision)."""
     position = torch.tensor([1000])
     exact, rounded = (rope_tables(position, 128, 1e6, precision) for precision in ("fp32", "bf16"))
     turned = torch.atan2(rounded[1], rounded[0]) - torch.atan2(exact[1], exact[0])

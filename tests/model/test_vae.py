@@ -21,6 +21,7 @@ from megabagel.model.noise import normal
 from megabagel.model.vae import build_codec
 from megabagel.model.vae_blocks import BlockCodec, dct_matrix, zigzag
 from megabagel.model.vae_flux import Autoencoder, FluxCodec, load_autoencoder
+from tests.support.parity_files import needs
 
 TINY = VaeConfig(codec="flux", channels=3, downsample=4, width=32, width_multipliers=(1, 2, 2), res_blocks=1)
 
@@ -224,6 +225,7 @@ def test_unreadable_flux_weights_are_one_clear_message(weight_file, tmp_path, da
         build_codec(replace(TINY, path=str(path)))
 
 
+@needs("prim_02_tiny_vae")
 def test_official_numbers(golden, tmp_path):
     tensors, about = golden("prim_02_tiny_vae")
     shape = about["vae"]

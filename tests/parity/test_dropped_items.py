@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 
 from tests.support import seeded_bugs
-from tests.support.parity_command import FOLDER, About, Entries, needs_cases, parity, written
+from tests.support.parity_command import TEXT_ONLY, About, Entries, parity, written
+from tests.support.parity_files import stem
 from tests.support.rank_pool import RankPool
-
-pytestmark = needs_cases
 
 BOS, EOS, START, END = 244, 245, 246, 247
 
@@ -76,7 +75,8 @@ def by_hand() -> Entries:
 
 
 def test_a_dropped_item_leaves_no_tokens_and_a_dropped_image_moves_the_counter(ranks: RankPool, tmp_path: Path) -> None:
-    config = json.loads((FOLDER / "train_04_edit.json").read_text())["config"]
+    config = json.loads(stem(TEXT_ONLY).with_suffix(".json").read_text())["config"]
+    config |= {"visual_und": True, "visual_gen": True}
     about = {"config": config, "samples": SAMPLES, "dropout": PROBABILITIES, "dropout_draws": DRAWS}
     words = [written(tmp_path / "train_dropout", by_hand(), about), "--random-weights", "--time", "1"]
     outcome = ranks.run(1, parity, words)[0]

@@ -20,10 +20,9 @@ from megabagel.model.sharding import named_pieces
 from megabagel.parity.case import Case, model_config, open_case
 from megabagel.sequence.batch import BatchBuilder
 from megabagel.sequence.rank_rows import RankPlace
-from tests.support.parity_command import FOLDER, TRAIN, needs_cases
+from tests.support.parity_command import TRAIN
+from tests.support.parity_files import stem
 from tests.support.rank_pool import RankPool
-
-pytestmark = needs_cases
 
 NO_GROUP: Any = None
 
@@ -52,7 +51,7 @@ def backward(name: str) -> Found:
     from megabagel.parallel.mesh import Axis, Mesh
     from megabagel.parity.packs import fixed_noise, official_batch, packed_batch
 
-    case, alone = open_case(FOLDER / name), Axis(0, 1, NO_GROUP)
+    case, alone = open_case(stem(name)), Axis(0, 1, NO_GROUP)
     mesh = Mesh(world=alone, tp=alone, pp=alone, cp=alone, dp=alone, tp_cp=alone, dp_cp=alone)
     config = _config(case)
     official = official_batch(case, config.model)

@@ -8,22 +8,21 @@ import torch
 
 from tests.support.parity_command import (
     DP2,
-    FOLDER,
+    EDIT,
     PRIM,
+    TEXT_ONLY,
     About,
     Change,
     Entries,
     changed,
-    needs_cases,
     parity,
     paths,
     without_weights,
 )
+from tests.support.parity_files import needs, stem
 from tests.support.rank_pool import RankPool
 
-pytestmark = needs_cases
-
-CASE = "train_04_edit"
+CASE = TEXT_ONLY
 UP = "language_model.model.layers.1.mlp.up_proj.weight"
 TABLE = "latent_pos_embed.pos_embed"
 
@@ -45,13 +44,14 @@ def wrong_weights(entries: Entries, about: About) -> None:
     entries["vae2llm.bias"] = entries["vae2llm.bias"].to(torch.int8)
 
 
+@needs(EDIT)
 @pytest.mark.parametrize(
     "change, said",
     [
         (
             wrong_weights,
             [
-                f"{CASE}.safetensors: 4 tensors do not fit",
+                f"{EDIT}.safetensors: 4 tensors do not fit",
                 f"{UP}: [5, 64]",
                 "expected [96, 64]",
                 "layers.9.mlp.up_proj.weight: unexpected, [2]",
@@ -64,19 +64,19 @@ def wrong_weights(entries: Entries, about: About) -> None:
             [f"{TABLE}: [16, 64]", "expected [144, 64]", "max_latent_size 4"],
         ),
         (lambda entries, about: entries[TABLE][30].add_(0.5), [f"{TABLE}: row 30 is 0.5 off"]),
-        (without_weights, [f"{CASE}.safetensors: holds no weights", "--random-weights"]),
+        (without_weights, [f"{EDIT}.safetensors: holds no weights", "--random-weights"]),
         (
             lambda entries, about: about["config"]["llm_config"].update(layer_module="Qwen3Layer"),
-            [f"{CASE}.json: layer_module = 'Qwen3Layer'", "Qwen2MoTDecoderLayer"],
+            [f"{EDIT}.json: layer_module = 'Qwen3Layer'", "Qwen2MoTDecoderLayer"],
         ),
         (
             lambda entries, about: about["config"]["llm_config"].update(num_hidden_layers="4"),
             ["model.layers = '4': expected an integer"],
         ),
-        (lambda entries, about: about.pop("config"), [f"{CASE}.json: no entry 'config'"]),
-        (lambda entries, about: about["config"].pop("llm_config"), [f"{CASE}.safetensors", "'llm_config'"]),
-        (lambda entries, about: about.pop("grad_norms_f64"), [f"{CASE}.json: no entry 'grad_norms_f64'"]),
-        (lambda entries, about: about["dropout_draws"].pop(), [f"{CASE}.safetensors", "do not make a train case"]),
+        (lambda entries, about: about.pop("config"), [f"{EDIT}.json: no entry 'config'"]),
+        (lambda entries, about: about["config"].pop("llm_config"), [f"{EDIT}.safetensors", "'llm_config'"]),
+        (lambda entries, about: about.pop("grad_norms_f64"), [f"{EDIT}.json: no entry 'grad_norms_f64'"]),
+        (lambda entries, about: about["dropout_draws"].pop(), [f"{EDIT}.safetensors", "do not make a train case"]),
         (lambda entries, about: about["samples"].pop(), ["packed_text_ids has 73 rows, but its samples make 50"]),
         (lambda entries, about: entries.pop("batch/noise"), ["batch/noise has 0 rows, but its samples make 56"]),
         (
@@ -86,28 +86,28 @@ def wrong_weights(entries: Entries, about: About) -> None:
     ],
 )
 def test_a_case_that_does_not_fit_itself(ranks: RankPool, tmp_path: Path, change: Change, said: list[str]) -> None:
-    message = refused(ranks, changed(CASE, tmp_path, change))
+    message = refused(ranks, changed(EDIT, tmp_path, change))
     assert [part for part in said if part not in message] == [], message
 
 
 @pytest.mark.parametrize("kept", [".json", ".safetensors"])
 def test_one_file_of_the_pair_is_missing(ranks: RankPool, tmp_path: Path, kept: str) -> None:
-    shutil.copy(FOLDER / f"{CASE}{kept}", tmp_path)
+    shutil.copy(f"{stem(CASE)}{kept}", tmp_path)
     missing = {".json": ".safetensors", ".safetensors": ".json"}[kept]
     assert f"{tmp_path / CASE}{missing}: no such file" in refused(ranks, str(tmp_path / f"{CASE}{kept}"))
 
 
 @pytest.mark.parametrize("size", [0, 500, -1])
 def test_a_truncated_file(ranks: RankPool, tmp_path: Path, size: int) -> None:
-    whole = (FOLDER / f"{CASE}.safetensors").read_bytes()
+    whole = stem(CASE).with_suffix(".safetensors").read_bytes()
     (tmp_path / f"{CASE}.safetensors").write_bytes(whole[:size])
-    shutil.copy(FOLDER / f"{CASE}.json", tmp_path)
+    shutil.copy(f"{stem(CASE)}.json", tmp_path)
     assert f"{CASE}.safetensors: not a readable safetensors file" in refused(ranks, str(tmp_path / CASE))
 
 
 @pytest.mark.parametrize("text", [b'{"config": ', b"[1, 2]", b"\xff\xfe{}"])
 def test_damaged_json(ranks: RankPool, tmp_path: Path, text: bytes) -> None:
-    shutil.copy(FOLDER / f"{CASE}.safetensors", tmp_path)
+    shutil.copy(f"{stem(CASE)}.safetensors", tmp_path)
     (tmp_path / f"{CASE}.json").write_bytes(text)
     message = refused(ranks, str(tmp_path / CASE))
     assert f"{CASE}.json: " in message and "JSON" in message and "copy the case again" in message
@@ -115,10 +115,11 @@ def test_damaged_json(ranks: RankPool, tmp_path: Path, text: bytes) -> None:
 
 def test_a_kind_that_nobody_knows(ranks: RankPool, tmp_path: Path) -> None:
     for suffix in (".json", ".safetensors"):
-        shutil.copy(FOLDER / f"{CASE}{suffix}", tmp_path / f"eval_04{suffix}")
+        shutil.copy(f"{stem(CASE)}{suffix}", tmp_path / f"eval_04{suffix}")
     assert "eval_04.safetensors: unknown kind of case" in refused(ranks, str(tmp_path / "eval_04"))
 
 
+@needs(DP2)
 def test_a_trace_needs_its_cases_beside_it(ranks: RankPool, tmp_path: Path) -> None:
     message = refused(ranks, changed(DP2, tmp_path, lambda entries, about: None))
     assert f"{tmp_path}/train_04_edit.safetensors: no such file" in message

@@ -13,24 +13,23 @@ from tests.support.parity_command import (
     ACCUMULATED,
     ACCUMULATED_GLOBAL,
     DP2,
-    FOLDER,
+    EDIT,
     INFER,
     MICRO_STEP,
     PRIM,
-    TRAIN,
+    TEXT_ONLY,
+    TRAIN_AT_HAND,
     About,
     Change,
     Entries,
     Outcome,
     changed,
-    needs_cases,
     parity,
     paths,
     without_weights,
 )
+from tests.support.parity_files import at_hand, needs, stem
 from tests.support.rank_pool import RankPool
-
-pytestmark = needs_cases
 
 
 def alone(ranks: RankPool, *words: str) -> Outcome:
@@ -45,12 +44,12 @@ def rows_by_case(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def keys(name: str) -> set[str]:
-    with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
+    with safe_open(stem(name).with_suffix(".safetensors"), "pt") as file:
         return set(file.keys())
 
 
 def test_every_case_passes_however_it_is_named(ranks: RankPool, tmp_path: Path) -> None:
-    names = [*TRAIN, *PRIM, DP2, ACCUMULATED_GLOBAL]
+    names = [*TRAIN_AT_HAND, *at_hand(*PRIM, DP2, ACCUMULATED_GLOBAL)]
     endings = ["", ".json", ".safetensors"]
     words = [word + endings[number % 3] for number, word in enumerate(paths(*names))]
     outcome = alone(ranks, *words, words[0] + ".json", "--json", str(tmp_path / "all.json"))
@@ -63,7 +62,7 @@ def test_every_case_passes_however_it_is_named(ranks: RankPool, tmp_path: Path) 
         assert {row["verdict"] for row in found.values()} == {"ok"}
         for name, row in found.items():  # everything written is printed, and the other way round
             assert f"{row['max_abs']:9.2e}  {row['max_rel']:9.2e}  {row['rel_l2']:9.2e}" in outcome.out, name
-        about = json.loads((FOLDER / f"{case}.json").read_text())
+        about = json.loads(stem(case).with_suffix(".json").read_text())
         noise = {f"grad/{name}" for name in about.get("grads_roundoff_only", ())}
         noise |= {
             f"{group}/{name}"
@@ -74,6 +73,7 @@ def test_every_case_passes_however_it_is_named(ranks: RankPool, tmp_path: Path) 
         assert expected - noise <= found.keys()
 
 
+@needs(ACCUMULATED)
 def test_accumulation_as_the_released_trainer_does_it(ranks: RankPool) -> None:
     assert alone(ranks, *paths(ACCUMULATED), MICRO_STEP).code == 0
     by_default = alone(ranks, *paths(ACCUMULATED))
@@ -83,16 +83,17 @@ def test_accumulation_as_the_released_trainer_does_it(ranks: RankPool) -> None:
     assert "step 1: lr" not in by_default.failed
 
 
+@needs(DP2)
 def test_a_trace_of_two_ranks_refuses_the_rule_of_micro_steps_on_one(ranks: RankPool) -> None:
     outcome = alone(ranks, *paths(DP2), MICRO_STEP)
     assert outcome.code == 2 and "data-parallel size, 2 in this trace; found 1" in outcome.err
 
 
 def test_generation_is_not_compared_yet(ranks: RankPool, tmp_path: Path) -> None:
-    outcome = alone(ranks, *paths(INFER, TRAIN[1]))
+    outcome = alone(ranks, *paths(INFER, TEXT_ONLY))
     assert outcome.code == 3
-    assert f"{INFER}: not yet" in outcome.err and f"{TRAIN[1]}: all" in outcome.out
-    worse = changed(TRAIN[1], tmp_path, lambda entries, about: entries["expect/mse"].add_(1))
+    assert f"{INFER}: not yet" in outcome.err and f"{TEXT_ONLY}: all" in outcome.out
+    worse = changed(TEXT_ONLY, tmp_path, lambda entries, about: entries["expect/ce"].add_(1))
     assert alone(ranks, *paths(INFER), worse).code == 1, "a row that fails matters more"
 
 
@@ -117,6 +118,7 @@ def a_loss(entries: Entries, about: About) -> None:
     about["loss"]["f32_flex"]["ce"] += 1e-5
 
 
+@needs(EDIT)
 @pytest.mark.parametrize(
     "row, change",
     [
@@ -134,7 +136,7 @@ def a_loss(entries: Entries, about: About) -> None:
     ],
 )
 def test_one_changed_number_fails_in_its_own_row(ranks: RankPool, tmp_path: Path, row: str, change: Change) -> None:
-    outcome = alone(ranks, changed("train_04_edit", tmp_path, change), "--json", str(tmp_path / "rows.json"))
+    outcome = alone(ranks, changed(EDIT, tmp_path, change), "--json", str(tmp_path / "rows.json"))
     assert (outcome.code, outcome.failed) == (1, [row])
     assert "1 of " in outcome.out and f"closest to its tolerance: {row}" in outcome.out
     content = json.loads((tmp_path / "rows.json").read_text())
@@ -143,6 +145,20 @@ def test_one_changed_number_fails_in_its_own_row(ranks: RankPool, tmp_path: Path
     assert [" ".join(filter(None, (found["name"], found.get("worst")))) for found in failed] == [row]
 
 
+@pytest.mark.parametrize(
+    "row, change",
+    [
+        ("batch/split_lens", lambda entries, about: entries["batch/split_lens"][0].add_(1)),
+        ("expect/attn_allowed", lambda entries, about: entries["expect/attn_allowed"][40, 2].bitwise_xor_(1)),
+        ("expect/ce", lambda entries, about: entries["expect/ce"][4].add_(4e-5)),
+    ],
+)
+def test_one_changed_number_of_a_text(ranks: RankPool, tmp_path: Path, row: str, change: Change) -> None:
+    outcome = alone(ranks, changed(TEXT_ONLY, tmp_path, change))
+    assert (outcome.code, outcome.failed) == (1, [row])
+
+
+@needs(EDIT)
 def test_an_expectation_that_we_do_not_know_fails(ranks: RankPool, tmp_path: Path) -> None:
     """Rather than being passed over."""
 
@@ -150,7 +166,7 @@ def test_an_expectation_that_we_do_not_know_fails(ranks: RankPool, tmp_path: Pat
         entries["expect/layer9"] = entries["expect/last_hidden_state"].clone()
         entries["grad/language_model.model.layers.9.mlp.up_proj.weight"] = entries["grad/llm2vae.weight"].clone()
 
-    outcome = alone(ranks, changed("train_04_edit", tmp_path, change))
+    outcome = alone(ranks, changed(EDIT, tmp_path, change))
     assert outcome.failed == ["expect/layer9", "grad/language_model.model.layers.9.mlp.up_proj.weight"]
 
 
@@ -161,6 +177,7 @@ def test_a_case_without_samples_is_read_off_its_batch(ranks: RankPool, tmp_path:
     assert "note: samples are not described" in outcome.out
 
 
+@needs("train_05_interleave3")
 def test_random_weights_and_the_clock(ranks: RankPool, tmp_path: Path) -> None:
     case, file = changed("train_05_interleave3", tmp_path, without_weights), tmp_path / "time.json"
     outcome = alone(ranks, case, "--random-weights", "--time", "3", "--json", str(file))
@@ -173,6 +190,7 @@ def test_random_weights_and_the_clock(ranks: RankPool, tmp_path: Path) -> None:
     assert f"{content['wall_seconds']:.4f} s wall, {content['cpu_seconds']:.4f} s CPU" in outcome.out
 
 
+@needs("train_06_video_groups")
 def test_random_weights_without_samples(ranks: RankPool, tmp_path: Path) -> None:
     def change(entries: Entries, about: About) -> None:
         without_weights(entries, about)
@@ -185,9 +203,9 @@ def test_random_weights_without_samples(ranks: RankPool, tmp_path: Path) -> None
 
 def test_ranks_started_by_the_command(tmp_path: Path) -> None:
     """The whole way once, with processes of its own: exit code, table once, JSON from rank 0."""
-    words = [*paths("train_04_edit"), "parallel.tp=2", "--nproc", "2", "--time", "1", "--json", str(tmp_path / "o")]
+    words = [*paths(TEXT_ONLY), "parallel.tp=2", "--nproc", "2", "--time", "1", "--json", str(tmp_path / "o")]
     result = subprocess.run([sys.executable, "-m", "megabagel", "parity", *words], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.count("train_04_edit: all") == 1 and result.stdout.count("forward + backward") == 1
+    assert result.stdout.count(f"{TEXT_ONLY}: all") == 1 and result.stdout.count("forward + backward") == 1
     content = json.loads((tmp_path / "o").read_text())
     assert (content["ranks"], content["overrides"]) == (2, ["parallel.tp=2"])

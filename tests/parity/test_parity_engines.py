@@ -7,25 +7,26 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.support.parity_command import TRAIN, needs_cases, parity, paths
+from tests.support.parity_command import DP2, TEXT_ONLY, TRAIN, TRAIN_AT_HAND, parity, paths
+from tests.support.parity_files import at_hand, needs
 from tests.support.rank_pool import RankPool
 
-pytestmark = needs_cases
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
 def test_flex_forward(ranks: RankPool) -> None:
     """torch has no backward for it on a CPU, and the command says so."""
-    outcome = ranks.run(1, parity, [*paths(*TRAIN), "parallel.attention=flex"])[0]
+    outcome = ranks.run(1, parity, [*paths(*TRAIN_AT_HAND), "parallel.attention=flex"])[0]
     assert outcome.code == 0, outcome.out + outcome.err
-    assert outcome.out.count("no gradients: attention engine flex has no backward here") == len(TRAIN)
+    assert outcome.out.count("no gradients: attention engine flex has no backward here") == len(TRAIN_AT_HAND)
     assert "grad/" not in outcome.out
 
 
 @needs_triton
 @pytest.mark.parametrize("options", [(), ("parallel.cp=2", "--nproc", "2")], ids=["alone", "cp 2"])
 def test_triton_in_the_interpreter(options: tuple[str, ...]) -> None:
-    passes_interpreted("train_02_t2i", "train_05_interleave3", options=("parallel.attention=triton", *options))
+    cases = at_hand("train_02_t2i", "train_05_interleave3") or (TEXT_ONLY,)
+    passes_interpreted(*cases, options=("parallel.attention=triton", *options))
 
 
 SPLIT_VOCABULARY = "parallel.tp=2", "parallel.sp=false", "--nproc", "2"
@@ -61,7 +62,8 @@ def passes_interpreted(*cases: str, options: tuple[str, ...]) -> None:
     assert done.stdout.count("rows ok") == len(cases) and done.stdout.count("grad/") > 10 * len(cases)
 
 
+@needs(DP2)
 def test_a_trace_needs_gradients(ranks: RankPool) -> None:
-    outcome = ranks.run(1, parity, [*paths("trace_01_dp2"), "parallel.attention=flex"])[0]
+    outcome = ranks.run(1, parity, [*paths(DP2), "parallel.attention=flex"])[0]
     assert outcome.code == 2
     assert "a trace trains, but attention engine flex has no backward here" in outcome.err

@@ -9,15 +9,14 @@ from tests.support.parity_command import (
     ACCUMULATED,
     ACCUMULATED_GLOBAL,
     DP2,
+    EDIT,
     MICRO_STEP,
-    TRAIN,
-    needs_cases,
+    TRAIN_AT_HAND,
     parity,
     paths,
 )
+from tests.support.parity_files import at_hand, needs
 from tests.support.rank_pool import RankPool
-
-pytestmark = needs_cases
 
 
 def passes(ranks: RankPool, size: int, words: list[str]) -> None:
@@ -29,29 +28,37 @@ def passes(ranks: RankPool, size: int, words: list[str]) -> None:
 
 @pytest.mark.parametrize("axis", ["tp", "pp", "cp"])
 def test_two_ranks_of_one_replica(ranks: RankPool, axis: str) -> None:
-    passes(ranks, 2, [*paths(*TRAIN, DP2), f"parallel.{axis}=2"])
+    passes(ranks, 2, [*paths(*TRAIN_AT_HAND, *at_hand(DP2)), f"parallel.{axis}=2"])
 
 
 @pytest.mark.slow
 def test_eight_ranks(ranks: RankPool) -> None:
-    passes(ranks, 8, [*paths(*TRAIN, DP2, ACCUMULATED_GLOBAL), "parallel.tp=2", "parallel.pp=2", "parallel.cp=2"])
+    passes(
+        ranks,
+        8,
+        [*paths(*TRAIN_AT_HAND, *at_hand(DP2, ACCUMULATED_GLOBAL)), "parallel.tp=2", "parallel.pp=2", "parallel.cp=2"],
+    )
 
 
+@needs(ACCUMULATED)
 def test_accumulation_by_the_released_rule_on_a_grid(ranks: RankPool) -> None:
     passes(ranks, 2, [*paths(ACCUMULATED), MICRO_STEP, "parallel.cp=2"])
 
 
+@needs(DP2, EDIT)
 def test_two_replicas(ranks: RankPool) -> None:
     """The batch of a training case on each; a trace's two, one each: then both normalisations are the same."""
-    passes(ranks, 2, paths(DP2, "train_04_edit"))
+    passes(ranks, 2, paths(DP2, EDIT))
     passes(ranks, 2, [*paths(DP2), MICRO_STEP])
 
 
+@needs("train_05_interleave3", DP2)
 def test_virtual_stages_without_row_splitting(ranks: RankPool) -> None:
     passes(ranks, 2, [*paths("train_05_interleave3", DP2), "parallel.pp=2", "parallel.vpp=2"])
     passes(ranks, 2, [*paths("train_05_interleave3"), "parallel.tp=2", "parallel.sp=false"])
 
 
+@needs("train_02_t2i")
 def test_gates_of_a_grid_are_three_times_those_of_one_rank(ranks: RankPool, tmp_path: Path) -> None:
     """Replicas alone split no sum."""
     found = []

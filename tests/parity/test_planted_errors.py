@@ -3,12 +3,11 @@
 import pytest
 
 from tests.support import seeded_bugs
-from tests.support.parity_command import DP2, PRIM, Plant, needs_cases, parity, paths
+from tests.support.parity_command import DP2, EDIT, PRIM, TEXT_ONLY, Plant, parity, paths
+from tests.support.parity_files import needs
 from tests.support.rank_pool import RankPool
 
-pytestmark = needs_cases
-
-EDIT, INTERLEAVED = "train_04_edit", "train_05_interleave3"
+INTERLEAVED = "train_05_interleave3"
 
 
 @pytest.mark.parametrize(
@@ -26,6 +25,8 @@ EDIT, INTERLEAVED = "train_04_edit", "train_05_interleave3"
         (seeded_bugs.noised_image_seen, INTERLEAVED, "batch/attn_modes"),
         (seeded_bugs.clean_copy_moved_on, INTERLEAVED, "batch/packed_position_ids"),
         (seeded_bugs.k_norm_missing, EDIT, "expect/ce"),
+        (seeded_bugs.k_norm_missing, TEXT_ONLY, "expect/ce"),
+        (seeded_bugs.rope_interleaved, TEXT_ONLY, "grad/language_model.model.layers.0.self_attn.q_proj.weight"),
         (seeded_bugs.averages_before_the_step, DP2, "expect_ema/connector.fc1.bias"),
         (seeded_bugs.adam_eps_as_usual, DP2, "update_norms_f64 (163) time_embedder.mlp.0.weight"),
         (seeded_bugs.rate_a_step_late, DP2, "step 2: lr"),
@@ -37,6 +38,7 @@ def test_caught(ranks: RankPool, plant: Plant, case: str, row: str) -> None:
     assert row in outcome.failed
 
 
+@needs(EDIT)
 @pytest.mark.parametrize(
     "plant, axis, row",
     [

@@ -46,7 +46,7 @@ def grid(tp: int, pp: int, cp: int, dp: int, vpp: int = 1, recompute: str = "ful
 
 
 def test_the_model_has_the_published_number_of_weights() -> None:
-    """bagel-reference section 1, without the two frozen tables, which are no parameters here."""
+    """docs/bagel.md#sizes, without the two frozen tables, which are no parameters here."""
     parts = count_parts(recipe().model, 1)
     assert parts.stage(28, True, True).learning == 14_607_260_128 - 14_680_064 - 17_561_600
 

@@ -1,4 +1,4 @@
-"""FLOP counts against every matrix product written out (bagel-reference sections 1 and 20)."""
+"""FLOP counts against every matrix product written out (docs/bagel.md#flops, #sizes)."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def product(rows: float, inner: float, columns: float) -> float:
 
 
 def branch(model: ModelConfig) -> list[tuple[int, ...]]:
-    """Shapes of all weights of one layer of one expert (bagel-reference section 2)."""
+    """Shapes of all weights of one layer of one expert (docs/bagel.md#tensor-names)."""
     queries, keys = model.heads * model.kv_channels, model.kv_heads * model.kv_channels
     shapes: list[tuple[int, ...]] = [
         *((out, model.hidden) for out in (queries, keys, keys)),

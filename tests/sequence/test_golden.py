@@ -1,4 +1,4 @@
-"""Plans and packs against batches that the official code made (golden files; bagel-reference sections 5 to 7)."""
+"""Plans and packs against batches that the official code made (golden cases; docs/bagel.md#samples, #rope, #mask)."""
 
 from itertools import chain, groupby
 from typing import NamedTuple
@@ -16,7 +16,14 @@ from megabagel.sequence.pack import Pack, build_pack, mask_codes
 from megabagel.sequence.sample import LATENT, TEXT, VIT, Dropout, Segment, plan_sample
 
 PATCH, LATENT_STRIDE = 14, 16
-CASES = ["01_text_only", "02_t2i", "03_vlm", "04_edit", "05_interleave3", "06_video_groups"]
+CASES = (
+    "train_01_text_only",
+    "train_02_t2i",
+    "train_03_vlm",
+    "train_04_edit",
+    "train_05_interleave3",
+    "train_06_video_groups",
+)
 MODES = {"causal": Mode.CAUSAL, "full": Mode.FULL, "noise": Mode.NOISE}
 
 
@@ -32,7 +39,7 @@ class Case(NamedTuple):
 
 @pytest.fixture(params=CASES)
 def case(request, golden) -> Case:
-    tensors, about = golden(f"train_{request.param}")
+    tensors, about = golden(request.param)
     assert not any(about["dropout"].values())
     samples = [items_of(sample) for sample in about["samples"]]
     plans = [plan_sample(items, SampleKey(0, "golden", i, 0), Dropout()) for i, items in enumerate(samples)]

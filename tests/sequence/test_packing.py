@@ -1,4 +1,4 @@
-"""Which samples form a pack, and which packs a rank gets (bagel-reference sections 12 and 19: what must not happen)."""
+"""Which samples form a pack, and which packs a rank gets (docs/bagel.md#packing: none is lost)."""
 
 from collections.abc import Sequence
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""RoPE ids, losses and conditioning dropout of one sample (bagel-reference sections 5, 6, 9 and 13)."""
+"""RoPE ids, losses and conditioning dropout of one sample (docs/bagel.md#rope, #flow-time)."""
 
 from itertools import groupby
 
@@ -38,7 +38,7 @@ def left_out(items: list[Item], plan: SamplePlan) -> set[int]:
     return {number for number, item in enumerate(items) if item not in plan.items}
 
 
-# RoPE ids, row by row of the table in section 6
+# RoPE ids, row by row of the table of docs/bagel.md#rope
 
 TEXT_BEFORE, TEXT_AFTER = Text(90, 1), Text(91, 0)  # ids 0 to 2; the last one shows where the counter is
 IMAGE_ROWS = [

@@ -1,4 +1,4 @@
-"""The rules of the sequence, token by token and in plain words, to judge the code by (bagel-reference sections 5 to 7).
+"""The rules of the sequence, token by token, to judge the code by (docs/bagel.md#samples, #rope, #mask).
 
 Everything here is a loop or a comparison over single tokens. Nothing is shared with the code under test but the items.
 """
@@ -80,7 +80,7 @@ def _moves(image: Vit | Latent) -> int:
 
 
 def clip_mode(clip: Clip) -> Mode:
-    """A group of diffusion forcing is hidden; without it the first frame decides (bagel-reference section 5)."""
+    """A group of diffusion forcing is hidden; without it the first frame decides (docs/bagel.md#samples)."""
     if clip.chain is not None:
         return Mode.NOISE
     return Mode.NOISE if clip.frames[0].noised and clip.steps[0] is None else Mode.FULL
@@ -101,7 +101,7 @@ def places_of(samples: Sequence[Sequence[Token]]) -> list[Place]:
 
 
 def sees(q: int, k: int, places: Sequence[Place]) -> bool:
-    """Whether the token at q sees the one at k (bagel-reference section 7; BAGEL section 2.3 for chains)."""
+    """Whether the token at q sees the one at k (docs/bagel.md#mask; BAGEL section 2.3 for chains)."""
     query, key = places[q], places[k]
     if query.sample != key.sample:
         return False

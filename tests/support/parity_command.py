@@ -16,11 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.support.parity_files import FOLDER
-
-needs_cases = pytest.mark.skipif(
-    not FOLDER.is_dir(), reason=f"no official numbers at {FOLDER}; MEGABAGEL_PARITY_DIR names their folder"
-)
+from tests.support.parity_files import at_hand, stem
 
 TRAIN = (
     "train_01_text_only",
@@ -30,9 +26,11 @@ TRAIN = (
     "train_05_interleave3",
     "train_06_video_groups",
 )
+TEXT_ONLY, EDIT = TRAIN[0], TRAIN[3]
+TRAIN_AT_HAND = at_hand(*TRAIN)
 PRIM = ("prim_01_building_blocks", "prim_02_tiny_vae")
 DP2, ACCUMULATED, ACCUMULATED_GLOBAL = "trace_01_dp2", "trace_02_accum2", "trace_03_accum2_global"
-INFER = "infer_01_vqa_and_t2i"
+INFER = "infer_08_text_turns"
 MICRO_STEP = "train.loss_normalization=micro_step"
 """The official rule for accumulation, by which `trace_02` was computed."""
 
@@ -56,8 +54,8 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def paths(*names: str) -> list[str]:
-    """Cases of the folder as words of the command line."""
-    return [str(FOLDER / name) for name in names]
+    """Cases as words of the command line."""
+    return [str(stem(name)) for name in names]
 
 
 def parity(words: Sequence[str], plant: Plant | None = None) -> Outcome:
@@ -91,7 +89,8 @@ Change = Callable[[Entries, About], object]
 
 def changed(name: str, folder: Path, change: Change) -> str:
     """Path of a copy in `folder` of a case whose entries and JSON content were handed to `change`."""
-    entries, about = load_file(FOLDER / f"{name}.safetensors"), json.loads((FOLDER / f"{name}.json").read_text())
+    source = stem(name)
+    entries, about = load_file(f"{source}.safetensors"), json.loads(Path(f"{source}.json").read_text())
     change(entries, about)
     return written(folder / name, entries, about)
 

@@ -1,4 +1,4 @@
-"""The learning rate at points worked out by hand from the formula (bagel-reference section 11)."""
+"""The learning rate at points worked out by hand from the formula (docs/bagel.md#learning-rate)."""
 
 import math
 

@@ -68,7 +68,7 @@ def flex_with_our_lists(setting: Setting, rows: Rows, heads: int, head_dim: int)
 
 
 def flex_as_bagel(setting: Setting, rows: Rows, heads: int, head_dim: int) -> Rival:
-    """FlexAttention as the released trainer calls it: a mask per head, made anew every step (bagel-reference 7).
+    """FlexAttention as the released trainer calls it: a mask per head, made anew every step (docs/bagel.md#mask).
 
     Its copies to pad and to permute q, k and v are left out.
     """

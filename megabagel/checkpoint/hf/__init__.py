@@ -1,1 +1,1 @@
-"""The published BAGEL folder of safetensors, in and out (bagel-reference sections 2 and 3)."""
+"""The published BAGEL folder of safetensors, in and out (docs/bagel.md#published-folder)."""

@@ -1,4 +1,4 @@
-"""The official config as ours, and back (bagel-reference section 1)."""
+"""The official config as ours, and back (docs/bagel.md#sizes)."""
 
 from typing import Any
 

@@ -57,7 +57,7 @@ class Summary:
 
 
 def import_folder(source: Path, out: Path) -> Summary:
-    """Import a folder with the layout of the published BAGEL-7B-MoT (bagel-reference section 3) as checkpoint `out`.
+    """Import a folder laid out as the published BAGEL-7B-MoT (docs/bagel.md#published-folder) as checkpoint `out`.
 
     `out` also gets `model.yaml`, a config file for runs with this model, and a copy of all that is not weights.
     Raises UserError.

@@ -1,4 +1,4 @@
-"""The names of the published checkpoint for the tensors of our model, one for one (bagel-reference section 2)."""
+"""The names of the published checkpoint for the tensors of our model, one for one (docs/bagel.md#tensor-names)."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A model to start pretraining from: Qwen2.5, SigLIP and FLUX's autoencoder put together (bagel-reference 2)."""
+"""A model to start pretraining from: Qwen2.5, SigLIP and FLUX's autoencoder (docs/bagel.md#initial-weights)."""
 
 import re
 import time

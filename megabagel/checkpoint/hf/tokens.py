@@ -1,4 +1,4 @@
-"""Whether a folder's tokenizer fits a model's vocabulary (bagel-reference section 4)."""
+"""Whether a folder's tokenizer fits a model's vocabulary (docs/bagel.md#special-tokens)."""
 
 from pathlib import Path
 

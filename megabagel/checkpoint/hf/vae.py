@@ -1,4 +1,4 @@
-"""The autoencoder's config from its weights file (bagel-reference sections 1 and 2)."""
+"""The autoencoder's config from its weights file (docs/bagel.md#vae)."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Decoding: from the bytes of image files to the pixel tensors that the model wants (bagel-reference section 14).
+"""Decoding: from the bytes of image files to the pixel tensors that the model wants (docs/bagel.md#image-sizes).
 
 `contract.py` says what every engine does, `headers.py` what is known before pixels are. Engines: `host.py` (Pillow, the
 reference), `dali.py` (NVIDIA DALI); `choice.py` picks one. docs/data.md has the rules per kind of file.

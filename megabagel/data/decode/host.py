@@ -20,7 +20,7 @@ from megabagel.data.decode.transforms import to_rgb
 
 @dataclass(frozen=True)
 class HostEngine:
-    """Pillow on the CPU: bicubic with antialiasing from the full image (bagel-reference section 14)."""
+    """Pillow on the CPU: bicubic with antialiasing from the full image (docs/bagel.md#image-sizes)."""
 
     threads: int = 1
     """Images decoded at the same time: Pillow lets other threads run while it decodes and resizes."""

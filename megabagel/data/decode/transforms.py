@@ -12,7 +12,7 @@ from megabagel.config.schema import ResizeConfig
 def resize_target(width: int, height: int, rule: ResizeConfig, stride: int, images: int = 1) -> tuple[int, int]:
     """Width and height, multiples of `stride`, that an image of `width` x `height` pixels is resized to.
 
-    The rule of bagel-reference section 14, bit for bit: rounding is half to even, the scale that enforces
+    The rule of docs/bagel.md#image-sizes, bit for bit: rounding is half to even, the scale that enforces
     `rule.max_pixels / images` is the ratio of areas and not its root, and `max_size` is enforced once more at the end.
     """
 

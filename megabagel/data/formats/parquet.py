@@ -1,4 +1,4 @@
-"""Parquet files in the released layouts, and random access to their cells (bagel-reference section 15).
+"""Parquet files in the released layouts, and random access to their cells (docs/bagel.md#data-layouts).
 
 A cell cannot be read alone: its column is read for the whole row group. Columns are kept, up to a bound, so groups
 should be small (tens of MB) where samples are drawn in random order.

@@ -10,7 +10,7 @@
     {"image": BYTES, "captions": '{"short": "a cat"}'}          a captioned image; a visit reads one of the captions
     {"image_list": [BYTES, ...], "instruction_list": [["make it blue", ...], ...]}      a chain of edits
 
-The last four are the layouts of the released data sets (bagel-reference section 15). `role` may be left out where the
+The last four are the layouts of the released data sets (docs/bagel.md#data-layouts). `role` may be left out where the
 task decides it (`documents.assign_roles`).
 """
 

@@ -11,7 +11,7 @@ from megabagel.data.documents import Document, ImageItem, Item, TextItem
 from megabagel.sequence.keys import SampleKey
 
 FEWEST_FRAMES, MOST_FRAMES = 8, 12
-"""Frames that a visit looks at, of a clip that has as many (bagel-reference section 15)."""
+"""Frames that a visit looks at, of a clip that has as many (docs/bagel.md#data-layouts)."""
 
 Shown = list[tuple[int, Item]]
 """(slot, item) in order; a slot is a place in `document.items`."""
@@ -65,7 +65,7 @@ def _frames(count: int, slot: int, key: SampleKey) -> list[int]:
 
 
 def _part_of_chain(document: Document, key: SampleKey) -> Shown:
-    """One or two steps of a chain of edits, as the released loader draws them (bagel-reference section 15): any start,
+    """One or two steps of a chain of edits, as the released loader draws them (docs/bagel.md#data-layouts): any start,
     an end one or two images later; of two steps, half are joined into one, and then end before the last image."""
     images = [slot for slot, item in enumerate(document.items) if isinstance(item, ImageItem)]
     draws = key.generator("chain")

@@ -1,7 +1,7 @@
 """From a document with roles to the items of a sample: which token sets every image gets (BAGEL section 2.3).
 
 A generated image enters noised; if anything follows it, its clean latents and ViT tokens follow at once, so that later
-items are conditioned on the finished picture (bagel-reference section 5).
+items are conditioned on the finished picture (docs/bagel.md#tasks).
 """
 
 from dataclasses import dataclass

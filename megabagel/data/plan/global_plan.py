@@ -1,4 +1,4 @@
-"""The global plan: which samples form which pack of which step, for the whole job (architecture, idea 4).
+"""The global plan: which samples form which pack of which step, for the whole job (docs/architecture.md#five-ideas).
 
 It is a pure function of (indices, config, seed, state). Every rank computes all of it and keeps its share, so the
 number of ranks and workers has no influence on it. Its state is small JSON, the same on every rank.

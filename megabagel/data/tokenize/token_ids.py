@@ -7,7 +7,7 @@ from megabagel.sequence.items import Clip, Item, Text
 
 
 class Writer:
-    """Writes samples as word ids (bagel-reference sections 4 and 5)."""
+    """Writes samples as word ids (docs/bagel.md#samples, #special-tokens)."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.bos, self.eos = tokenizer.token_id("<|im_start|>"), tokenizer.token_id("<|im_end|>")

@@ -1,7 +1,7 @@
 """Text to token ids: one small interface over Hugging Face `tokenizers`, sentencepiece and plain bytes.
 
-The four special tokens mark texts and images (bagel-reference section 4). They enter a sequence by id only: their names
-inside a caption are encoded as ordinary text.
+The four special tokens mark texts and images (docs/bagel.md#special-tokens). They enter a sequence by id only: their
+names inside a caption are encoded as ordinary text.
 """
 
 import hashlib

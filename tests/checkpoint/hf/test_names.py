@@ -1,4 +1,4 @@
-"""The published checkpoint's tensors, written down here by bagel-reference section 2 and not by our mapping."""
+"""The published checkpoint's tensors, written down here by docs/bagel.md#tensor-names and not by our mapping."""
 
 from dataclasses import replace
 from itertools import product

@@ -16,11 +16,11 @@ from megabagel.checkpoint.hf.importer import import_folder
 from megabagel.checkpoint.hf.names import official_name, official_shapes
 from megabagel.config.load import load
 from megabagel.config.schema import ModelConfig, VitConfig
-from tests.support.parity_files import FOLDER
+from tests.support.parity_files import all_cases, stem
 from tests.support.published import MODEL, VARIANTS, Q, publish, publish_shards, weights
 from tests.support.rank_pool import RankPool
 
-CASES = sorted(path.stem for path in FOLDER.glob("*.safetensors") if path.name.startswith(("train_", "infer_")))
+CASES = [case for case in all_cases() if case.startswith(("train_", "infer_"))]
 WEIGHTS = "ema.safetensors"
 DATA = """
 data:
@@ -75,13 +75,13 @@ def test_full_size() -> None:
     assert shapes["vit_model.vision_model.embeddings.patch_embedding.weight"] == (1152, 588)
 
 
-@pytest.mark.parametrize("case", CASES or [pytest.param("", marks=pytest.mark.skip(reason=f"no files at {FOLDER}"))])
+@pytest.mark.parametrize("case", CASES)
 def test_golden_weights(tmp_path: Path, case: str) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    tensors = {name: tensor for name, tensor in load_file(FOLDER / f"{case}.safetensors").items() if "/" not in name}
+    tensors = {name: tensor for name, tensor in load_file(f"{stem(case)}.safetensors").items() if "/" not in name}
     save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((FOLDER / f"{case}.json").read_text())["config"]
+    config = json.loads(Path(f"{stem(case)}.json").read_text())["config"]
     for file in ("llm_config", "vit_config"):
         (source / f"{file}.json").write_text(json.dumps(config[file]))
     import_folder(source, tmp_path / "checkpoint")

@@ -60,6 +60,7 @@ ROOMS = {
         ("errors", "config", "sequence", "runtime", "data", "model", "parallel", "checkpoint", "train"),
         (*RANKS, "psutil", "yaml"),
     ),
+    "evaluation": Room(("errors", "config", "sequence", "data"), ("numpy", "PIL")),
     "doctor": Room(("errors", "kernels", "runtime", "parallel"), (*RANKS, "packaging", "psutil", "rich")),
 }
 ENTRANCES = ("cli", "commands", "__main__")

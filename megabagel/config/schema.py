@@ -183,8 +183,9 @@ class DataConfig:
     """Folder that source paths are relative to."""
     index_dir: str | None = None
     """Folder of cached indexes; default: `.index` beside the shards."""
-    builder: Literal["none", "shapes"] = "none"
-    """`shapes`: write the project's shape dataset under data.root on first use."""
+    builder: Literal["none", "shapes", "scenes"] = "none"
+    """Write a drawn data set under data.root on first use. `shapes`: one figure per page; `scenes`: one to four, with
+    questions, edits of one among several and thoughts."""
     sources: tuple[SourceConfig, ...] = ()
     tokenizer: str = "bytes"
     """`bytes`, a `tokenizer.json` (or a folder holding one), or a sentencepiece `*.model`."""

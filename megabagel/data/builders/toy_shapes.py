@@ -10,7 +10,6 @@ Sample i of a kind depends on (seed, kind, i) alone.
 """
 
 import json
-import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from megabagel.config.schema import DataConfig
+from megabagel.data.builders.once import write_once
+from megabagel.data.builders.scenes import write_scenes
 from megabagel.data.builders.toy_figures import COLOURS, PLACES, SHAPES, Figure, draw, encode, pick, random_figure
-from megabagel.data.files import staging, write_atomic
 from megabagel.data.formats.shards import write_shards
 from megabagel.data.tokenize.bpe import train_bpe
-from megabagel.errors import UserError
 from megabagel.sequence.keys import generator
-
-logger = logging.getLogger(__name__)
 
 MARKER = "shapes.json"
 """Written last; holds the parameters of the data set beside it."""
@@ -46,10 +43,12 @@ def ensure_dataset(data: DataConfig) -> None:
     """Write the data set that `data.builder` names under `data.root`, unless it is there already.
 
     Raises:
-        UserError: see `write_shapes`.
+        UserError: see `write_once`.
     """
     if data.builder == "shapes":
         write_shapes(Path(data.root), samples=4000, size=64, seed=0)
+    elif data.builder == "scenes":
+        write_scenes(Path(data.root), samples=5000, size=64, seed=0)
 
 
 def write_shapes(root: Path, *, samples: int, size: int, seed: int) -> None:
@@ -61,24 +60,7 @@ def write_shapes(root: Path, *, samples: int, size: int, seed: int) -> None:
         UserError: `root` holds a shape data set with other parameters, or cannot be written.
     """
     wanted = {"format": 1, "samples": samples, "size": size, "seed": seed}
-    marker = root / MARKER
-    try:
-        found = json.loads(marker.read_bytes()) if marker.is_file() else None
-        if found is None:
-            logger.info("writing the shape data set into %s: %s", root, wanted)
-            with staging(root) as stage:
-                _write(stage, samples, size, seed)
-            write_atomic(marker, json.dumps(wanted).encode())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{root}: the shape data set cannot be written or read ({error}). Make room, choose another data.root, or"
-            " remove the folder."
-        ) from error
-    if found not in (None, wanted):
-        raise UserError(
-            f"{marker}: the shape data set there has {found}, expected {wanted}. Remove the folder or choose another"
-            " data.root."
-        )
+    write_once(root / MARKER, "shape", wanted, lambda stage: _write(stage, samples, size, seed))
 
 
 def _write(folder: Path, samples: int, size: int, seed: int) -> None:

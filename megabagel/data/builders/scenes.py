@@ -1,0 +1,195 @@
+"""Data set `scenes`: pages of one to four figures to draw, to edit, to ask about and to think about, as PNG files.
+
+    draw-*.tar       an image with several captions (t2i): the full one, and what GenEval's tags would ask for
+    ask-*.tar        a conversation about an image (i2t): what, which colour, where, how many, yes/no
+    edits-*.tar      before, instruction, after (edit): one figure changes, or two in one instruction, or, one in eight,
+                     a chain of three images
+    concepts-*.tar   edits whose instruction has to be understood first (edit)
+    think-*.tar      the same, and riddles to draw and questions to answer, after a thought in <think> tags that is
+                     learned (interleave); they begin with the system prompts of the released inference code
+    tokenizer.json   a byte-level BPE trained on all the texts
+
+Samples are in the layouts of the released data sets (`data/formats/records.py`). Sample i of a kind depends on
+(seed, kind, i) alone. No image shows a held-out combination (`scenes_text.py`).
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megabagel.data.builders.once import write_once
+from megabagel.data.builders.scenes_edits import Edit, conceptual, riddle, simple_edit, two_step
+from megabagel.data.builders.scenes_page import PLACES, Scene, pick, random_figure, render
+from megabagel.data.builders.scenes_text import full_prompt, held_out, prompts, questions
+from megabagel.data.formats.shards import write_shards
+from megabagel.data.tokenize.bpe import train_bpe
+from megabagel.sequence.keys import generator
+
+MARKER = "scenes.json"
+"""Written last; holds the parameters of the data set beside it."""
+VOCABULARY = 512
+SAMPLES_PER_SHARD = 1000
+FIGURES = (0.3, 0.3, 0.2, 0.2)
+"""Share of pages with one, two, three and four figures."""
+
+THINK_TO_ANSWER = (
+    "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
+    "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think>"
+    " answer here"
+)
+THINK_TO_DRAW = (
+    "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think>"
+    " image here"
+)
+"""System prompts of the released inference code, character for character: what is trained is what is asked."""
+
+Files = dict[str, bytes]
+"""{extension: bytes} of one sample."""
+Make = Callable[[np.random.Generator, int], Files]
+
+
+def write_scenes(root: Path, *, samples: int, size: int, seed: int) -> None:
+    """Write `samples` pages to draw, as many edits, half as many pages to ask about, an eighth each of conceptual edits
+    and of thoughts, and the tokenizer.
+
+    Images are `size` x `size` pixels. Deterministic; complete when its marker is there.
+
+    Raises:
+        UserError: `root` holds a scene data set with other parameters, or cannot be written.
+    """
+    wanted = {"format": 1, "samples": samples, "size": size, "seed": seed}
+    write_once(root / MARKER, "scene", wanted, lambda stage: _write(stage, samples, size, seed))
+
+
+def _write(folder: Path, samples: int, size: int, seed: int) -> None:
+    kinds: tuple[tuple[str, Make, int], ...] = (
+        ("draw", _draw, samples),
+        ("ask", _ask, samples // 2),
+        ("edits", _edit, samples),
+        ("concepts", _concept, samples // 8),
+        ("think", _think, samples // 8),
+    )
+    texts: list[str] = []
+    for kind, make, count in kinds:
+        made = [(f"{i:06d}", make(generator(seed, "scenes", kind, i), size)) for i in range(count)]
+        write_shards(folder, kind, made, SAMPLES_PER_SHARD)
+        texts += [text for _, files in made for text in _texts(json.loads(files["json"]))]
+    (folder / "tokenizer.json").write_text(train_bpe(texts, VOCABULARY))
+
+
+def random_scene(rng: np.random.Generator, kept: Callable[[Scene], bool] = lambda scene: not held_out(scene)) -> Scene:
+    """A page of one to four figures that is `kept`: by default one to train on. Three pages in ten that have several
+    figures repeat one kind, so that there is something to count."""
+    while True:
+        count = 1 + int(rng.choice(len(FIGURES), p=FIGURES))
+        places = [list(PLACES)[i] for i in rng.permutation(len(PLACES))[:count]]
+        figures = [random_figure(rng, (place,)) for place in places]
+        if count > 1 and rng.random() < 0.3:
+            first = figures[0]
+            figures = [type(f)(*first.kind, f.place, f.dx, f.dy, f.radius) for f in figures]
+        if kept(scene := Scene.of(figures)):
+            return scene
+
+
+def random_edit(
+    rng: np.random.Generator, make: Callable[[Scene, np.random.Generator], Edit], scene: Scene | None = None
+) -> Edit:
+    """An edit between two pages to train on, of `scene` or of a random one."""
+    while True:
+        edit = make(scene or random_scene(rng), rng)
+        if not held_out(edit.after):
+            return edit
+
+
+def _draw(rng: np.random.Generator, size: int) -> Files:
+    scene = random_scene(rng)
+    captions = {f"{prompt.tag}_{n}": prompt.text for n, prompt in enumerate(prompts(scene))}
+    return _sample({"image": "0.png", "captions": json.dumps(captions)}, size, scene)
+
+
+def _ask(rng: np.random.Generator, size: int) -> Files:
+    """All questions in random order, but for the yes/no pair only one of the two."""
+    scene = random_scene(rng)
+    asked = questions(scene, rng)
+    asked.pop(int(rng.integers(len(asked) - 2, len(asked))))
+    turns: list[dict[str, str]] = []
+    for number in rng.permutation(len(asked)):
+        question = asked[number].text if turns else f"<image>{asked[number].text}"
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": asked[number].answer}]
+    return _sample({"conversations": turns, "image": "0.png"}, size, scene)
+
+
+def _edit(rng: np.random.Generator, size: int) -> Files:
+    draw = rng.random()
+    first = random_edit(rng, two_step if draw < 0.25 else simple_edit)
+    steps = [first, random_edit(rng, simple_edit, first.after)] if draw > 0.875 else [first]
+    return _edits(steps, size)
+
+
+def _concept(rng: np.random.Generator, size: int) -> Files:
+    return _edits([random_edit(rng, conceptual)], size)
+
+
+def _edits(steps: list[Edit], size: int) -> Files:
+    """A chain of edits in the released layout."""
+    scenes = [steps[0].before, *(step.after for step in steps)]
+    names = [f"{n}.png" for n in range(len(scenes))]
+    return _sample({"image_list": names, "instruction_list": [[step.instruction] for step in steps]}, size, *scenes)
+
+
+def _think(rng: np.random.Generator, size: int) -> Files:
+    """An interleaved document: system prompt, page and instruction, thought, and the image or answer it leads to."""
+    match pick(rng, ("draw", "edit", "answer")):
+        case "draw":
+            scene = random_scene(rng, lambda scene: len(scene.figures) < 3 and not held_out(scene))
+            asked, thought = riddle(scene)
+            items = [_text(THINK_TO_DRAW), _text(asked), _text(_tags(thought), "target"), _image(0, "target")]
+            return _sample({"items": items}, size, scene)
+        case "edit":
+            edit = random_edit(rng, conceptual)
+            items = [_text(THINK_TO_DRAW), _image(0, "condition"), _text(edit.instruction)]
+            items += [_text(_tags(edit.thought), "target"), _image(1, "target")]
+            return _sample({"items": items}, size, edit.before, edit.after)
+        case _:
+            scene = random_scene(rng)
+            question = pick(rng, questions(scene, rng))
+            answer = f"{_tags(f'there is {full_prompt(scene).text}')} {question.answer}"
+            items = [_text(THINK_TO_ANSWER), _image(0, "look"), _text(question.text), _text(answer, "target")]
+            return _sample({"items": items}, size, scene)
+
+
+def _tags(thought: str) -> str:
+    return f"<think>{thought}</think>"
+
+
+def _text(text: str, role: str = "condition") -> dict[str, str]:
+    return {"type": "text", "text": text, "role": role}
+
+
+def _image(number: int, role: str) -> dict[str, str]:
+    return {"type": "image", "name": f"{number}.png", "role": role}
+
+
+def _sample(record: dict[str, Any], size: int, *scenes: Scene) -> Files:
+    """The files of a record whose images `0.png`, `1.png`, ... are these pages."""
+    return {"json": json.dumps(record).encode(), **{f"{n}.png": png(scene, size) for n, scene in enumerate(scenes)}}
+
+
+def png(scene: Scene, size: int) -> bytes:
+    """The page as a PNG file."""
+    buffer = io.BytesIO()
+    render(scene, size).save(buffer, "PNG", compress_level=1)  # half the time of the default, 5 % more bytes
+    return buffer.getvalue()
+
+
+def _texts(record: dict[str, Any]) -> Iterator[str]:
+    """All texts of a record, for the tokenizer."""
+    yield from json.loads(record.get("captions", "{}")).values()
+    yield from (turn["value"].removeprefix("<image>") for turn in record.get("conversations", ()))
+    yield from (text for step in record.get("instruction_list", ()) for text in step)
+    yield from (item["text"] for item in record.get("items", ()) if item["type"] == "text")

@@ -1,0 +1,1 @@
+"""Evaluation: what a trained model can do, in numbers."""

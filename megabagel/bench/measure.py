@@ -9,7 +9,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megabagel.bench.phases import PHASES, watched
+from megabagel.bench.phases import PHASES, by_phase, stopwatch
 from megabagel.bench.profile import profiled
 from megabagel.bench.report import Measurement
 from megabagel.bench.synthetic import noise, synthetic_sources
@@ -115,13 +115,10 @@ def _run(trainer: Trainer, feed: Iterator[Step], count: int) -> tuple[list[float
 
 def _phases(trainer: Trainer, feed: Iterator[Step], count: int) -> dict[str, float]:
     """Seconds per step by phase, on this rank."""
-    with watched(trainer) as watch:
+    with stopwatch() as watch:
         for _ in range(count):
-            with watch.phase("rest"):
-                with watch.phase("data"):
-                    step = next(feed)
-                trainer.train_step(step)
-    return {phase: watch.seconds[phase] / count for phase in PHASES}
+            trainer.train_step(next(feed))
+    return {phase: seconds / count for phase, seconds in by_phase(watch).items()}
 
 
 def _planned(steps: list[Step], ranks: int) -> float:

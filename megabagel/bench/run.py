@@ -7,7 +7,7 @@ from megabagel.bench.measure import Request, measure
 from megabagel.bench.output import save
 from megabagel.config.schema import Config
 from megabagel.parallel.mesh import distributed
-from megabagel.runtime.collective_errors import once
+from megabagel.runtime.collective_errors import on_rank0
 from megabagel.runtime.device import comm_backend
 from megabagel.train.run import configure_log
 
@@ -20,7 +20,7 @@ def main(config: Config, name: str, request: Request, out: Path) -> None:
         configure_log(mesh)
         logger.info("grid: %s, %s on %s", mesh.describe(), config.train.precision, comm_backend())
         found = measure(f"{name} {_grid(config, mesh.dp.size)}", config, mesh, request)
-        once(mesh, lambda: save([found], out))
+        on_rank0(lambda: save([found], out))
 
 
 def _grid(config: Config, dp: int) -> str:

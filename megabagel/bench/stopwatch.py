@@ -4,8 +4,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any
 
 
 class Stopwatch:
@@ -30,16 +28,6 @@ class Stopwatch:
         finally:
             self._border()
             self._open.pop()
-
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its calls counted for `name`."""
-
-        @wraps(function)
-        def call(*args: Any, **options: Any) -> Any:
-            with self.phase(name):
-                return function(*args, **options)
-
-        return call
 
     def _border(self) -> None:
         self._settle()

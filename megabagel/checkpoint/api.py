@@ -24,7 +24,7 @@ from megabagel.config.schema import Config, ModelConfig
 from megabagel.errors import UserError
 from megabagel.model.freezing import is_frozen
 from megabagel.parallel.mesh import Mesh
-from megabagel.runtime.collective_errors import everywhere
+from megabagel.runtime.collective_errors import on_all_ranks
 
 __all__ = ["Manifest", "Saver", "find", "load", "read", "save", "weights_of"]
 
@@ -92,7 +92,7 @@ def _completed(folder: Path) -> int:
 
 def _check(folder: Path, mesh: Mesh) -> None:
     """Compare every checksum of a checkpoint, together. Raises UserError on every rank."""
-    everywhere(mesh, lambda: verify(folder, mesh.world.rank, mesh.world.size))
+    on_all_ranks(lambda: verify(folder, mesh.world.rank, mesh.world.size))
 
 
 def read(folder: Path, config: Config) -> tuple[int, dict[str, Any]]:

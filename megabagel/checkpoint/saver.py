@@ -26,7 +26,7 @@ from megabagel.config.load import dump
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
 from megabagel.parallel.mesh import Mesh
-from megabagel.runtime.collective_errors import everywhere, largest, once
+from megabagel.runtime.collective_errors import all_max, on_all_ranks, on_rank0
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Saver:
         size, boxes = bytes_of(tensors)
         partial = self._partial(step)
         with self._giving_back(partial):
-            once(self.mesh, lambda: self._prepare(partial, state, size + boxes * _BOX_OVERHEAD + _ROOM))
+            on_rank0(lambda: self._prepare(partial, state, size + boxes * _BOX_OVERHEAD + _ROOM))
         strategy, beside = SaveSlices(self._copies), self._copies is not None
         request = strategy.async_save(tensors, partial)
         if self._copies is not None:
@@ -111,7 +111,7 @@ class Saver:
         """Complete a checkpoint that every rank has written; costs one small all-reduce, and nothing if none is on."""
         if self._writer is None:
             return
-        (waiting,) = largest(int(not self._writer.done))
+        (waiting,) = all_max(int(not self._writer.done))
         if not waiting:
             self._end()
 
@@ -131,8 +131,8 @@ class Saver:
         partial = self._partial(writer.step)
         with self._giving_back(partial):
             for work in (writer.result, *writer.request.finalize_fns):
-                everywhere(self.mesh, _named(partial, work))
-            once(self.mesh, lambda: self._complete(partial, writer))
+                on_all_ranks(_named(partial, work))
+            on_rank0(lambda: self._complete(partial, writer))
         logger.info("checkpoint %s (%.1f s)", self.folder(writer.step), time.monotonic() - writer.began)
 
     def folder(self, step: int) -> Path:

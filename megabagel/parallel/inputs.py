@@ -21,6 +21,7 @@ from megabagel.model.positions import rope_tables
 from megabagel.model.vae import Codec
 from megabagel.parallel.attention import HOST, AttentionEngine, attend_across, every_layer, join_over_cp
 from megabagel.parallel.mesh import Axis, Mesh
+from megabagel.runtime.phase import phase
 from megabagel.sequence.batch import PackedBatch
 from megabagel.sequence.rank_rows import LatentRows, RankRows, VitRows
 
@@ -136,8 +137,10 @@ class InputBuilder:
     ) -> LatentImages:
         """Every use of an image's latents: where they lie, and how they are noised."""
         model = self.config.model
+        with phase("vae", counted=False):
+            cells = self._encode(batch, latents).flatten()
         return LatentImages(
-            cells=self._encode(batch, latents).flatten(),
+            cells=cells,
             start_I=latents.start_I,
             height_I=latents.height_I,
             width_I=latents.width_I,

@@ -4,6 +4,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megabagel.config.schema import Config
+from megabagel.parallel.megatron_timers import PhaseTimers
 from megabagel.parallel.stage_activations import wire_width
 
 
@@ -38,6 +39,7 @@ def megatron_config(config: Config) -> TransformerConfig:
         overlap_p2p_comm=grid.vpp > 1,
         batch_p2p_comm=grid.vpp == 1,
         bf16=dtype is torch.bfloat16,
+        timers=PhaseTimers(),
         use_cpu_initialization=not torch.cuda.is_available(),
         perform_initialization=False,
         # Embeddings by indexing, whose gradient on a GPU has the same bits every time. A CPU's are so by themselves.

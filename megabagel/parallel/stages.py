@@ -10,12 +10,13 @@ from megabagel.model.bagel import Bagel
 from megabagel.model.init_weights import initialize_weights
 from megabagel.model.inputs import Hidden, Outputs, StageInputs
 from megabagel.model.kernels import TORCH, Kernels
+from megabagel.model.vit import Vit
 from megabagel.parallel.linears import MegatronLayers
 from megabagel.parallel.megatron import parameter_dtype
 from megabagel.parallel.mesh import Mesh
 from megabagel.parallel.stage_activations import from_wire, to_wire
 from megabagel.runtime.device import current_device
-from megabagel.runtime.phase import alive
+from megabagel.runtime.phase import keepalive, phase
 
 
 def layer_split(config: Config) -> list[range]:
@@ -36,6 +37,8 @@ class PipelineStage(nn.Module):
         super().__init__()
         self.model, self.config, self.width, self.vp_stage = model, config, width, vp_stage
         self._wire: torch.Tensor | None = None
+        for tower in (module for module in model.modules() if isinstance(module, Vit)):
+            _phase_of(tower, "vit")
 
     def set_input_tensor(self, wire: torch.Tensor | list[torch.Tensor | None] | None) -> None:
         """Called by the schedules before forward."""
@@ -55,6 +58,13 @@ class PipelineStage(nn.Module):
     def row_shards(self) -> int:
         """Ways that rows are split between linears."""
         return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+
+
+def _phase_of(module: nn.Module, name: str) -> None:
+    """Make every forward of `module` a phase. By hooks, because modules of the model know nothing of a run."""
+    entered = phase(name, counted=False)
+    module.register_forward_pre_hook(lambda *_: entered.__enter__())
+    module.register_forward_hook(lambda *_: entered.__exit__(None, None, None), always_call=True)
 
 
 def build_stages(
@@ -89,7 +99,7 @@ def build_stages(
             recompute=config.parallel.recompute,
             freeze=config.train.freeze,
         )
-        initialize_weights(model, config.model, config.train.seed, draw, on_parameter=alive)
+        initialize_weights(model, config.model, config.train.seed, draw, on_parameter=keepalive)
         _to(model, parameter_dtype(config), device or current_device())
         chunks.append(PipelineStage(model, megatron, config.model.hidden, chunk if config.parallel.vpp > 1 else None))
     return chunks

@@ -12,7 +12,7 @@ from megabagel.checkpoint.hf.importer import import_tensors
 from megabagel.checkpoint.tensors import optimizer_shards, sharded_tensors
 from megabagel.errors import UserError
 from megabagel.parity.case import Case
-from megabagel.runtime.collective_errors import everywhere, once
+from megabagel.runtime.collective_errors import on_all_ranks, on_rank0
 from megabagel.train.build_rank import Rank
 
 
@@ -29,11 +29,11 @@ def load_weights(machine: Rank, case: Case) -> None:
     wanted = set(case.weights)
     files = TensorFiles(case.path, keep=wanted.__contains__)
     try:
-        once(machine.mesh, lambda: import_tensors(files, machine.config.model, folder))
+        on_rank0(lambda: import_tensors(files, machine.config.model, folder))
         shards = optimizer_shards(machine.optimizer.distributed, {})
         tensors = sharded_tensors(machine.stages, shards, machine.mesh)
-        mine = everywhere(machine.mesh, lambda: api.weights_of(folder, machine.config, tensors))
-        everywhere(machine.mesh, lambda: api.load(folder, mine))
+        mine = on_all_ranks(lambda: api.weights_of(folder, machine.config, tensors))
+        on_all_ranks(lambda: api.load(folder, mine))
     finally:
         dist.barrier()
         if machine.mesh.world.first:

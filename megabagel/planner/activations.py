@@ -6,8 +6,11 @@ queries, without dropout and without stored attention scores. tests/plan/test_me
 really keeps.
 """
 
+from functools import cache
+
 from megabagel_kernels.linear_cross_entropy import SLICE_WORDS
 
+from megabagel.parallel.schedules import peak_in_flight, schedule
 from megabagel.planner.scenario import Case
 
 STATISTIC = 4
@@ -104,16 +107,13 @@ def logits_peak(case: Case) -> float:
 
 
 def in_flight(case: Case, rank: int) -> list[int]:
-    """Micro-batches of each model chunk of a pipeline rank whose activations are alive at the peak.
+    """Micro-batches of each model chunk of a pipeline rank whose activations are alive at the peak."""
+    return _in_flight(rank, case.grid.pp, case.grid.vpp, case.micro_batches)
 
-    1F1B: pp - rank. Interleaved: 2 (pp - rank - 1) + (vpp - 1) pp + 1 turns, dealt to the chunks in groups of pp
-    (Narayanan et al., Efficient Large-Scale Language Model Training, section 2.2; megatron-core's schedules).
-    """
-    pp, vpp, m = case.grid.pp, case.grid.vpp, case.micro_batches
-    if vpp == 1:
-        return [min(m, pp - rank)]
-    turns = min(m * vpp, 2 * (pp - rank - 1) + (vpp - 1) * pp + 1)
-    return [sum(1 for turn in range(turns) if turn // pp % vpp == chunk) for chunk in range(vpp)]
+
+@cache  # a search has many grids with the same pipeline
+def _in_flight(rank: int, pp: int, vpp: int, micro_batches: int) -> list[int]:
+    return peak_in_flight(schedule(rank, pp, vpp, micro_batches), vpp)
 
 
 def kept(case: Case, rank: int) -> float:

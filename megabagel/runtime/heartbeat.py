@@ -42,7 +42,7 @@ def watching(store: dist.Store, rank: int, size: int, run: RunConfig) -> Iterato
     A rank that fails by itself says so, and its error goes on. A rank that is stuck in a collective when the verdict
     falls prints it and ends with `RankLost.code`.
     """
-    phase.mark("start", 0)
+    phase.reset()
     life = _Heartbeat(store, rank, size, run)
     life.start()
     patience = _FAREWELL_S
@@ -102,7 +102,7 @@ class _Heartbeat:
                 self._store.set("suspect", "")
                 self._judged.wait(_SUSPECTED_S + 3 * self._every)
             if not self._judged.is_set():
-                where = f"in phase {phase.now.phase} after step {phase.now.step}"
+                where = f"in phase {phase.phase_of(error)} after step {phase.now.step}"
                 said = "".join(traceback.format_exception_only(error)).strip().partition("\n")[0]
                 self._store.compare_set("verdict", "", f"rank {self._rank} failed {where}: {said}")
         return self._verdict or None

@@ -1,16 +1,27 @@
-"""What this rank is doing: marks that cost an assignment, read by the thread that tells them to the other ranks."""
+"""Phases of a run: one context manager feeds the heartbeat, profiler ranges and the stopwatch of `megabagel bench`.
 
+    with phase("forward"):
+        outputs = model(inputs)
+
+The phase a rank is in appears in the message when a rank dies or hangs (`heartbeat`). While torch's profiler runs, a
+phase is a `record_function` range; under `nsys profile` it is an NVTX range. Other listeners open a range of their own.
+
+Measured on one core of a Xeon: 0.6 us per phase while nobody listens; a step of `tiny.yaml` enters about 40.
+"""
+
+import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the command line marks phases before it needs torch
+if TYPE_CHECKING:  # the command line handles signals, which name phases, before it needs torch
     from torch import Tensor
 
 _PACKAGE = Path(__file__).parents[1]
@@ -30,35 +41,108 @@ _BETWEEN = ("runtime/cpu_backend.py", "runtime/device.py", _OWN)
 
 @dataclass
 class Progress:
-    """The newest mark of this process."""
+    """Where this process is in the run."""
 
     step: int = 0
     """Finished steps."""
     phase: str = "start"
+    """The innermost one."""
     marks: int = 0
-    """So far; a rank that is behind the others has fewer."""
+    """Counted phases entered so far; a rank that is behind the others has fewer."""
     since: float = 0.0
-    """Of the monotonic clock, when the phase began."""
+    """Of the monotonic clock, when a phase last began or ended."""
 
 
 now = Progress(since=time.monotonic())
 
+Listener = Callable[[str], AbstractContextManager[object]]
+"""Opens a range for a phase by its name; its exit closes the range."""
 
-def mark(phase: str, step: int | None = None) -> None:
-    """Enter a phase; its name appears in the message when a rank dies or hangs in it."""
-    now.phase, now.since = phase, time.monotonic()
-    now.marks += 1
-    if step is not None:
-        now.step = step
+listeners: list[Listener] = []
+"""Called for every phase. Empty in training: see `_ranges` for profilers."""
 
 
-def alive() -> None:
-    """Within a phase that may be long: it gets on. Not a mark, as ranks do so in different numbers."""
+class phase:
+    """One phase of the run; phases may lie inside each other.
+
+    A class rather than a generator with `contextmanager`, which takes 1.5 us instead of 0.6.
+
+    Args:
+        name: appears in messages, profiles and reports.
+        counted: False for a phase that some ranks enter more often than others in the same step, such as encoding
+            images on the first pipeline stage. It is shown, but does not count as progress beyond that of other ranks.
+    """
+
+    __slots__ = ("_before", "_counted", "_name", "_open")
+
+    def __init__(self, name: str, *, counted: bool = True) -> None:
+        self._name, self._counted = name, counted
+
+    def __enter__(self) -> None:
+        self._before, now.phase, now.since = now.phase, self._name, time.monotonic()
+        now.marks += self._counted
+        self._open = _ranges(self._name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._open is not None:
+            self._open.__exit__(kind, error, trace)
+        if error is not None and not hasattr(error, "phase"):
+            error.phase = self._name  # type: ignore[attr-defined] # read by `phase_of`, once all phases are left
+        now.phase, now.since = self._before, time.monotonic()
+
+
+def _ranges(name: str) -> ExitStack | None:
+    """The ranges of a phase, opened; None while nobody listens.
+
+    torch is looked up rather than imported: before it is loaded no profiler can run.
+    """
+    torch = sys.modules.get("torch")
+    profiled = torch is not None and torch.autograd._profiler_enabled()
+    if not profiled and not listeners and not _NSYS:
+        return None
+    stack = ExitStack()
+    for listener in listeners:
+        stack.enter_context(listener(name))
+    if torch is not None and profiled:
+        stack.enter_context(torch.profiler.record_function(name))
+    if torch is not None and _NSYS and torch.cuda.is_available():
+        stack.enter_context(torch.cuda.nvtx.range(name))
+    return stack
+
+
+_NSYS = "NSYS_PROFILING_SESSION_ID" in os.environ
+"""Whether `nsys profile` started this process; it sets this variable. `torch.autograd.profiler.emit_nvtx` makes NVTX
+ranges of every operator, so it needs a switch; NVTX alone costs little, so that under nsys it is always on."""
+
+
+def reset() -> None:
+    """Start anew, for a process that runs one job after another."""
+    now.step, now.phase, now.since = 0, "start", time.monotonic()
+
+
+def finished(step: int) -> None:
+    """Set the number of finished steps."""
+    now.step = step
+
+
+def phase_of(error: BaseException) -> str:
+    """Name of the innermost phase that `error` was raised in."""
+    return getattr(error, "phase", now.phase)
+
+
+def keepalive() -> None:
+    """Progress within a phase that may be long. Not counted, as ranks make it in different numbers."""
     now.since = time.monotonic()
 
 
 def all_reduced(found: "Tensor") -> "Tensor":
-    """The result of an all-reduce in host memory. On a GPU this waits for the other ranks, and locate say so."""
+    """The result of an all-reduce in host memory.
+
+    A function of its own because on a GPU the copy is what waits for the other ranks: `locate` finds its name on
+    the stack and reports an all-reduce.
+    """
     return found.cpu()
 
 

@@ -20,7 +20,7 @@ from megabagel.generate.euler import EulerSampler
 from megabagel.model.vae import build_codec, codec_fingerprint
 from megabagel.parallel.attention import AttentionEngine, choose_attention
 from megabagel.parallel.mesh import Mesh
-from megabagel.runtime.collective_errors import everywhere, once
+from megabagel.runtime.collective_errors import on_all_ranks, on_rank0
 from megabagel.runtime.device import current_device
 from megabagel.train.build_rank import Rank, build_rank
 from megabagel.train.judge import StepJudge
@@ -40,13 +40,13 @@ class Data:
 def open_data(config: Config, mesh: Mesh) -> Data:
     """Index the sources of a config and choose how they are read. Raises UserError."""
     data = config.data
-    once(mesh, lambda: ensure_dataset(data))
-    tokenizer = everywhere(mesh, lambda: _tokenizer(config))
+    on_rank0(lambda: ensure_dataset(data))
+    tokenizer = on_all_ranks(lambda: _tokenizer(config))
     opened: list[list[Source]] = []
-    once(mesh, lambda: opened.append(open_sources(config, tokenizer)))  # writes the cache that the others read
-    sources = everywhere(mesh, lambda: opened[0] if opened else open_sources(config, tokenizer))
-    decode = everywhere(mesh, lambda: choose_engine(data.decode, current_device(), data.decode_threads, data.workers))
-    return Data(sources, tokenizer, decode, everywhere(mesh, lambda: _latents(config, sources)))
+    on_rank0(lambda: opened.append(open_sources(config, tokenizer)))  # writes the cache that the others read
+    sources = on_all_ranks(lambda: opened[0] if opened else open_sources(config, tokenizer))
+    decode = on_all_ranks(lambda: choose_engine(data.decode, current_device(), data.decode_threads, data.workers))
+    return Data(sources, tokenizer, decode, on_all_ranks(lambda: _latents(config, sources)))
 
 
 def build_trainer(config: Config, mesh: Mesh, data: Data | None = None, draw: bool = True) -> Trainer:
@@ -55,15 +55,15 @@ def build_trainer(config: Config, mesh: Mesh, data: Data | None = None, draw: bo
     Without `draw` its weights are for a checkpoint to fill: none are drawn.
     """
     data = data or open_data(config, mesh)
-    plan = everywhere(mesh, lambda: GlobalPlan(data.sources, config))
-    codec = everywhere(mesh, lambda: build_codec(config.model.vae, current_device()))
-    attention = everywhere(mesh, lambda: _attention(config))
+    plan = on_all_ranks(lambda: GlobalPlan(data.sources, config))
+    codec = on_all_ranks(lambda: build_codec(config.model.vae, current_device()))
+    attention = on_all_ranks(lambda: _attention(config))
     rank = build_rank(config, mesh, attention, codec, draw)
     dp = (mesh.dp.rank, mesh.dp.size)
     loader = Loader(plan, data.tokenizer, data.decode, config, rank.batches, dp, data.latents)
     sampler = None
     if config.telemetry.sample_every:
-        sampler = everywhere(mesh, lambda: _sampler(rank, data.tokenizer))
+        sampler = on_all_ranks(lambda: _sampler(rank, data.tokenizer))
     saver, judge = Saver(config, mesh), StepJudge(config.train)
     return Trainer(config, mesh, plan, loader, rank.optimizer, rank.runner, rank.builder, sampler, saver, judge)
 

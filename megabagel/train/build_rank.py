@@ -20,7 +20,7 @@ from megabagel.parallel.kernels import choose_kernels
 from megabagel.parallel.megatron import megatron_config
 from megabagel.parallel.mesh import Mesh
 from megabagel.parallel.stages import PipelineStage, build_stages
-from megabagel.runtime.collective_errors import everywhere
+from megabagel.runtime.collective_errors import on_all_ranks
 from megabagel.runtime.device import current_device
 from megabagel.sequence.batch import BatchBuilder
 from megabagel.train.optimizer import Optimizer
@@ -86,7 +86,7 @@ def build_rank(
         codec: encodes images; None where all latents are given from outside.
         initialize: see `build_weights`.
     """
-    kernels = everywhere(mesh, lambda: choose_kernels(config))
+    kernels = on_all_ranks(lambda: choose_kernels(config))
     vit, tp = config.model.vit, mesh.tp.size
     if config.model.visual_und and mesh.pp.first and not splits(vit, tp):
         logger.info("ViT tower: whole on every rank (heads %d, ffn %d do not split over tp %d)", vit.heads, vit.ffn, tp)

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megabagel.config.schema import TrainConfig
 from megabagel.parallel.mesh import Axis, Mesh
 from megabagel.parallel.stages import PipelineStage
-from megabagel.runtime.phase import mark
+from megabagel.runtime.phase import phase
 
 
 class Optimizer:
@@ -129,11 +129,15 @@ def _optimizer_config(config: TrainConfig, megatron: TransformerConfig) -> Optim
 
 def finish_gradients(chunks: list[DistributedDataParallel], tp: Axis) -> None:
     """Sum gradients over data- and context-parallel ranks, then partial ones over tensor-parallel ranks."""
-    mark("gradients")
-    for chunk in chunks:
-        chunk.finish_grad_sync()
-    if tp.size == 1:
-        return
+    with phase("gradients"):
+        for chunk in chunks:
+            chunk.finish_grad_sync()
+        if tp.size > 1:
+            _sum_partial(chunks, tp)
+
+
+def _sum_partial(chunks: list[DistributedDataParallel], tp: Axis) -> None:
+    """Sum the gradients of weights that every tensor-parallel rank holds and only some of the rows reach."""
     partial = [
         parameter.main_grad  # type: ignore[attr-defined]
         for chunk in chunks

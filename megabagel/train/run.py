@@ -18,9 +18,9 @@ from megabagel.config.schema import Config
 from megabagel.data.load.loader import Step
 from megabagel.errors import BadStep, Preempted, UserError
 from megabagel.parallel.mesh import Mesh, distributed
-from megabagel.runtime.collective_errors import everywhere, largest, once, union
+from megabagel.runtime.collective_errors import all_max, all_union, on_all_ranks, on_rank0
 from megabagel.runtime.device import comm_backend, current_device, peak_memory
-from megabagel.runtime.phase import mark
+from megabagel.runtime.phase import finished, phase
 from megabagel.runtime.signals import StopRequest
 from megabagel.train.build import Data, build_trainer, open_data
 from megabagel.train.evidence import evidence_path, write_evidence
@@ -53,27 +53,28 @@ def main(config: Config, stop: StopRequest | None = None) -> None:
         configure_log(mesh)
         logger.info("grid: %s, %s on %s", mesh.describe(), config.train.precision, comm_backend())
         folder = Path(config.run.dir)
-        once(mesh, lambda: _probe(folder))
+        on_rank0(lambda: _probe(folder))
         data = open_data(config, mesh)
-        mark("load")
-        checkpoint = api.find(config, mesh)
-        trainer = _build(config, mesh, data, checkpoint)
-        once(mesh, lambda: _take_over(config, folder))  # whatever refuses a start has had its say
+        with phase("load"):
+            checkpoint = api.find(config, mesh)
+        with phase("build"):
+            trainer = _build(config, mesh, data, checkpoint)
+        on_rank0(lambda: _take_over(config, folder))  # all checks that can refuse a start have passed
         first = mesh.world.first
-        telemetry = everywhere(mesh, lambda: Telemetry(config, first=first, step=trainer.step))
+        telemetry = on_all_ranks(lambda: Telemetry(config, first=first, step=trainer.step))
+        finished(trainer.step)
         try:
-            _loop(trainer, telemetry, stop or StopRequest())
+            with phase("train"):
+                _loop(trainer, telemetry, stop or StopRequest())
         finally:
             telemetry.close()
 
 
 def _build(config: Config, mesh: Mesh, data: Data, checkpoint: Path | None) -> Trainer:
     """The trainer with its weights: those of the checkpoint to resume, of `run.init_from`, or fresh ones."""
-    mark("build")
     source = checkpoint or (Path(config.run.init_from) if config.run.init_from else None)
     trainer = build_trainer(config, mesh, data, draw=source is None)
     if source is not None:
-        mark("load")
         (trainer.resume if checkpoint else trainer.start_from)(source)
     return trainer
 
@@ -82,38 +83,40 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> None:
     config, mesh = trainer.config, trainer.mesh
     peak = peak_flops(config, current_device())
     logger.info("peak for MFU: %.3g FLOP/s per rank (%s)", *peak)
-    mark("data", trainer.step)
     for step in _steps(trainer):
         started = time.perf_counter()
         outcome = trainer.train_step(step)
         stop.finished += 1
-        lost, signalled = largest(len(step.lost), stop.number)
-        trainer.lost_images += len(union(mesh, step.lost)) if lost else 0
+        lost, signalled = all_max(len(step.lost), stop.number)
+        trainer.lost_images += len(all_union(step.lost)) if lost else 0
         seconds = time.perf_counter() - started
-        mark("telemetry", trainer.step)
+        finished(trainer.step)
         if outcome.fault and _heed(trainer, step, outcome, outcome.fault):
-            once(mesh, partial(telemetry.rewind, trainer.step))
+            on_rank0(partial(telemetry.rewind, trainer.step))
             continue
         record = _record(trainer, step, outcome.losses, outcome.norm)
         flops = sum(step.plan.flops[1:], step.plan.flops[0])
         speed = rates(flops, record["tokens"], seconds, mesh.world.size, peak)
         record |= {"seconds": seconds, "data_wait": step.waited, **speed, "mem": peak_memory()}
-        once(mesh, partial(telemetry.log_step, record))
+        with phase("telemetry"):
+            on_rank0(partial(telemetry.log_step, record))
         done = trainer.step == config.train.steps
         if trainer.sampler and (done or trainer.step % config.telemetry.sample_every == 0):
-            mark("sampling")
-            once(mesh, partial(telemetry.log_images, trainer.step, trainer.sampler.draw()))
-        trainer.saver.poll()
+            with phase("sampling"):
+                on_rank0(partial(telemetry.log_images, trainer.step, trainer.sampler.draw()))
+        with phase("checkpoint"):
+            trainer.saver.poll()
         if done or signalled or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
             trainer.save(step.plan.state)
         if signalled and not done:
-            trainer.saver.close()
+            with phase("checkpoint"):
+                trainer.saver.close()
             raise Preempted(
                 f"{signal.Signals(signalled).name} after step {trainer.step} of {config.train.steps}; everything is "
                 f"saved in {trainer.newest}. Start the same command again to go on."
             )
-    mark("checkpoint")
-    trainer.saver.close()
+    with phase("checkpoint"):
+        trainer.saver.close()
 
 
 def _steps(trainer: Trainer) -> Iterator[Step]:
@@ -124,12 +127,13 @@ def _steps(trainer: Trainer) -> Iterator[Step]:
 
 def in_step(mesh: Mesh, steps: Iterator[Step]) -> Iterator[Step]:
     """The steps while every rank has its share of the next one. A rank without (a shard is gone) ends all of them."""
-    mark("data")
-    started = time.perf_counter()
-    while (step := everywhere(mesh, lambda: next(steps, None))) is not None:
-        yield replace(step, waited=time.perf_counter() - started)
-        mark("data")
+    while True:
         started = time.perf_counter()
+        with phase("data"):
+            step = on_all_ranks(lambda: next(steps, None))
+        if step is None:
+            return
+        yield replace(step, waited=time.perf_counter() - started)
 
 
 def _heed(trainer: Trainer, step: Step, outcome: Outcome, fault: Fault) -> bool:
@@ -137,7 +141,7 @@ def _heed(trainer: Trainer, step: Step, outcome: Outcome, fault: Fault) -> bool:
     folder, mesh = Path(trainer.config.run.dir), trainer.mesh
     path = evidence_path(folder, step.plan)
     losses, norm = outcome.losses, outcome.norm
-    once(mesh, lambda: write_evidence(path, fault, losses, norm, step.plan, mesh.dp.size, trainer.plan))
+    on_rank0(lambda: write_evidence(path, fault, losses, norm, step.plan, mesh.dp.size, trainer.plan))
     logger.warning("step %d: %s; policy: %s; samples: %s", trainer.step, fault.what, fault.action, path)
     if fault.action == "stop":
         raise BadStep(

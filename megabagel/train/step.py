@@ -13,7 +13,7 @@ from megabagel.config.schema import Config, TrainConfig
 from megabagel.model.inputs import Outputs, StageInputs
 from megabagel.parallel.mesh import Mesh
 from megabagel.runtime.device import current_device
-from megabagel.runtime.phase import all_reduced, mark
+from megabagel.runtime.phase import all_reduced, phase
 from megabagel.sequence.layout import layout_rows
 from megabagel.sequence.pack import Pack
 from megabagel.sequence.sizes import Size
@@ -124,9 +124,8 @@ class StepRunner:
     def _schedule(self, micro_batches: Sequence[Fed], loss_func: Any, **options: Any) -> list[Any]:
         def forward_step(feed: Iterator[Fed], model: Any) -> tuple[Any, Any]:
             inputs, counts = next(feed)
-            mark("forward")
-            outputs = model(inputs)
-            mark("backward")  # and the exchange with neighbouring stages, up to the next forward
+            with phase("forward"):
+                outputs = model(inputs)
             return outputs, partial(loss_func, inputs=inputs, counts=counts)
 
         chunks = self.optimizer.chunks
@@ -151,9 +150,10 @@ class StepRunner:
         if not grid.tp.first:
             found[:, 0] = 0
             found[:, 1] *= self.config.parallel.row_shards > 1
-        mark("losses")
-        dist.all_reduce(found)
-        divided = all_reduced(found.sum(2)) / torch.tensor([[max(c.ce, 1), max(c.mse, 1)] for c in counts])
+        with phase("losses"):
+            dist.all_reduce(found)
+            summed = all_reduced(found.sum(2))
+        divided = summed / torch.tensor([[max(c.ce, 1), max(c.mse, 1)] for c in counts])
         ce, mse = divided.sum(0).tolist()
         return Losses(ce, mse, config.ce_weight * ce + config.mse_weight * mse, found.cpu())
 

@@ -15,8 +15,8 @@ from megabagel.errors import BadStep
 from megabagel.generate.euler import EulerSampler
 from megabagel.parallel.inputs import InputBuilder
 from megabagel.parallel.mesh import Mesh
-from megabagel.runtime.collective_errors import everywhere
-from megabagel.runtime.phase import mark
+from megabagel.runtime.collective_errors import on_all_ranks
+from megabagel.runtime.phase import phase
 from megabagel.train.judge import Fault, StepJudge
 from megabagel.train.optimizer import Optimizer
 from megabagel.train.schedule import learning_rate
@@ -61,15 +61,16 @@ class Trainer:
 
     def train_step(self, step: Step) -> Outcome:
         """One step. A fault whose policy says so leaves weights, moments and averages as they were."""
-        inputs = [self.builder.build(batch) for batch in step.batches]
+        with phase("inputs"):
+            inputs = [self.builder.build(batch) for batch in step.batches]
         counts = denominators(self.config.train, step.plan.micro_steps(self.mesh.dp.size))
         losses = self.runner.backward(inputs, counts)
-        mark("optimizer")
-        norm = self.optimizer.gradient_norm()
-        fault = self.judge.judge(losses.total, norm)
-        if fault is None or fault.updates:
-            self.optimizer.update(learning_rate(self.config.train, self.step), norm)
-            self.updates += 1
+        with phase("optimizer"):
+            norm = self.optimizer.gradient_norm()
+            fault = self.judge.judge(losses.total, norm)
+            if fault is None or fault.updates:
+                self.optimizer.update(learning_rate(self.config.train, self.step), norm)
+                self.updates += 1
         self.step += 1
         return Outcome(losses, norm, fault)
 
@@ -81,20 +82,20 @@ class Trainer:
 
     def save(self, plan_state: dict[str, Any]) -> None:
         """Write a checkpoint of the finished steps, or begin to; `plan_state` is the data plan's after the last."""
-        mark("checkpoint")
         state = {
             "plan": plan_state,
             "updates": self.updates,
             "lost_images": self.lost_images,
             "judge": self.judge.state(),
         }
-        self.saver.save(self.step, self.tensors(), state)
+        with phase("checkpoint"):
+            self.saver.save(self.step, self.tensors(), state)
         self.newest, self.rollbacks = self.saver.folder(self.step), 0
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint, whatever grid wrote it."""
         state = self._restore(folder)
-        everywhere(self.mesh, lambda: self.plan.load_state(state["plan"]))
+        on_all_ranks(lambda: self.plan.load_state(state["plan"]))
         logger.info("resumed from %s at step %d", folder, self.step)
 
     def roll_back(self, fault: Fault) -> None:
@@ -114,9 +115,9 @@ class Trainer:
 
     def _restore(self, folder: Path) -> dict[str, Any]:
         """Fill everything but the data plan from a checkpoint; returns its JSON state."""
-        mark("load")
-        self.step, state = everywhere(self.mesh, lambda: api.read(folder, self.config))
-        everywhere(self.mesh, lambda: api.load(folder, self.tensors()))
+        with phase("load"):
+            self.step, state = on_all_ranks(lambda: api.read(folder, self.config))
+            on_all_ranks(lambda: api.load(folder, self.tensors()))
         self.updates, self.lost_images, self.newest = state["updates"], state["lost_images"], folder
         self.judge.load_state(state["judge"])
         self.optimizer.after_load(self.updates)
@@ -124,8 +125,9 @@ class Trainer:
 
     def start_from(self, folder: Path) -> None:
         """Take the weights of another run, or imported ones, for step 0; averages start from them."""
-        tensors = everywhere(self.mesh, lambda: api.weights_of(folder, self.config, self.tensors()))
-        everywhere(self.mesh, lambda: api.load(folder, tensors))
+        with phase("load"):
+            tensors = on_all_ranks(lambda: api.weights_of(folder, self.config, self.tensors()))
+            on_all_ranks(lambda: api.load(folder, tensors))
         self.optimizer.after_load(0)
         self.optimizer.start_averages()
         logger.info("weights from %s (%s)", folder, self.config.run.init_weights)

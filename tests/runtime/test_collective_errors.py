@@ -1,4 +1,6 @@
-"""A user's mistake on one rank is told to all of them."""
+"""Error propagation: an error on one rank is raised on all of them; and values of all ranks, combined."""
+
+from collections.abc import Callable
 
 import pytest
 
@@ -7,14 +9,11 @@ from tests.support.rank_pool import RankPool
 
 
 def outcomes(mistakes: list[str | None]) -> tuple[str, str]:
-    """What `everywhere` and `once` come to on this rank when each rank makes its own mistake, or none."""
+    """What `on_all_ranks` and `on_rank0` come to on this rank when each rank makes its own mistake, or none."""
     import torch.distributed as dist
 
-    from megabagel.config.schema import Config
-    from megabagel.parallel.mesh import build
-    from megabagel.runtime.collective_errors import everywhere, once
+    from megabagel.runtime.collective_errors import on_all_ranks, on_rank0
 
-    mesh = build(Config())
     rank = dist.get_rank()
 
     def act() -> str:
@@ -22,13 +21,13 @@ def outcomes(mistakes: list[str | None]) -> tuple[str, str]:
             raise UserError(mistakes[rank])
         return f"done by {rank}"
 
-    def message(tell: object) -> str:
+    def message(run: Callable[[Callable[[], str]], str | None]) -> str:
         try:
-            return str(tell(mesh, act))  # type: ignore[operator]
+            return str(run(act))
         except UserError as error:
             return f"error: {error}"
 
-    return message(everywhere), message(once)
+    return message(on_all_ranks), message(on_rank0)
 
 
 @pytest.mark.parametrize(
@@ -42,5 +41,20 @@ def outcomes(mistakes: list[str | None]) -> tuple[str, str]:
         (["a"], [("error: a", "error: a")]),
     ],
 )
-def test_mistakes_are_told_to_all(ranks: RankPool, mistakes: list[str | None], expected: list[tuple[str, str]]) -> None:
+def test_an_error_is_raised_on_all_ranks(
+    ranks: RankPool, mistakes: list[str | None], expected: list[tuple[str, str]]
+) -> None:
     assert ranks.run(len(mistakes), outcomes, mistakes) == expected
+
+
+def combined() -> tuple[list[int], frozenset[str]]:
+    import torch.distributed as dist
+
+    from megabagel.runtime.collective_errors import all_max, all_union
+
+    rank = dist.get_rank()
+    return all_max(rank, -rank, 7), all_union(frozenset({"all", f"rank {rank}"}))
+
+
+def test_values_of_all_ranks(ranks: RankPool) -> None:
+    assert ranks.run(3, combined) == [([2, 0, 7], frozenset({"all", "rank 0", "rank 1", "rank 2"}))] * 3

@@ -77,7 +77,7 @@ def test_waiting_for_the_result_of_a_collective_shows() -> None:
 def test_a_sign_of_life_is_no_mark(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks draw different numbers of tensors, and yet their marks can be compared."""
     monkeypatch.setattr(phase, "now", phase.Progress(phase="build", marks=3, since=-100.0))
-    phase.alive()
+    phase.keepalive()
     assert (phase.now.marks, phase.now.phase) == (3, "build") and phase.now.since > -100.0
 
 

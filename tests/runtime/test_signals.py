@@ -17,10 +17,11 @@ HEEDED = (signal.SIGTERM, signal.SIGUSR1)
 @pytest.fixture(autouse=True)
 def in_forward() -> Iterator[None]:
     """A phase for the messages to name; handlers are as before, after tests that leave signals ignored."""
-    before, handlers = (phase.now.phase, phase.now.step), [signal.getsignal(number) for number in HEEDED]
-    phase.mark("forward", 12)
-    yield
-    phase.mark(*before)
+    before, handlers = phase.now.step, [signal.getsignal(number) for number in HEEDED]
+    phase.finished(12)
+    with phase.phase("forward"):
+        yield
+    phase.finished(before)
     for number, handler in zip(HEEDED, handlers, strict=True):
         signal.signal(number, handler)
 

@@ -9,10 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from megabagel.commands import bench, checkpoint, convert, data, doctor, parity, plan, train
-from megabagel.errors import STOP_PREFIX, Stopped, UserError
-from megabagel.runtime.launch import ERROR_PREFIX, USER_ERROR
-
-INTERRUPTED = 130
+from megabagel.errors import ERROR_PREFIX, INTERRUPTED, STOP_PREFIX, Stopped, named
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,15 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     try:
         return args.run(args)
-    except UserError as error:
-        print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
-        return USER_ERROR
-    except Stopped as error:
-        print(f"{STOP_PREFIX}{error}", file=sys.stderr)
-        return error.code
     except KeyboardInterrupt:
         print("megabagel: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        end = named(error)
+        if end is None:
+            raise
+        print(f"{STOP_PREFIX if isinstance(end, Stopped) else ERROR_PREFIX}{end}", file=sys.stderr)
+        return end.code
 
 
 def _parser() -> argparse.ArgumentParser:

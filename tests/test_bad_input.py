@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from megabagel.config.schema import Config
-from megabagel.errors import UserError
+from megabagel.errors import TransientFailure, UserError
 from megabagel.sequence.items import SPECIAL_TOKENS
 from tests.support.cli_harness import command, fill, job, metrics, once_training, pairs, small_disk, tiny_run
 from tests.support.pictures import BAD, ODD
@@ -350,7 +350,9 @@ def test_a_file_in_the_way(ranks: RankPool, tiny: Path, tmp_path: Path, size: in
 
 def test_a_disk_that_cannot_be_written_at_start(ranks: RankPool, tiny: Path, disk: Path) -> None:
     fill(disk)
-    job(ranks, 2, tiny, f"run.dir={disk}/run").refused(disk / "run", "No space left on device", "another run.dir")
+    job(ranks, 2, tiny, f"run.dir={disk}/run").refused(
+        disk / "run", "No space left on device", "another run.dir", code=TransientFailure.code
+    )
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     job(ranks, 2, tiny, f"run.dir={disk}/new").refused(
         f"run.dir={disk}/new", "Read-only file system", "choose a folder"
@@ -361,7 +363,13 @@ def test_a_disk_that_cannot_be_written_at_start(ranks: RankPool, tiny: Path, dis
 def test_a_disk_that_is_full_in_a_step(ranks: RankPool, tiny: Path, disk: Path, size: int) -> None:
     with once_training(disk / "run", lambda: fill(disk)):
         outcome = job(ranks, size, tiny, f"run.dir={disk}/run", FOREVER)
-    outcome.refused(disk / "run" / "metrics.jsonl", "No space left on device", "Free space", "start again")
+    outcome.refused(
+        disk / "run" / "metrics.jsonl",
+        "No space left on device",
+        "Free space",
+        "start again",
+        code=TransientFailure.code,
+    )
 
 
 def test_a_disk_that_is_full_at_a_checkpoint(ranks: RankPool, tiny: Path, disk: Path) -> None:
@@ -369,7 +377,9 @@ def test_a_disk_that_is_full_at_a_checkpoint(ranks: RankPool, tiny: Path, disk: 
     checkpoints = disk / "run" / "checkpoints"
     job(ranks, 2, *words, "train.steps=1").succeeded()
     filler = fill(disk, leave=300)
-    job(ranks, 2, *words).refused(checkpoints, "KiB are free", "The previous checkpoint is untouched", "start again")
+    job(ranks, 2, *words).refused(
+        checkpoints, "KiB are free", "The previous checkpoint is untouched", "start again", code=TransientFailure.code
+    )
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000001"]
     filler.unlink()
     outcome = job(ranks, 2, *words).succeeded()
@@ -394,4 +404,4 @@ def test_the_whole_command_on_a_full_disk(tiny: Path, disk: Path) -> None:
     """As a user starts it; the ranks import everything themselves."""
     fill(disk, leave=500)
     words = ["train", tiny, f"run.dir={disk}/run", "--nproc", 2]
-    command(*words).refused(disk / "run" / "checkpoints", "KiB are free", "make room")
+    command(*words).refused(disk / "run" / "checkpoints", "KiB are free", "make room", code=TransientFailure.code)

@@ -32,20 +32,35 @@ RANKS = (*TENSORS, "torch.distributed", "megatron")
 
 ROOMS = {
     "errors": Room((), ()),
+    "locks": Room(("errors",), ()),
     "kernels": Room((), (*TENSORS, "triton")),
     "config": Room(("errors",), ("yaml",)),
     "sequence": Room(("errors", "config", "kernels"), TENSORS),
     "runtime": Room(("errors", "config"), ("torch", "torch.distributed", "megatron")),
     "data": Room(
-        ("errors", "config", "sequence"),
+        ("errors", "locks", "config", "sequence"),
         (*TENSORS, "PIL", "tokenizers", "sentencepiece", "pyarrow", "nvidia", "safetensors"),
     ),
     "model": Room(("errors", "config", "sequence", "kernels"), (*TENSORS, "safetensors")),
     "parallel": Room(("errors", "config", "sequence", "kernels", "runtime", "model"), RANKS),
-    "checkpoint": Room(("errors", "config", "sequence", "runtime", "model", "parallel"), (*RANKS, "safetensors")),
+    "checkpoint": Room(
+        ("errors", "locks", "config", "sequence", "runtime", "model", "parallel"), (*RANKS, "safetensors")
+    ),
     "generate": Room(("errors", "config", "sequence", "data", "model", "parallel"), (*TENSORS, "torch.distributed")),
     "train": Room(
-        ("errors", "config", "sequence", "kernels", "runtime", "data", "model", "parallel", "checkpoint", "generate"),
+        (
+            "errors",
+            "locks",
+            "config",
+            "sequence",
+            "kernels",
+            "runtime",
+            "data",
+            "model",
+            "parallel",
+            "checkpoint",
+            "generate",
+        ),
         (*RANKS, "PIL", "rich", "tensorboard"),
     ),
     "planner": Room(

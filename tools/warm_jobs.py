@@ -100,6 +100,7 @@ def _run(words: list[str], place: dict[str, str], log: str, fault: str | None) -
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ |= {**place, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.current_process()._config["daemon"] = False  # a rank may have workers; it was a daemon over there
     import torch
 
     from megabagel import cli

@@ -24,7 +24,7 @@ from megabagel.checkpoint.manifest import CONFIG, MANIFEST, STATE, flush, replac
 from megabagel.checkpoint.megatron_strategy import HostCopies, SaveSlices, bytes_of
 from megabagel.config.load import dump
 from megabagel.config.schema import Config
-from megabagel.errors import UserError
+from megabagel.errors import UserError, no_space
 from megabagel.parallel.mesh import Mesh
 from megabagel.runtime.collective_errors import all_max, on_all_ranks, on_rank0
 
@@ -152,7 +152,7 @@ class Saver:
             dump(self.config, partial / CONFIG)
             free = shutil.disk_usage(partial).free
             if free < size:
-                raise OSError(f"it takes up to {size >> 10:,} KiB, {free >> 10:,} KiB are free")
+                raise no_space(f"it takes up to {size >> 10:,} KiB, {free >> 10:,} KiB are free")
 
     def _complete(self, partial: Path, writer: Writer) -> None:
         """On rank 0: the manifest, the name, `latest`; then forget old ones."""

@@ -14,36 +14,42 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megabagel.errors import UserError
+from megabagel.errors import TransientFailure, UserError, named
 from megabagel.runtime.device import current_device
 from megabagel.runtime.phase import all_reduced
 
 T = TypeVar("T")
 
 
+Failure = tuple[bool, str]
+"""(whether another start need not meet it, message)."""
+
+
 def on_all_ranks(action: Callable[[], T]) -> T:
     """Run `action` on every rank and return its result; if any rank fails, raise its error on all ranks.
 
     Raises:
-        UserError: the message of the lowest failing rank, with the rank in front unless another rank failed alike.
+        UserError: the message of the lowest failing rank, with the rank in front unless another rank failed alike; a
+            TransientFailure where `errors.named` makes one of what was raised there.
     """
-    result, errors = _attempt(action)
-    for rank, text in errors.items():
-        alone = _world_size() > 1 and list(errors.values()).count(text) == 1
-        raise UserError(f"rank {rank}: {text}" if alone else text)
+    result, failures = _attempt(action)
+    for rank, failure in failures.items():
+        alone = _world_size() > 1 and list(failures.values()).count(failure) == 1
+        raise _raised(failure, f"rank {rank}: " if alone else "")
     return result  # type: ignore[return-value]
 
 
 def on_rank0(action: Callable[[], object]) -> None:
-    """Run `action` on rank 0 while the others wait for it; if it fails, raise its error on all ranks.
-
-    Raises:
-        UserError: the message of rank 0.
-    """
+    """Run `action` on rank 0 while the others wait for it; raises on all ranks as `on_all_ranks` does."""
     first = not dist.is_initialized() or dist.get_rank() == 0
-    _, errors = _attempt(action if first else lambda: None)
-    if errors:
-        raise UserError(errors[0])
+    _, failures = _attempt(action if first else lambda: None)
+    if failures:
+        raise _raised(failures[0])
+
+
+def _raised(failure: Failure, where: str = "") -> UserError:
+    transient, text = failure
+    return (TransientFailure if transient else UserError)(f"{where}{text}")
 
 
 def all_max(*values: int) -> list[int]:
@@ -60,24 +66,26 @@ def all_union(values: frozenset[T]) -> frozenset[T]:
     return frozenset().union(*parts)
 
 
-def _attempt(action: Callable[[], T]) -> tuple[T | None, dict[int, str]]:
-    """Result on this rank, and the messages of UserErrors by rank."""
-    message, result = None, None
+def _attempt(action: Callable[[], T]) -> tuple[T | None, dict[int, Failure]]:
+    """Result on this rank, and failures by rank."""
+    failure: Failure | None = None
+    result = None
     try:
         result = action()
-    except UserError as error:
-        if not dist.is_initialized():
+    except Exception as error:
+        end = named(error)
+        if not isinstance(end, UserError):
             raise
-        message = str(error)
+        failure = isinstance(end, TransientFailure), str(end)
     if not dist.is_initialized():
-        return result, {}
-    failed = torch.tensor(int(message is not None), device=current_device())
+        return result, {} if failure is None else {0: failure}
+    failed = torch.tensor(int(failure is not None), device=current_device())
     dist.all_reduce(failed, dist.ReduceOp.MAX)
     if not all_reduced(failed):
         return result, {}
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    return result, {rank: text for rank, text in enumerate(messages) if text is not None}
+    failures: list[Failure | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    return result, {rank: told for rank, told in enumerate(failures) if told is not None}
 
 
 def _world_size() -> int:

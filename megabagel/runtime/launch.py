@@ -17,13 +17,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
-from megabagel.errors import STOP_PREFIX, BadStep, Preempted, RankLost
+from megabagel.errors import (
+    ERROR_PREFIX,
+    STOP_PREFIX,
+    USER_ERROR,
+    BadStep,
+    Preempted,
+    RankLost,
+    TransientFailure,
+)
 
-ERROR_PREFIX = "megabagel: error: "
-"""Opens the message of a `UserError` on stderr, which is the last thing its process says."""
-USER_ERROR = 2
-"""Exit code of a user's mistake."""
-_VERDICTS = (USER_ERROR, Preempted.code, BadStep.code)
+_VERDICTS = (USER_ERROR, TransientFailure.code, Preempted.code, BadStep.code)
 """Exit codes of ends that all ranks come to alike, with one message."""
 _NAMED = (*_VERDICTS, RankLost.code)
 """Exit codes of ends whose message says everything."""
@@ -182,11 +186,19 @@ def _report(failed: _Rank | None, ranks: list[_Rank]) -> None:
     if failed and code not in _NAMED and not alike:
         how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
         print(f"megabagel: rank {failed.index} ended with {how}; stopping the others", file=sys.stderr)
-    for rank in [failed] if failed and code in _NAMED else ranks:
+    for rank in ranks:
         if rank.process.poll() is not None:
             _drain(rank)
-        for line in rank.held:
+        of_all = not failed or code not in _NAMED or rank is failed
+        for line in rank.held if of_all else _before_the_end(rank, code):
             _show(rank, line)
+
+
+def _before_the_end(rank: _Rank, code: int) -> list[str]:
+    """What a rank with the verdict of all printed before its own message of it: a traceback of one of its workers,
+    which may be the cause and which no other rank has. Of a rank that ended otherwise nothing: others broke it."""
+    ends = [number for number, line in enumerate(rank.held) if line.startswith((ERROR_PREFIX, STOP_PREFIX))]
+    return rank.held[: ends[-1]] if ends and rank.process.poll() == code else []
 
 
 def _stop(ranks: list[_Rank]) -> None:

@@ -4,7 +4,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -17,10 +17,11 @@ from megabagel.config.load import dump
 from megabagel.config.schema import Config
 from megabagel.data.load.loader import Step
 from megabagel.errors import BadStep, Preempted, UserError
+from megabagel.locks import inside, locked
 from megabagel.parallel.mesh import Mesh, distributed
 from megabagel.runtime.collective_errors import all_max, all_union, on_all_ranks, on_rank0
 from megabagel.runtime.device import comm_backend, current_device, peak_memory
-from megabagel.runtime.phase import finished, phase
+from megabagel.runtime.phase import finished, keepalive, phase
 from megabagel.runtime.signals import StopRequest
 from megabagel.train.build import Data, build_trainer, open_data
 from megabagel.train.evidence import evidence_path, write_evidence
@@ -49,10 +50,13 @@ def main(config: Config, stop: StopRequest | None = None) -> None:
 
     Raises Preempted when `stop` was asked for on any rank, BadStep for a step that the config does not let pass.
     """
-    with distributed(config) as mesh:
+    with distributed(config) as mesh, ExitStack() as owned:
         configure_log(mesh)
         logger.info("grid: %s, %s on %s", mesh.describe(), config.train.precision, comm_backend())
         folder = Path(config.run.dir)
+        patience = min(config.run.heartbeat_timeout, config.run.timeout / 2)
+        lock = locked(inside(folder), f"run.dir={folder}", patience, keepalive)
+        on_rank0(lambda: owned.enter_context(lock))
         on_rank0(lambda: _probe(folder))
         data = open_data(config, mesh)
         with phase("load"):

@@ -13,7 +13,7 @@ from megabagel.data.documents import ImageItem
 from megabagel.data.load.collate import Filler
 from megabagel.data.load.loader import Loader, Step
 from megabagel.data.plan.planned_sample import PackPlan
-from megabagel.errors import UserError
+from megabagel.errors import TransientFailure, UserError
 from megabagel.sequence.batch import BatchBuilder
 from megabagel.sequence.images import vae_images, vit_images
 from megabagel.sequence.rank_rows import RankPlace
@@ -76,7 +76,7 @@ def test_a_worker_that_dies_is_named_with_what_it_was_at(config: Config) -> None
     made = loader(change(config, {"data.workers": 2}), decode=Stumbling(victim, "die"))
     step = _first_use(made, expected, victim) + 1
     message = rf"data: worker [01] \(process \d+\) died \(signal 9\) at work on pack \d of step {step} \(\d samples: "
-    with pytest.raises(UserError, match=message + r".*/000.*; files: .*-000000\.tar") as caught:
+    with pytest.raises(TransientFailure, match=message + r".*/000.*; files: .*-000000\.tar") as caught:
         list(made.steps(4))
     assert "data.workers" in str(caught.value)
 

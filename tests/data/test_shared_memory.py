@@ -1,8 +1,9 @@
 """Values from one process to another: what arrives is what was sent, in memory of its own."""
 
-import os
+import errno
 from multiprocessing import Pipe
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tests.support.small_run import small_config
 
 def through(value: object) -> object:
     one, other = Pipe()
-    shared_memory.send(one, value, os.getpid())
+    shared_memory.send(one, value)
     return shared_memory.receive(other)
 
 
@@ -33,15 +34,58 @@ def through(value: object) -> object:
         torch.full((3, 2, 2), torch.nan),
         torch.arange(24.0).reshape(2, 3, 4).transpose(0, 2),
         torch.arange(100.0)[10:20],
+        torch.arange(100.0)[::7],
+        torch.arange(4, dtype=torch.int64)[1:2].as_strided((1,), (3,)),  # one element of a longer row
+        torch.arange(3.0).expand(4, 3),
+        torch.ones(1).expand(0, 5),
+        torch.from_numpy(np.zeros((0, 2), np.int64)),  # numpy 2.4 gives it strides of 0
+        torch.from_numpy(np.zeros(0, np.int64)).reshape(-1),
+        torch.empty_strided((0,), (0,), dtype=torch.int64),
+        torch.arange(4.0).view(torch.complex64).conj(),
     ],
-    ids=lambda tensor: f"{tensor.dtype}{tuple(tensor.shape)}",
+    ids=lambda tensor: f"{tensor.dtype}{tuple(tensor.shape)}{tensor.stride()}",
 )
 def test_tensors_arrive_bit_for_bit(tensor: torch.Tensor) -> None:
     found = through(tensor)
     assert isinstance(found, torch.Tensor) and found.dtype == tensor.dtype and found.shape == tensor.shape
-    assert torch.equal(found.contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8))
+    assert (
+        found.numpy().tobytes() == tensor.resolve_conj().numpy().tobytes()
+        if tensor.dtype != torch.bfloat16
+        else (torch.equal(found.view(torch.int16), tensor.view(torch.int16)))
+    )
     found.zero_()  # it may be written to, and is not the sender's
     assert tensor.isnan().all() or tensor.numel() == 0 or tensor.any()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array(5.0),
+        np.zeros((0, 3), np.int64),
+        np.zeros((3, 0)),
+        np.broadcast_to(np.arange(3), (4, 3)),
+        np.broadcast_to(np.arange(3)[:0], (4, 0)),
+        np.arange(12.0).reshape(3, 4)[::-1, ::-2],
+        np.asfortranarray(np.arange(12).reshape(3, 4)),
+        np.array(["2020-01-01"], "datetime64[D]"),
+        np.array([(1, 2.0)], [("a", "i4"), ("b", "f8")]),
+        np.array(["ab", "c"]),
+    ],
+    ids=lambda array: f"{array.dtype}{array.shape}{array.strides}",
+)
+def test_arrays_arrive_whatever_their_shape_and_strides(array: np.ndarray) -> None:
+    found = through([array])[0]  # type: ignore[index]
+    assert found.dtype == array.dtype and found.shape == array.shape and found.tobytes() == array.tobytes()
+
+
+def test_what_cannot_be_sent_leaves_the_line_usable() -> None:
+    """No descriptor is left for the memory: the error is raised before a byte is written."""
+    one, other = Pipe()
+    with patch("socket.send_fds", side_effect=OSError(errno.ETOOMANYREFS, "too many")), pytest.raises(OSError):
+        shared_memory.send(one, np.arange(3))
+    shared_memory.send_small(one, "instead")
+    shared_memory.send(one, "after")
+    assert (shared_memory.receive(other), shared_memory.receive(other)) == ("instead", "after")
 
 
 def test_a_tree_keeps_its_form_and_what_is_shared() -> None:
@@ -64,7 +108,7 @@ def test_a_batch_arrives_whole(shapes: Path) -> None:
 def test_more_than_a_socket_holds_is_sent_without_a_reader() -> None:
     one, other = Pipe()
     for number in range(20):
-        shared_memory.send(one, (number, torch.full((200_000,), number), "x" * 1_000_000), os.getpid())
+        shared_memory.send(one, (number, torch.full((200_000,), number), "x" * 1_000_000))
     for number in range(20):
         found, tensor, text = shared_memory.receive(other)
         assert found == number and (tensor == number).all() and len(text) == 1_000_000

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from megabagel.data.files import OPEN_FILES
-from megabagel.data.load.workers import Worker
-from megabagel.errors import UserError
-from tests.support.worker_tasks import double
+from megabagel.data.load.workers import Worker, WorkerError
+from megabagel.errors import TransientFailure, UserError
+from tests.support.worker_tasks import Unreadable, double
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +31,7 @@ def until(done: Callable[[], bool], seconds: float = 20.0) -> bool:
 def alive(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter where it ends between open and read
         return False
 
 
@@ -87,8 +87,34 @@ def test_a_killed_worker_is_named_with_its_task(worker: Worker) -> None:
         worker.send(task)
     assert worker.receive() == 2
     expected = rf"data: worker 3 \(process {worker.process.pid}\) died \(signal 9\) at work on task 'die'\. .*workers"
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(TransientFailure, match=expected):
         worker.receive()
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "says"),
+    [
+        ("lambda", AttributeError, "lambda"),  # a result that cannot be pickled
+        ("half pickled", WorkerError, "Half: cannot be pickled"),
+        ("one way", WorkerError, "OneWay: 1 and 2"),
+        ("exit", WorkerError, "SystemExit: 0"),
+        ("full", TransientFailure, "No space left on device"),
+        ("worn disk", TransientFailure, "shard.tar: cannot be read"),
+        ("closed", PermissionError, "not yours"),
+        (("cannot be unpickled", Unreadable()), ZeroDivisionError, "there"),
+    ],
+    ids=str,
+)
+def test_every_error_between_task_and_result_comes_back_by_name(
+    worker: Worker, task: object, kind: type[Exception], says: str
+) -> None:
+    """A worker that cannot answer would be taken for one that the system killed, or be waited for without end."""
+    worker.send(task)
+    with pytest.raises(kind, match=says) as caught:
+        worker.receive()
+    assert type(caught.value) is kind and "worker" in str(caught.value.__cause__)
+    worker.send(4)
+    assert worker.receive() == 8
 
 
 def test_a_slow_worker_is_named_and_waited_for(worker: Worker, late: list[str]) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from psutil import Process
 
-from megabagel.errors import STOP_PREFIX, Preempted, RankLost
+from megabagel.errors import STOP_PREFIX, Preempted, RankLost, TransientFailure
 from tests.support.cli_harness import metrics, pairs, tiny_run
 from tools.faulty_rank import STEP
 from tools.warm_jobs import Job
@@ -66,6 +67,19 @@ def test_a_killed_rank_is_named(jobs: Jobs) -> None:
     assert job.wait(SOON) == {0: RankLost.code, 1: KILLED, 2: RankLost.code}
     for rank in (0, 2):
         assert re.search(r"no sign of life for \d s: rank 1 \(.*, process \d+\) is dead", message(job.texts[rank]))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_killed_worker_ends_every_rank_with_its_name_and_a_code_that_requeues(jobs: Jobs, size: int) -> None:
+    """As the system kills for memory. The worker is one of the last rank's."""
+    job = jobs.start("data.workers=2", size=size)
+    jobs.until(job, 2)
+    (server,) = [child for child in Process(job.ranks[size - 1].pid).children() if child.children()]
+    server.children()[-1].kill()
+    assert job.wait(SOON) == dict.fromkeys(range(size), TransientFailure.code)
+    for text in job.texts:
+        assert re.search(r"data: (worker \d|planner) \(process \d+\) died \(signal 9\) at work on .*data.workers", text)
+        assert "Traceback" not in text
 
 
 def test_the_death_of_rank_0_is_noticed_by_its_store(jobs: Jobs) -> None:
@@ -161,3 +175,18 @@ def test_a_signal_while_it_starts_is_heeded_after_the_first_step(jobs: Jobs) -> 
     job.signal(signal.SIGTERM, 0)
     assert job.wait(60) == dict.fromkeys(range(2), Preempted.code)
     assert len(metrics(jobs.run)) == 1
+
+
+def test_a_second_run_in_one_folder_is_refused_and_both_records_stay_whole(jobs: Jobs) -> None:
+    first = jobs.start("checkpoint.every=2")
+    jobs.until(first, 2)
+    second = jobs.start("train.lr=0.5", "run.resume=none")
+    assert second.wait(60) == {0: 2, 1: 2}
+    for text in second.texts:
+        assert f"run.dir={jobs.run}: in use by process {first.ranks[0].pid} on" in text and "Traceback" not in text
+    assert first.alive and not list(jobs.run.glob("checkpoints-*"))
+    first.signal(signal.SIGKILL)
+    first.wait(SOON)
+    assert jobs.start("train.steps=1").wait(60) == {0: 0, 1: 0}, "kill -9 leaves no lock"
+    steps = [record["step"] for record in metrics(jobs.run)]
+    assert steps == list(range(1, len(steps) + 1))

@@ -1,10 +1,11 @@
 """Error propagation: an error on one rank is raised on all of them; and values of all ranks, combined."""
 
+import errno
 from collections.abc import Callable
 
 import pytest
 
-from megabagel.errors import UserError
+from megabagel.errors import TransientFailure, UserError
 from tests.support.rank_pool import RankPool
 
 
@@ -17,6 +18,8 @@ def outcomes(mistakes: list[str | None]) -> tuple[str, str]:
     rank = dist.get_rank()
 
     def act() -> str:
+        if mistakes[rank] == "full":
+            raise UserError("full") from OSError(errno.ENOSPC, "no space")
         if mistakes[rank]:
             raise UserError(mistakes[rank])
         return f"done by {rank}"
@@ -25,7 +28,7 @@ def outcomes(mistakes: list[str | None]) -> tuple[str, str]:
         try:
             return str(run(act))
         except UserError as error:
-            return f"error: {error}"
+            return f"{'transient' if error.code == TransientFailure.code else 'error'}: {error}"
 
     return message(on_all_ranks), message(on_rank0)
 
@@ -39,6 +42,8 @@ def outcomes(mistakes: list[str | None]) -> tuple[str, str]:
         (["a", "a"], [("error: a", "error: a")] * 2),
         (["a", "b"], [("error: rank 0: a", "error: a")] * 2),
         (["a"], [("error: a", "error: a")]),
+        ([None, "full"], [("transient: rank 1: full", "None")] * 2),  # the exit code of every rank depends on it
+        (["full", "a"], [("transient: rank 0: full", "transient: full")] * 2),
     ],
 )
 def test_an_error_is_raised_on_all_ranks(

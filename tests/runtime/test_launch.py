@@ -154,6 +154,16 @@ def test_a_mistake_that_rank_0_does_not_make_is_shown_once() -> None:
     ]
 
 
+def test_the_traceback_of_a_worker_is_shown_whichever_rank_it_was_of() -> None:
+    """All ranks end alike, and the cause is on one of them."""
+    trace = (
+        "if rank: print('Traceback (most recent call last):\\n  x\\nRuntimeError: self.stride(-1)', file=sys.stderr)"
+    )
+    code, _, err = launched(f"text = 'a worker died'\n{trace}\n{MISTAKE}", 2)
+    assert code == 2 and err.count("[rank 1] RuntimeError: self.stride(-1)") == 1
+    assert err.count("megabagel: error: a worker died") == 1
+
+
 def test_a_mistake_is_shown_without_what_it_did_to_others() -> None:
     """Rank 1 breaks and ends before rank 0, which left it, is through with its own end."""
     hook = "sys.excepthook = lambda *_: print(f'[rank{rank}]: Traceback (most recent call last)\\nx', file=sys.stderr)"

@@ -33,7 +33,7 @@ from megabagel.config.schema import (
     VitConfig,
 )
 from megabagel.data.formats.shards import write_shards
-from megabagel.runtime.launch import ERROR_PREFIX, USER_ERROR
+from megabagel.errors import ERROR_PREFIX, USER_ERROR
 from tests.support.config_tree import change
 from tests.support.pictures import file_of, noise
 from tests.support.rank_pool import RankPool
@@ -96,9 +96,9 @@ class Outcome:
     errors: tuple[str, ...]
     out: str
 
-    def refused(self, *parts: object) -> None:
+    def refused(self, *parts: object, code: int = USER_ERROR) -> None:
         """Assert that all ranks ended with one message that holds all `parts`, and that nobody saw a traceback."""
-        assert set(self.codes) == {USER_ERROR}, self
+        assert set(self.codes) == {code}, self
         assert "Traceback" not in self.out
         for text in self.errors:
             assert "Traceback" not in text, text

@@ -1,9 +1,11 @@
 """Work for worker processes: functions that a process of its own can import."""
 
+import errno
 import logging
 import os
 import resource
 import signal
+import sys
 import time
 from typing import Any
 
@@ -34,9 +36,51 @@ def double(task: Any) -> Any:
             return os.getpid()
         case "open files":
             return resource.getrlimit(resource.RLIMIT_NOFILE)
+        case "lambda":
+            return lambda: None
+        case "half pickled":
+            raise Half("cannot be pickled")
+        case "one way":
+            raise OneWay(1, 2)
+        case "exit":
+            sys.exit(0)
+        case "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        case "worn disk":
+            raise UserError("shard.tar: cannot be read") from OSError(errno.EIO, os.strerror(errno.EIO))
+        case "closed":
+            raise PermissionError(errno.EACCES, "not yours")
         case "threads":
             return torch.get_num_threads()
     return task * 2
+
+
+class Half(Exception):
+    """Cannot be pickled."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("no")
+
+
+class OneWay(Exception):
+    """Can be pickled, and not be made anew from what that gives."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+class Unreadable:
+    """Can be pickled, and fails where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return _raise, ("there",)
+
+    def __repr__(self) -> str:
+        return "Unreadable()"
+
+
+def _raise(text: str) -> None:
+    raise ZeroDivisionError(text)
 
 
 class Stumbling:

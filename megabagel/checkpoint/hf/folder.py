@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megabagel.errors import UserError
+from megabagel.errors import UserError, no_space
+from megabagel.locks import beside, locked
 
 LLM_CONFIG, VIT_CONFIG, VAE_WEIGHTS = "llm_config.json", "vit_config.json", "ae.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
@@ -20,6 +21,12 @@ def new_folder(final: Path, size: int) -> Iterator[Path]:
 
     Whatever goes wrong, nothing is left behind. Raises UserError if `final` exists or the disk refuses.
     """
+    with locked(beside(final), str(final)), _new_folder(final, size) as partial:
+        yield partial
+
+
+@contextmanager
+def _new_folder(final: Path, size: int) -> Iterator[Path]:
     if final.exists():
         raise UserError(f"{final}: exists already; expected a new folder. Name another one, or remove it.")
     partial = final.with_name(f".{final.name}.partial")
@@ -28,7 +35,7 @@ def new_folder(final: Path, size: int) -> Iterator[Path]:
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
         if free < size:
-            raise OSError(f"it takes {size >> 20:,} MiB, {free >> 20:,} MiB are free")
+            raise no_space(f"it takes {size >> 20:,} MiB, {free >> 20:,} MiB are free")
         yield partial
         partial.rename(final)
     except OSError as error:

@@ -11,6 +11,7 @@ from megabagel.data.files import staging
 from megabagel.data.formats.samples import IMAGE_EXTENSIONS, caption_text
 from megabagel.data.formats.shards import write_shards
 from megabagel.errors import UserError
+from megabagel.locks import inside, locked
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ def prepare(images: Path, out: Path, *, samples_per_shard: int, name: str) -> Re
     paths = sorted(path for path in images.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
     if not paths:
         raise UserError(f"{images}: no image in it. Expected files ending in {', '.join(sorted(IMAGE_EXTENSIONS))}.")
+    with locked(inside(out), str(out)):
+        return _pack(images, paths, out, samples_per_shard, name)
+
+
+def _pack(images: Path, paths: list[Path], out: Path, samples_per_shard: int, name: str) -> Report:
     if old := sorted(out.glob(f"{name}-*.tar")):
         raise UserError(f"{old[0]} exists already. Choose another folder or name, or remove the {len(old)} old shards.")
     skipped: dict[str, list[str]] = {}

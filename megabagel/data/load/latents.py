@@ -30,6 +30,7 @@ from megabagel.data.files import write_atomic
 from megabagel.data.plan.expand import Expander
 from megabagel.data.plan.global_plan import Source
 from megabagel.errors import UserError
+from megabagel.locks import inside, locked
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +124,21 @@ def write_latents(
         precision: bf16 halves the cache and rounds every moment to 8 significant bits.
 
     Raises:
-        UserError: the folder holds a cache of something else, or cannot be written.
+        UserError: the folder holds a cache of something else, another process adds to it, or it cannot be written.
     """
+    with locked(inside(folder), str(folder)):
+        return _write_latents(config, sources, folder, decode, moments, codec, precision)
+
+
+def _write_latents(
+    config: Config,
+    sources: Sequence[Source],
+    folder: Path,
+    decode: DecodeEngine,
+    moments: Callable[[Tensor], Tensor],
+    codec: tuple[str, int],
+    precision: Precision,
+) -> Report:
     validity = _validity(config, codec[0])
     manifest = _manifest(folder) or {**validity, "precision": precision, "channels": codec[1], "sources": []}
     _check(folder, manifest, {**validity, "precision": precision})

@@ -6,6 +6,7 @@ context of this process is copied. It ends when the connection does: also when t
 
 import logging
 import os
+import pickle
 import queue
 import signal
 import threading
@@ -22,10 +23,12 @@ from typing import Any
 
 from megabagel.data.files import allow_open_files
 from megabagel.data.load import shared_memory
-from megabagel.errors import UserError
+from megabagel.errors import TransientFailure, UserError, named
 
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals to a whole job: what becomes of a worker is up to the process that it works for."""
+_TRANSIENT_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGBUS)
+"""How the system ends a process for want of memory: SIGBUS where a page of shared memory cannot be had."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Failed:
 
     error: Exception
     trace: str
+
+
+class WorkerError(Exception):
+    """An error of a worker whose own type cannot travel: pickling it, or the way back, fails. Named in the message."""
 
 
 class WorkerTraceback(Exception):
@@ -69,7 +76,7 @@ class Worker:
         context = get_context("forkserver")
         context.set_forkserver_preload([__name__, *modules])
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, work, os.getpid()), name=name, daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, work), name=name, daemon=True)
         self.process.start()
         theirs.close()
         self.stop = util.Finalize(self, _stop, (self.connection, self.process), exitpriority=10)
@@ -92,8 +99,9 @@ class Worker:
         """The result of the oldest task.
 
         Raises:
-            UserError: the process has died.
-            Exception: whatever `work` raised.
+            TransientFailure: the process was killed.
+            UserError: it has died in another way.
+            Exception: whatever `work` raised, or what kept its result from being sent.
         """
         waited = 0.0
         try:
@@ -101,7 +109,7 @@ class Worker:
                 waited += self.timeout
                 self.late(f"{self._named()} has been at work for {waited:g} s or more on {self._oldest()}")
             result, records = shared_memory.receive(self.connection)
-        except (EOFError, OSError) as error:
+        except (EOFError, ConnectionError) as error:
             raise self._died() from error
         self.tasks.popleft()
         for record in records:
@@ -116,7 +124,8 @@ class Worker:
         self.process.join(5)
         code = self.process.exitcode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        return UserError(
+        kind = TransientFailure if code is not None and -code in _TRANSIENT_SIGNALS else UserError
+        return kind(
             f"{self._named()} died ({how}) at work on {self._oldest()}. If the system killed it for memory (signal 9), "
             "set data.workers or data.prefetch lower; if it always dies here, a file named above may be what kills it. "
             "Start again: the run goes on from its newest checkpoint."
@@ -136,7 +145,7 @@ def _stop(connection: Connection, process: Any) -> None:
     process.join()
 
 
-def _serve(connection: Connection, work: Callable[[Any], Any], receiver: int) -> None:
+def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
     """The life of a worker. Tasks are taken as they come, so that the other side never waits to send one. What is
     logged goes with the result, to be logged there."""
     allow_open_files()
@@ -148,17 +157,40 @@ def _serve(connection: Connection, work: Callable[[Any], Any], receiver: int) ->
     logging.getLogger().setLevel(logging.INFO)
 
     def listen() -> None:
-        try:
-            while True:
+        while True:
+            try:
                 tasks.put(connection.recv())
-        except (EOFError, OSError):
-            os._exit(0)
+            except (EOFError, ConnectionError):
+                os._exit(0)
+            except BaseException as error:  # a task that cannot be unpickled here is an answer too, not silence
+                tasks.put(_failed(error))
 
     threading.Thread(target=listen, daemon=True).start()
     while True:
         task = tasks.get()
         try:
-            result = work(task)
-        except Exception as error:
-            result = Failed(error, traceback.format_exc())
-        shared_memory.send(connection, (result, [records.get() for _ in range(records.qsize())]), receiver)
+            result = task if isinstance(task, Failed) else work(task)
+        except BaseException as error:  # SystemExit as well: a library that exits would look like a killed process
+            result = _failed(error)
+        _answer(connection, result, [records.get() for _ in range(records.qsize())])
+
+
+def _answer(connection: Connection, result: Any, records: list[logging.LogRecord]) -> None:
+    """Send a result, or the error that keeps it from being sent."""
+    try:
+        shared_memory.send(connection, (result, records))
+    except BrokenPipeError:
+        os._exit(0)
+    except BaseException as error:
+        shared_memory.send_small(connection, (_failed(error), []))
+
+
+def _failed(error: BaseException) -> Failed:
+    """The error being handled, in a form that arrives: pickling forgets causes, and not every type comes back."""
+    trace = traceback.format_exc()
+    error = named(error) or error
+    if isinstance(error, Exception):  # raised over there, SystemExit would end the run without a word
+        with suppress(Exception):
+            pickle.loads(pickle.dumps(error))
+            return Failed(error, trace)
+    return Failed(WorkerError(f"{type(error).__name__}: {error}"), trace)

@@ -1,0 +1,139 @@
+"""One owner per folder: an advisory lock that a process holds on a folder which its command writes.
+
+flock(2), because the kernel drops it with its holder, also after kill -9, and NFS carries it to the server (Linux turns
+it into a byte-range lock there); Lustre needs the mount option `flock`. Lock files by O_EXCL were rejected: nobody
+removes the file of a killed process, and a pid in it says nothing on another host. Python opens files close-on-exec, so
+no worker process inherits the lock.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from megabagel.errors import TransientFailure, UserError
+
+PATIENCE_S = 5.0
+"""How long any start waits for the holder: it may have been killed a moment ago."""
+_POLL_S = 0.1
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""A file system that has no locks, such as Lustre mounted without `flock`."""
+
+logger = logging.getLogger(__name__)
+
+
+def inside(folder: Path) -> Path:
+    """Lock file of a folder that is added to."""
+    return folder / ".lock"
+
+
+def beside(folder: Path) -> Path:
+    """Lock file of a folder that does not exist yet."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
+@contextmanager
+def locked(
+    file: Path, what: str, restart_wait: float = PATIENCE_S, alive: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Hold the lock `file` inside the block; the file goes at the end, unless the process is killed, which is harmless.
+
+    Args:
+        file: made with its folder where absent; holds host, process and time of its owner, for messages.
+        what: the folder as the user named it; opens the message.
+        restart_wait: seconds to wait where this process is a later start of the same job, whose ranks of the start
+            before may be ending still.
+        alive: called while waiting.
+
+    Raises:
+        UserError: another process holds it (a TransientFailure for a later start), or the file cannot be written.
+    """
+    again = restarted()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = _acquire(file, what, max(restart_wait, PATIENCE_S) if again else PATIENCE_S, alive)
+    except OSError as error:
+        raise UserError(
+            f"{what}: cannot be written ({error}), not even its lock; choose a folder with space and rights"
+        ) from error
+    if handle is None:
+        raise (TransientFailure if again else UserError)(
+            f"{what}: in use by {_owner(file)}. Two at once would overwrite each other's files: wait for its end, stop "
+            "it, or name another folder."
+        )
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # before the lock goes: who waits finds that the file is another one, see _acquire
+        os.close(handle)
+
+
+def restarted(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher has started this job before: Slurm's requeue, torchrun's restart."""
+    return any(env.get(name, "0") not in ("", "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+def _acquire(file: Path, what: str, seconds: float, alive: Callable[[], None]) -> int | None:
+    """The descriptor that holds the lock, or None where another process has held it for so long."""
+    end, told = time.monotonic() + seconds, False
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _same(handle, file):
+                _sign(handle)
+                return handle
+        except OSError as error:
+            if error.errno in _WITHOUT_LOCKS:
+                logger.warning("%s: its file system has no locks (%s): nothing keeps out a second process", what, error)
+                _sign(handle)
+                return handle
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                os.close(handle)
+                raise
+        os.close(handle)
+        if time.monotonic() > end:
+            return None
+        if not told:
+            logger.warning("%s: in use by %s; waiting up to %g s for its end", what, _owner(file), seconds)
+            told = True
+        alive()
+        time.sleep(_POLL_S)
+
+
+def _same(handle: int, file: Path) -> bool:
+    """Whether the locked file is still the one of that name: its last owner may have removed it meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(handle), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sign(handle: int) -> None:
+    """Write who holds the lock; on a full disk the lock holds without it."""
+    about = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": " ".join(sys.argv)[:200],
+    }
+    with suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(about).encode(), 0)
+
+
+def _owner(file: Path) -> str:
+    """Who holds the lock, as its file says."""
+    try:
+        about = json.loads(file.read_bytes())
+        text = "process {pid} on {host} since {since} ({command})".format_map(about)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "another process"
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -21,6 +21,8 @@ CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
 DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "docs" / "architecture.md",
+    ROOT / "docs" / "bagel.md",
+    ROOT / "docs" / "notation.md",
     ROOT / "docs" / "parity.md",
     ROOT / "docs" / "kernels.md",
     ROOT / "docs" / "data.md",

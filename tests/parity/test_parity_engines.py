@@ -7,8 +7,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.support.parity_command import DP2, TEXT_ONLY, TRAIN, TRAIN_AT_HAND, parity, paths
-from tests.support.parity_files import at_hand, needs
+from tests.support.parity_command import DP2, TRAIN, TRAIN_AT_HAND, parity, paths
+from tests.support.parity_files import needs
 from tests.support.rank_pool import RankPool
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -23,10 +23,10 @@ def test_flex_forward(ranks: RankPool) -> None:
 
 
 @needs_triton
+@needs("train_02_t2i", "train_05_interleave3")
 @pytest.mark.parametrize("options", [(), ("parallel.cp=2", "--nproc", "2")], ids=["alone", "cp 2"])
 def test_triton_in_the_interpreter(options: tuple[str, ...]) -> None:
-    cases = at_hand("train_02_t2i", "train_05_interleave3") or (TEXT_ONLY,)
-    passes_interpreted(*cases, options=("parallel.attention=triton", *options))
+    passes_interpreted("train_02_t2i", "train_05_interleave3", options=("parallel.attention=triton", *options))
 
 
 SPLIT_VOCABULARY = "parallel.tp=2", "parallel.sp=false", "--nproc", "2"

@@ -30,51 +30,33 @@ class Room(NamedTuple):
 TENSORS = ("numpy", "torch")
 RANKS = (*TENSORS, "torch.distributed", "megatron")
 
+BASE = ("errors", "log", "locks")
+"""Small files of their own beside the rooms."""
+MODEL = (*BASE, "config", "sequence", "kernels", "runtime", "model", "parallel")
+"""All that computes, on one device or many."""
+
 ROOMS = {
     "errors": Room((), ()),
+    "log": Room((), ()),
     "locks": Room(("errors",), ()),
     "kernels": Room((), (*TENSORS, "triton")),
     "config": Room(("errors",), ("yaml",)),
     "sequence": Room(("errors", "config", "kernels"), TENSORS),
-    "runtime": Room(("errors", "config"), ("torch", "torch.distributed", "megatron")),
+    "runtime": Room((*BASE, "config"), ("torch", "torch.distributed", "megatron")),
     "data": Room(
-        ("errors", "locks", "config", "sequence"),
+        (*BASE, "config", "sequence"),
         (*TENSORS, "PIL", "tokenizers", "sentencepiece", "pyarrow", "nvidia", "safetensors"),
     ),
     "model": Room(("errors", "config", "sequence", "kernels"), (*TENSORS, "safetensors")),
-    "parallel": Room(("errors", "config", "sequence", "kernels", "runtime", "model"), RANKS),
-    "checkpoint": Room(
-        ("errors", "locks", "config", "sequence", "runtime", "model", "parallel"), (*RANKS, "safetensors")
-    ),
-    "generate": Room(("errors", "config", "sequence", "data", "model", "parallel"), (*TENSORS, "torch.distributed")),
-    "train": Room(
-        (
-            "errors",
-            "locks",
-            "config",
-            "sequence",
-            "kernels",
-            "runtime",
-            "data",
-            "model",
-            "parallel",
-            "checkpoint",
-            "generate",
-        ),
-        (*RANKS, "PIL", "rich", "tensorboard"),
-    ),
-    "planner": Room(
-        ("errors", "config", "sequence", "kernels", "runtime", "data", "model", "parallel", "checkpoint", "train"),
-        (*RANKS, "yaml"),
-    ),
-    "parity": Room(
-        ("errors", "config", "sequence", "kernels", "runtime", "data", "model", "parallel", "checkpoint", "train"),
-        (*RANKS, "PIL", "safetensors"),
-    ),
-    "bench": Room(
-        ("errors", "config", "sequence", "runtime", "data", "model", "parallel", "checkpoint", "train"),
-        (*RANKS, "psutil", "yaml"),
-    ),
+    "parallel": Room((*BASE, "config", "sequence", "kernels", "runtime", "model"), RANKS),
+    "checkpoint": Room((*BASE, "config", "sequence", "runtime", "model", "parallel"), (*RANKS, "safetensors")),
+    "sampling": Room((), TENSORS),
+    "generate": Room((*MODEL, "data", "sampling"), (*TENSORS, "torch.distributed")),
+    "inference": Room((*MODEL, "data", "sampling", "checkpoint"), (*RANKS, "PIL", "safetensors", "yaml")),
+    "train": Room((*MODEL, "data", "checkpoint", "generate"), (*RANKS, "PIL", "rich", "tensorboard")),
+    "planner": Room((*MODEL, "data", "checkpoint", "train"), (*RANKS, "yaml")),
+    "parity": Room((*MODEL, "data", "checkpoint", "sampling", "inference", "train"), (*RANKS, "PIL", "safetensors")),
+    "bench": Room((*MODEL, "data", "checkpoint", "train"), (*RANKS, "psutil", "yaml")),
     "evaluation": Room(("errors", "config", "sequence", "data"), ("numpy", "PIL")),
     "doctor": Room(("errors", "kernels", "runtime", "parallel"), (*RANKS, "packaging", "psutil", "rich")),
 }

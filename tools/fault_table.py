@@ -212,7 +212,7 @@ FAULTS: dict[str, tuple[str, Act]] = {
     "NaN loss": ("`train.lr=1e30`", configured("train.lr=1e30", "train.warmup=0")),
     "loss spike": (
         "`train.on_spike=stop`, any rise is one",
-        configured("train.on_spike=stop", "train.spike_window=2", "train.spike_sigma=0.01"),
+        configured("train.on_spike=stop", "train.spike_window=2", "train.spike_sigma=0.01", "train.spike_warmup=0"),
     ),
     "killed rank": ("SIGKILL to rank 1", signalled(signal.SIGKILL, 1)),
     "killed rank 0": ("SIGKILL to rank 0, which holds the store", signalled(signal.SIGKILL, 0)),

@@ -6,10 +6,10 @@ from pathlib import Path
 from megabagel.bench.measure import Request, measure
 from megabagel.bench.output import save
 from megabagel.config.schema import Config
+from megabagel.log import configure_log
 from megabagel.parallel.mesh import distributed
 from megabagel.runtime.collective_errors import on_rank0
 from megabagel.runtime.device import comm_backend
-from megabagel.train.run import configure_log
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 def main(config: Config, name: str, request: Request, out: Path) -> None:
     """Measure `config` on the ranks of this job and write the report into `out`; called once per rank."""
     with distributed(config) as mesh:
-        configure_log(mesh)
+        configure_log(mesh.world.rank)
         logger.info("grid: %s, %s on %s", mesh.describe(), config.train.precision, comm_backend())
         found = measure(f"{name} {_grid(config, mesh.dp.size)}", config, mesh, request)
         on_rank0(lambda: save([found], out))

@@ -22,6 +22,7 @@ from megabagel.checkpoint.reader import Stored, verify
 from megabagel.checkpoint.saver import LATEST, Saver, save, take_back
 from megabagel.config.schema import Config, ModelConfig
 from megabagel.errors import UserError
+from megabagel.log import RANK0
 from megabagel.model.freezing import is_frozen
 from megabagel.parallel.mesh import Mesh
 from megabagel.runtime.collective_errors import on_all_ranks
@@ -59,7 +60,7 @@ def find(config: Config, mesh: Mesh) -> Path | None:
             return folder
         except UserError as error:
             damage = damage or error
-            logger.warning("not resuming from %s: %s", folder, error)
+            logger.warning("not resuming from %s: %s", folder, error, extra=RANK0)
     if damage is not None:
         raise UserError(
             f"run.resume=auto: none of {len(candidates[0])} checkpoints in {config.run.dir}/checkpoints is whole. The "

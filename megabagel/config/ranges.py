@@ -42,7 +42,7 @@ RANGES = (
         (
             "parallel.layer_split.*",
             "data.sources.*.weight",
-            *_under("train", "seed min_lr warmup weight_decay ce_weight mse_weight"),
+            *_under("train", "seed min_lr warmup weight_decay ce_weight mse_weight spike_warmup"),
             "data.workers",
             *_under("checkpoint", "every keep keep_every"),
             *_under("telemetry", "sample_every sample_guidance"),

@@ -263,12 +263,14 @@ class TrainConfig:
     """What becomes of a step whose loss or gradient is NaN or infinite: the run ends, or it goes on without that
     update, or from the newest checkpoint with the data after this step (docs/faults.md)."""
     on_spike: Literal["record", "stop", "skip", "rollback"] = "record"
-    """What becomes of a step whose loss or gradient norm leaps up: its samples are written out and no more, or as
-    above."""
+    """Policy for a step whose loss or gradient norm is a spike: `record` dumps its samples and keeps going; the others
+    as above."""
     spike_sigma: float = 6.0
-    """A leap is this many standard deviations above the mean of the `spike_window` steps before."""
+    """A spike is this many standard deviations above the mean of the `spike_window` steps before."""
     spike_window: int = 128
-    """Steps; until there are so many, nothing is a leap."""
+    """Steps; until there are so many, nothing is a spike."""
+    spike_warmup: int = 500
+    """Steps at the start of a run in which nothing is a spike: a fresh model's gradient norm still jumps."""
     max_rollbacks: int = 3
     """Rollbacks to one checkpoint; the next one ends the run."""
 

@@ -1,8 +1,8 @@
 """Phases inside megatron-core's schedules, through the hook that they offer: `TransformerConfig.timers`.
 
-The schedules and the communicator of the pipeline start and stop a named timer around each backward and each exchange
-with a neighbouring stage. Interleaved schedules overlap exchanges and wait for some of them outside any timer; that part
-of the wait is in no phase of its own.
+Schedules and the pipeline's communicator start and stop a named timer around each backward and each exchange with a
+neighbouring stage. Interleaved schedules overlap exchanges and wait for some of them outside any timer; that part of
+the wait is in no phase of its own.
 """
 
 from megabagel.runtime.phase import phase

@@ -1,4 +1,4 @@
-"""Pipeline schedules as data: the order of forward and backward passes on every pipeline rank, as megatron-core runs them.
+"""Pipeline schedules as data: the order of forward and backward passes on a pipeline rank, as in megatron-core.
 
 Nothing executes these lists: megatron-core's schedules are functions that decide as they go. The planner counts live
 activations on them; tests compare them with what megatron-core really ran. An executor of our own would read them too.

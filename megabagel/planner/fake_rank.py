@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -53,7 +52,7 @@ def as_rank(config: Config, world_size: int, rank: int) -> Iterator[Mesh]:
     """Be one rank of a job: its groups, on a process group whose collectives do nothing."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        with mock.patch.object(dist, "all_gather_object", _all_say_the_same):
+        with _gathering_alone():
             yield mesh.build(config)
     finally:
         mesh.teardown()
@@ -122,9 +121,22 @@ def _owned(optimizer: Optimizer, buffer: Any, bucket: Any, rank: int, size: int)
         yield weight, by_view["param"].start, by_view["param"].end
 
 
-def _all_say_the_same(out: list[Any], mine: Any, group: Any = None) -> None:
-    """For `all_gather_object`: this process plays every rank."""
-    out[:] = [mine] * len(out)
+@contextmanager
+def _gathering_alone() -> Iterator[None]:
+    """Let `all_gather_object` find on every rank what it finds here.
+
+    megatron-core's optimizer compares parameter groups by it. torch's fake group copies tensors, but pickled objects
+    travel as numbers in a tensor, and tensors have no numbers here.
+    """
+
+    def gather(out: list[Any], mine: Any, group: Any = None) -> None:
+        out[:] = [mine] * len(out)
+
+    real, dist.all_gather_object = dist.all_gather_object, gather
+    try:
+        yield
+    finally:
+        dist.all_gather_object = real
 
 
 class _WithoutStorage(TorchFunctionMode):

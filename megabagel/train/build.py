@@ -22,8 +22,8 @@ from megabagel.parallel.attention import AttentionEngine, choose_attention
 from megabagel.parallel.mesh import Mesh
 from megabagel.runtime.collective_errors import on_all_ranks, on_rank0
 from megabagel.runtime.device import current_device
+from megabagel.train.anomaly import LossSpikeDetector
 from megabagel.train.build_rank import Rank, build_rank
-from megabagel.train.judge import StepJudge
 from megabagel.train.trainer import Trainer
 
 
@@ -64,8 +64,8 @@ def build_trainer(config: Config, mesh: Mesh, data: Data | None = None, draw: bo
     sampler = None
     if config.telemetry.sample_every:
         sampler = on_all_ranks(lambda: _sampler(rank, data.tokenizer))
-    saver, judge = Saver(config, mesh), StepJudge(config.train)
-    return Trainer(config, mesh, plan, loader, rank.optimizer, rank.runner, rank.builder, sampler, saver, judge)
+    saver, detector = Saver(config, mesh), LossSpikeDetector(config.train)
+    return Trainer(config, mesh, plan, loader, rank.optimizer, rank.runner, rank.builder, sampler, saver, detector)
 
 
 def _sampler(rank: Rank, tokenizer: TextTokenizer) -> EulerSampler:

@@ -18,14 +18,15 @@ from megabagel.config.schema import Config
 from megabagel.data.load.loader import Step
 from megabagel.errors import BadStep, Preempted, UserError
 from megabagel.locks import inside, locked
+from megabagel.log import RANK0, configure_log
 from megabagel.parallel.mesh import Mesh, distributed
 from megabagel.runtime.collective_errors import all_max, all_union, on_all_ranks, on_rank0
 from megabagel.runtime.device import comm_backend, current_device, peak_memory
 from megabagel.runtime.phase import finished, keepalive, phase
 from megabagel.runtime.signals import StopRequest
+from megabagel.train.anomaly import StepAnomaly
+from megabagel.train.bad_step_dump import bad_step_dump, dump_path
 from megabagel.train.build import Data, build_trainer, open_data
-from megabagel.train.evidence import evidence_path, write_evidence
-from megabagel.train.judge import Fault
 from megabagel.train.schedule import learning_rate
 from megabagel.train.step import Losses
 from megabagel.train.telemetry import Telemetry
@@ -34,16 +35,6 @@ from megabagel.train.trainer import Outcome, Trainer
 
 logger = logging.getLogger(__name__)
 
-SAID_ONCE = (
-    "megabagel.checkpoint.api",
-    "megabagel.data.index.index",
-    "megabagel.data.index.index_cache",
-    "megabagel.data.plan.global_plan",
-    "megabagel.train.run",
-    "megabagel.train.trainer",
-)
-"""Loggers of what every rank finds alike: rank 0 speaks for all."""
-
 
 def main(config: Config, stop: StopRequest | None = None) -> None:
     """Train `config` on the ranks of this job; called once per rank.
@@ -51,7 +42,7 @@ def main(config: Config, stop: StopRequest | None = None) -> None:
     Raises Preempted when `stop` was asked for on any rank, BadStep for a step that the config does not let pass.
     """
     with distributed(config) as mesh, ExitStack() as owned:
-        configure_log(mesh)
+        configure_log(mesh.world.rank)
         logger.info("grid: %s, %s on %s", mesh.describe(), config.train.precision, comm_backend())
         folder = Path(config.run.dir)
         patience = min(config.run.heartbeat_timeout, config.run.timeout / 2)
@@ -95,7 +86,7 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> None:
         trainer.lost_images += len(all_union(step.lost)) if lost else 0
         seconds = time.perf_counter() - started
         finished(trainer.step)
-        if outcome.fault and _heed(trainer, step, outcome, outcome.fault):
+        if outcome.anomaly and _apply_policy(trainer, step, outcome, outcome.anomaly):
             on_rank0(partial(telemetry.rewind, trainer.step))
             continue
         record = _record(trainer, step, outcome.losses, outcome.norm)
@@ -140,22 +131,30 @@ def in_step(mesh: Mesh, steps: Iterator[Step]) -> Iterator[Step]:
         yield replace(step, waited=time.perf_counter() - started)
 
 
-def _heed(trainer: Trainer, step: Step, outcome: Outcome, fault: Fault) -> bool:
-    """Write out the samples of a faulty step and do what its policy says; whether the run was rolled back."""
+def _apply_policy(trainer: Trainer, step: Step, outcome: Outcome, anomaly: StepAnomaly) -> bool:
+    """Dump the samples of a bad step and do what its policy demands; whether the run was rolled back."""
     folder, mesh = Path(trainer.config.run.dir), trainer.mesh
-    path = evidence_path(folder, step.plan)
+    path = dump_path(folder, step.plan)
     losses, norm = outcome.losses, outcome.norm
-    on_rank0(lambda: write_evidence(path, fault, losses, norm, step.plan, mesh.dp.size, trainer.plan))
-    logger.warning("step %d: %s; policy: %s; samples: %s", trainer.step, fault.what, fault.action, path)
-    if fault.action == "stop":
+    on_rank0(lambda: bad_step_dump(path, anomaly, losses, norm, step.plan, mesh.dp.size, trainer.plan))
+    logger.warning(
+        "step %d: %s; %s (%s=%s); samples of the step: %s",
+        *(trainer.step, anomaly.what, _DONE[anomaly.action], anomaly.setting, anomaly.action, path),
+        extra=RANK0,
+    )
+    if anomaly.action == "stop":
         raise BadStep(
-            f"step {trainer.step}: {fault.what}. No update was made and no checkpoint written. {path} lists its "
+            f"step {trainer.step}: {anomaly.what}. No update was made and no checkpoint written. {path} lists its "
             "samples and has the command that replays it; train.on_nonfinite and train.on_spike (skip, rollback) make "
             "a run go on."
         )
-    if fault.action == "rollback":
-        trainer.roll_back(fault)
-    return fault.action == "rollback"
+    if anomaly.action == "rollback":
+        trainer.roll_back(anomaly)
+    return anomaly.action == "rollback"
+
+
+_DONE = {"record": "kept going", "stop": "stopping", "skip": "update skipped", "rollback": "rolling back"}
+"""By action, for the log."""
 
 
 def _record(trainer: Trainer, step: Step, losses: Losses, norm: float) -> dict[str, Any]:
@@ -204,7 +203,7 @@ def _take_over(config: Config, folder: Path) -> None:
             aside = next(path for number in count(1) if not (path := folder / f"checkpoints-{number}").exists())
             checkpoints.rename(aside)
             checkpoints.mkdir()
-            logger.warning("run.resume=none: the checkpoints of an earlier run are now in %s", aside)
+            logger.warning("run.resume=none: the checkpoints of an earlier run are now in %s", aside, extra=RANK0)
         dump(config, folder / "config.yaml")
 
 
@@ -217,12 +216,3 @@ def _writing(folder: Path) -> Iterator[None]:
         raise UserError(
             f"run.dir={folder}: cannot be written ({error}); choose a folder with space and rights"
         ) from error
-
-
-def configure_log(mesh: Mesh) -> None:
-    """Messages of rank 0, and warnings of all."""
-    level = logging.INFO if mesh.world.first else logging.WARNING
-    logging.basicConfig(level=level, format=f"[rank {mesh.world.rank}] %(message)s" if level > 20 else "%(message)s")
-    logging.getLogger("megabagel").setLevel(level)
-    for name in SAID_ONCE:
-        logging.getLogger(name).setLevel(level if mesh.world.first else logging.ERROR)

@@ -13,11 +13,12 @@ from megabagel.data.load.loader import Loader, Step
 from megabagel.data.plan.global_plan import GlobalPlan
 from megabagel.errors import BadStep
 from megabagel.generate.euler import EulerSampler
+from megabagel.log import RANK0
 from megabagel.parallel.inputs import InputBuilder
 from megabagel.parallel.mesh import Mesh
 from megabagel.runtime.collective_errors import on_all_ranks
 from megabagel.runtime.phase import phase
-from megabagel.train.judge import Fault, StepJudge
+from megabagel.train.anomaly import LossSpikeDetector, StepAnomaly
 from megabagel.train.optimizer import Optimizer
 from megabagel.train.schedule import learning_rate
 from megabagel.train.step import Losses, StepRunner, denominators
@@ -27,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step came to: losses, gradient norm before clipping, and what is wrong with it."""
+    """Losses of a step, gradient norm before clipping, and the anomaly, if there is one."""
 
     losses: Losses
     norm: float
-    fault: Fault | None
+    anomaly: StepAnomaly | None
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Trainer:
     builder: InputBuilder
     sampler: EulerSampler | None
     saver: Saver
-    judge: StepJudge
+    detector: LossSpikeDetector
     step: int = 0
     """Finished steps, those without an update among them."""
     updates: int = 0
@@ -60,19 +61,19 @@ class Trainer:
     """To the newest checkpoint."""
 
     def train_step(self, step: Step) -> Outcome:
-        """One step. A fault whose policy says so leaves weights, moments and averages as they were."""
+        """One step. With an anomaly whose policy is not `record`, weights, moments and averages stay as they were."""
         with phase("inputs"):
             inputs = [self.builder.build(batch) for batch in step.batches]
         counts = denominators(self.config.train, step.plan.micro_steps(self.mesh.dp.size))
         losses = self.runner.backward(inputs, counts)
         with phase("optimizer"):
             norm = self.optimizer.gradient_norm()
-            fault = self.judge.judge(losses.total, norm)
-            if fault is None or fault.updates:
+            anomaly = self.detector.check(self.step + 1, losses.total, norm)
+            if anomaly is None or anomaly.updates:
                 self.optimizer.update(learning_rate(self.config.train, self.step), norm)
                 self.updates += 1
         self.step += 1
-        return Outcome(losses, norm, fault)
+        return Outcome(losses, norm, anomaly)
 
     def tensors(self) -> dict[str, Any]:
         """This rank's shards, as a checkpoint holds them."""
@@ -86,7 +87,7 @@ class Trainer:
             "plan": plan_state,
             "updates": self.updates,
             "lost_images": self.lost_images,
-            "judge": self.judge.state(),
+            "judge": self.detector.state(),  # a key of checkpoints, older than the name of the class
         }
         with phase("checkpoint"):
             self.saver.save(self.step, self.tensors(), state)
@@ -98,8 +99,8 @@ class Trainer:
         on_all_ranks(lambda: self.plan.load_state(state["plan"]))
         logger.info("resumed from %s at step %d", folder, self.step)
 
-    def roll_back(self, fault: Fault) -> None:
-        """Go on from the newest checkpoint, with the data that follows: what led to `fault` is not met again.
+    def roll_back(self, anomaly: StepAnomaly) -> None:
+        """Go on from the newest checkpoint, with the data that follows: the samples before `anomaly` are not met again.
 
         Skipping the data is what makes a rollback help (PaLM section 5.1). Raises BadStep when there is nothing to go
         back to, or it was gone back to often enough.
@@ -107,11 +108,11 @@ class Trainer:
         limit = self.config.train.max_rollbacks
         if self.newest is None or self.rollbacks == limit:
             why = "there is no checkpoint yet" if self.newest is None else f"train.max_rollbacks={limit} is reached"
-            raise BadStep(f"step {self.step}: {fault.what}, and {why}, so the run cannot roll back")
+            raise BadStep(f"step {self.step}: {anomaly.what}, and {why}, so the run cannot roll back")
         self.saver.wait()
         self._restore(self.newest)
         self.rollbacks += 1
-        logger.warning("rolled back to %s, step %d; the data goes on", self.newest, self.step)
+        logger.warning("rolled back to %s, step %d; the data goes on", self.newest, self.step, extra=RANK0)
 
     def _restore(self, folder: Path) -> dict[str, Any]:
         """Fill everything but the data plan from a checkpoint; returns its JSON state."""
@@ -119,7 +120,7 @@ class Trainer:
             self.step, state = on_all_ranks(lambda: api.read(folder, self.config))
             on_all_ranks(lambda: api.load(folder, self.tensors()))
         self.updates, self.lost_images, self.newest = state["updates"], state["lost_images"], folder
-        self.judge.load_state(state["judge"])
+        self.detector.load_state(state["judge"])
         self.optimizer.after_load(self.updates)
         return state
 

@@ -36,9 +36,9 @@ def train(config: Config, bad: tuple[int, ...] = (), drop: int = 0, cut: int = 0
     from megabagel.parallel import mesh
     from megabagel.runtime import cpu_backend
     from megabagel.train import run
-    from megabagel.train.judge import StepJudge
+    from megabagel.train.anomaly import LossSpikeDetector
 
-    train_step, steps, judge = run.Trainer.train_step, Loader.steps, StepJudge.judge
+    train_step, steps, check = run.Trainer.train_step, Loader.steps, LossSpikeDetector.check
     states: list[State] = []
     now = [0]
 
@@ -61,15 +61,15 @@ def train(config: Config, bad: tuple[int, ...] = (), drop: int = 0, cut: int = 0
         finally:
             states.append(state_of(trainer))
 
-    def misread(self: StepJudge, loss: float, norm: float) -> Any:
-        return judge(self, math.nan if now[0] in bad else loss, norm)
+    def misread(self: LossSpikeDetector, step: int, loss: float, norm: float) -> Any:
+        return check(self, step, math.nan if now[0] in bad else loss, norm)
 
     said = ""
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(run, "distributed", here))
         patches.enter_context(mock.patch.object(run.Trainer, "train_step", watched))
         patches.enter_context(mock.patch.object(Loader, "steps", fewer))
-        patches.enter_context(mock.patch.object(StepJudge, "judge", misread))
+        patches.enter_context(mock.patch.object(LossSpikeDetector, "check", misread))
         try:
             run.main(config)
         except Stopped as error:
@@ -144,11 +144,11 @@ def test_stop_leaves_the_last_checkpoint_and_names_the_samples(bench: Bench, pla
 
 
 def test_what_is_written_out_is_the_faulty_step(bench: Bench, plain: list[State]) -> None:
-    bench.run("evidence", {"bad": (BAD,)})
-    config = bench.config("evidence")
+    bench.run("dumped", {"bad": (BAD,)})
+    config = bench.config("dumped")
     plan = GlobalPlan(sources_of(config), config)
     expected = [plan.next_step() for _ in range(BAD)][-1]
-    written = json.loads((bench.root / "evidence" / "faults" / f"step_{BAD:08d}.json").read_text())
+    written = json.loads((bench.root / "dumped" / "faults" / f"step_{BAD:08d}.json").read_text())
     assert (written["step"], written["what"], written["action"]) == (BAD, "loss is nan", "stop")
     packs = [pack for turn in written["micro_steps"] for pack in turn["packs"]]
     found = sorted((s["source"], s["sample"], s["epoch"], s["tokens"]) for pack in packs for s in pack)
@@ -159,7 +159,7 @@ def test_what_is_written_out_is_the_faulty_step(bench: Bench, plain: list[State]
         key, file = keys[visit.key.source, visit.key.sample]
         assert key == plan.document(visit.key).key
         assert file is None if visit.key.source == "notes" else Path(file).parent == bench.shapes
-    assert f"run.resume={bench.root}/evidence/checkpoints/step_00000004" in written["replay"]
+    assert f"run.resume={bench.root}/dumped/checkpoints/step_00000004" in written["replay"]
     record = bench.records("plain")[BAD - 1]
     assert sum(turn["mse_sum"] for turn in written["micro_steps"]) > 0
     assert written["grad_norm"] == record["grad_norm"], "the numbers are those of the step itself"
@@ -201,8 +201,9 @@ def test_a_run_that_skipped_goes_on_bit_for_bit(bench: Bench) -> None:
 
 
 def test_a_run_that_goes_on_remembers_what_is_usual(bench: Bench) -> None:
-    """Any rise counts as a leap. Judged from step 4 on: without the memory of a checkpoint, from step 8 on."""
+    """Any rise counts as a spike. Checked from step 4 on: without the memory of a checkpoint, from step 8 on."""
     options = {"train__on_spike": "skip", "train__spike_window": 3, "train__spike_sigma": 1e-9}
+    options["train__spike_warmup"] = 0
     whole, _ = bench.run("usual", **options)
     bench.run("usual-cut", {"cut": 6}, **options)
     rest, _ = bench.run("usual-cut", **options)
@@ -239,8 +240,8 @@ def test_rollbacks_are_bounded(bench: Bench) -> None:
     assert "step 2: loss is nan, and there is no checkpoint yet" in said
 
 
-def test_a_recorded_leap_changes_nothing(bench: Bench, plain: list[State]) -> None:
-    states, said = bench.run("leap", train__spike_window=2, train__spike_sigma=1e-9)
-    assert not said and states == plain and bench.records("leap") == bench.records("plain")
-    faults = [json.loads(path.read_text()) for path in (bench.root / "leap" / "faults").iterdir()]
-    assert faults and all("leaps to" in fault["what"] and fault["action"] == "record" for fault in faults)
+def test_a_recorded_spike_changes_nothing(bench: Bench, plain: list[State]) -> None:
+    states, said = bench.run("spike", train__spike_window=2, train__spike_sigma=1e-9, train__spike_warmup=0)
+    assert not said and states == plain and bench.records("spike") == bench.records("plain")
+    faults = [json.loads(path.read_text()) for path in (bench.root / "spike" / "faults").iterdir()]
+    assert faults and all(" spike " in fault["what"] and fault["action"] == "record" for fault in faults)

@@ -21,6 +21,7 @@ import numpy as np
 from megabagel.data.files import write_atomic
 from megabagel.data.index.document_table import TYPES, Table
 from megabagel.errors import UserError
+from megabagel.log import RANK0
 
 logger = logging.getLogger(__name__)
 
@@ -102,15 +103,15 @@ def load(path: Path, shard: Path, *, check: bool = False) -> Scan | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("index cache %s is damaged (%s): indexing %s again", path, error, shard)
+        logger.warning("index cache %s is damaged (%s): indexing %s again", path, error, shard, extra=RANK0)
         return None
     if size != scan.state.size:
-        logger.warning(
-            "%s changed since it was indexed (%d bytes, were %d): indexing again", shard, size, scan.state.size
-        )
+        message = "%s changed since it was indexed (%d bytes, were %d): indexing again"
+        logger.warning(message, shard, size, scan.state.size, extra=RANK0)
         return None
     if (check or changed != scan.state.changed) and _digest(shard) != scan.state.digest:
-        logger.warning("%s changed since it was indexed (same size, other contents): indexing again", shard)
+        message = "%s changed since it was indexed (same size, other contents): indexing again"
+        logger.warning(message, shard, extra=RANK0)
         return None
     if changed != scan.state.changed:
         scan = Scan(scan.table, scan.skipped, State(size, changed, scan.state.digest))
@@ -131,7 +132,9 @@ def save(path: Path, scan: Scan) -> None:
     try:
         write_atomic(path, json.dumps(fields).encode() + b"\n" + body)
     except OSError as error:
-        logger.warning("index cache %s cannot be written (%s): the next start will index again", path, error)
+        logger.warning(
+            "index cache %s cannot be written (%s): the next start will index again", path, error, extra=RANK0
+        )
 
 
 def _unpack(fields: Mapping[str, Any], body: bytes) -> Scan:

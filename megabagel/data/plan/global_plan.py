@@ -22,6 +22,7 @@ from megabagel.data.plan.planned_sample import PackPlan, Rules, Task, Visit
 from megabagel.data.plan.resume_check import grown_sources
 from megabagel.data.tokenize.tokenizer import TextTokenizer
 from megabagel.errors import UserError
+from megabagel.log import RANK0
 from megabagel.sequence.flops import Flops, count_flops, relative_time
 from megabagel.sequence.keys import SampleKey, generator, uniform
 from megabagel.sequence.pack import Pack
@@ -202,6 +203,7 @@ class GlobalPlan:
             logger.warning(
                 "source %s: sample %s has %d tokens, limit %d: left out (%s); further ones are only counted",
                 *(key.source, self.document(key).key, tokens, self.limit, reason),
+                extra=RANK0,
             )
         self.skipped[f"{key.source}: {reason}"] += 1
         return False

@@ -1,7 +1,6 @@
-"""What a faulty step was made of, for a person to look at and a run to replay: RUN/faults/step_00000012.json."""
+"""Dump of a bad step: its samples and losses, and the command that replays it: RUN/faults/step_00000012.json."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +8,35 @@ from megabagel.data.documents import Document, Loose, Passage, TextItem
 from megabagel.data.index.index import Index
 from megabagel.data.plan.global_plan import GlobalPlan, StepPlan
 from megabagel.data.plan.planned_sample import Visit
-from megabagel.train.judge import Fault
+from megabagel.train.anomaly import StepAnomaly
 from megabagel.train.records import writing
 from megabagel.train.step import Losses
 
 
-def evidence_path(folder: Path, step: StepPlan) -> Path:
-    """The file of a faulty step of the run in `folder`, by its number in the order of the data."""
+def dump_path(folder: Path, step: StepPlan) -> Path:
+    """The file of a bad step of the run in `folder`, by its number in the order of the data."""
     return folder / "faults" / f"step_{step.number + 1:08d}.json"
 
 
-def write_evidence(
-    path: Path, fault: Fault, losses: Losses, norm: float, step: StepPlan, replicas: int, plan: GlobalPlan
+def bad_step_dump(
+    path: Path, anomaly: StepAnomaly, losses: Losses, norm: float, step: StepPlan, replicas: int, plan: GlobalPlan
 ) -> None:
-    """Write the file of a faulty step. replicas: data-parallel size, which says what packs ran at the same time."""
+    """Write the dump of a bad step.
+
+    Args:
+        path: of `dump_path`.
+        anomaly: of the step.
+        losses: of the step.
+        norm: global gradient norm before clipping.
+        step: the samples of every pack.
+        replicas: data-parallel size, by which packs ran at the same time.
+        plan: the data plan of the run, for names and files of samples.
+    """
     sums = losses.sums.sum(2).tolist()
     content = {
         "step": step.number + 1,
-        **asdict(fault),
+        "what": anomaly.what,
+        "action": anomaly.action,
         "loss": losses.total,
         "loss_ce": losses.ce,
         "loss_mse": losses.mse,
@@ -43,7 +53,7 @@ def write_evidence(
 
 
 def replay(folder: Path) -> str:
-    """The command that runs up to the first faulty step since a checkpoint, in a folder of its own, and stops there."""
+    """The command that runs up to the first bad step since a checkpoint, in a folder of its own, and stops there."""
     newest = sorted((folder / "checkpoints").glob("step_*/manifest.json"))
     start = newest[-1].parent if newest else "none"
     return (

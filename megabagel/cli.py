@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megabagel.commands import bench, checkpoint, convert, data, doctor, parity, plan, train
+from megabagel.commands import bench, checkpoint, convert, data, doctor, inference, parity, plan, train
 from megabagel.errors import ERROR_PREFIX, INTERRUPTED, STOP_PREFIX, Stopped, named
 
 
@@ -41,6 +41,6 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (train, bench, plan, parity, convert, checkpoint, data, doctor):
+    for group in (train, inference, bench, plan, parity, convert, checkpoint, data, doctor):
         group.add(commands)
     return parser

@@ -50,7 +50,7 @@ ROOMS = {
     "model": Room(("errors", "config", "sequence", "kernels"), (*TENSORS, "safetensors")),
     "parallel": Room((*BASE, "config", "sequence", "kernels", "runtime", "model"), RANKS),
     "checkpoint": Room((*BASE, "config", "sequence", "runtime", "model", "parallel"), (*RANKS, "safetensors")),
-    "sampling": Room((), TENSORS),
+    "sampling": Room(("errors",), TENSORS),
     "generate": Room((*MODEL, "data", "sampling"), (*TENSORS, "torch.distributed")),
     "inference": Room((*MODEL, "data", "sampling", "checkpoint"), (*RANKS, "PIL", "safetensors", "yaml")),
     "train": Room((*MODEL, "data", "checkpoint", "generate"), (*RANKS, "PIL", "rich", "tensorboard")),

@@ -3,8 +3,8 @@
 A context is the tuple of its op numbers, in order. An op holds a text or an image that was appended to one context;
 contexts that begin alike share their ops and so the cache rows of them.
 
-Every picture is guided by three contexts: `main` has all conditions; `text_free` lacks the last text; `image_free` lacks
-all images. Each counts rotary positions for itself, so `image_free` has no gap where images were.
+Every picture is guided by three contexts: `main` has all conditions, `text_free` lacks the last text, `image_free`
+lacks all images. Each counts rotary positions for itself, so `image_free` has no gap where images were.
 """
 
 from dataclasses import dataclass, field, replace

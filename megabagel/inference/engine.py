@@ -1,7 +1,7 @@
 """Continuous batching: the parts of many requests in one forward pass, admitted by tokens, cancelled at any time.
 
-Prefill chunks, decoded tokens and denoising queries mix freely; each row has its own timestep, rotary id and view of the
-cache. Every rank of a grid runs the same engine with the same requests in the same order.
+Prefill chunks, decoded tokens and denoising queries mix freely; each row has its own timestep, rotary id and view of
+the cache. Every rank of a grid runs the same engine with the same requests in the same order.
 """
 
 from collections import deque

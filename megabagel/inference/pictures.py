@@ -1,5 +1,7 @@
 """Pictures in and out: resize rules, patches, latent tokens, and pixels as the released code rounds them."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -11,6 +13,9 @@ from megabagel.data.decode.host import resample
 from megabagel.data.decode.transforms import resize_target
 from megabagel.model.vae import Codec
 from megabagel.sequence.patches import patchify, unpatchify
+
+Picture = str | Path | bytes | Image.Image
+"""A file, its bytes, or an image in memory."""
 
 
 def resized(image: Image.Image, rule: ResizeConfig, stride: int) -> Image.Image:

@@ -8,6 +8,7 @@ Letters: Q rows with logits, V vocabulary, L latent tokens of a picture, Z numbe
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -108,7 +109,7 @@ class View:
 
 
 def prefill(session: Session, contexts: Sequence[Context], most_tokens: int = 1 << 30) -> Program[None]:
-    """Run all ops of the contexts that have not run yet: as few passes as `most_tokens` allows, any number of ops each."""
+    """Run all ops of the contexts that have not run yet, any number of ops in a pass of at most `most_tokens`."""
     log, group, images = session.log, [], []
     for number in log.waiting(*contexts):
         op = log.ops[number]
@@ -209,7 +210,7 @@ class Canvas:
 
 
 def official_noise(seed: int, tokens: int, numbers: int) -> Tensor:
-    """Start of a picture [tokens, numbers] as the released code draws it after `torch.manual_seed(seed)`, on any device."""
+    """Start [tokens, numbers] of a picture as the released code draws it after `torch.manual_seed(seed)`."""
     return torch.randn(tokens, numbers, generator=torch.Generator().manual_seed(seed))
 
 
@@ -233,7 +234,7 @@ def denoise(
     drawings = [_Drawing(session, canvas, settings.taylorseer) for canvas in canvases]
     x = [canvas.noise for canvas in canvases]
     try:
-        for number, (now, then) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+        for number, (now, then) in enumerate(pairwise(grid)):
             scales = how.scales(now)
             parts = [
                 drawing.parts(state, float(now), branches(scales)) for drawing, state in zip(drawings, x, strict=True)

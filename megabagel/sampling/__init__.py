@@ -1,1 +1,1 @@
-"""Flow sampling as pure functions of a velocity: timestep grid, Euler step, guidance, TaylorSeer. No model, no ranks."""
+"""Flow sampling as pure functions of a velocity: timestep grid, Euler step, guidance, TaylorSeer."""

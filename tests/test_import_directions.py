@@ -60,7 +60,7 @@ ROOMS = {
     "evaluation": Room(("errors", "config", "sequence", "data"), ("numpy", "PIL")),
     "doctor": Room(("errors", "kernels", "runtime", "parallel"), (*RANKS, "packaging", "psutil", "rich")),
 }
-ENTRANCES = ("cli", "commands", "__main__")
+ENTRANCES = ("", "api", "cli", "commands", "__main__")
 """Modules that may import every room; no room imports them."""
 
 LIGHT = {"torch": ("cli", "commands", "config"), "megatron": ("sequence", "data", "model")}
@@ -145,7 +145,7 @@ def map_table() -> str:
     for name, room in ROOMS.items():
         rooms, libraries = (", ".join(f"`{x}`" for x in names) or "none" for names in room)
         lines.append(f"| `{name}` | {rooms} | {libraries} |")
-    entrances = ", ".join(f"`{name}`" for name in ENTRANCES)
+    entrances = ", ".join(f"`{name or 'megabagel'}`" for name in ENTRANCES)
     return "\n".join([*lines, f"| {entrances} | all | all |"]) + "\n"
 
 

@@ -10,10 +10,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from megabagel.config.schema import ModelConfig
+from megabagel.config.schema import Config, ModelConfig
 from megabagel.model.factory import LayerFactory, SingleDevice
 from megabagel.model.flow import TimeEmbedder
 from megabagel.model.freezing import freeze_parameters
+from megabagel.model.init_weights import initialize_weights
 from megabagel.model.inputs import Hidden, LatentInputs, Outputs, Predictions, StageInputs, VitInputs
 from megabagel.model.layers import Experts, Layer, RMSNorm
 from megabagel.model.positions import sincos_table
@@ -106,29 +107,49 @@ class Heads(nn.Module):
 
 
 class Bagel(nn.Module):
-    """Layers `layers` of the model, with the inputs if `first` and the heads if `last`."""
+    """The whole model, or the layers of one pipeline stage with the inputs if `first` and the heads if `last`.
+
+    Args:
+        config: a whole run's `Config` gives a usable model: its weights are those that a training run of this config
+            starts from on any grid, in `train.precision`. A `ModelConfig` leaves the weights to the caller, who fills
+            them by `initialize_weights` or from a checkpoint.
+        factory: `SingleDevice()`, or megatron-core's linears (`parallel.linears`).
+        layers: numbers of this stage's layers in the whole model; None: all.
+        first: whether this stage embeds tokens and images.
+        last: whether this stage computes losses.
+        recompute: activation recomputation, `parallel.recompute`.
+        freeze: parts whose weights do not learn, `train.freeze`; None: those of a `Config`, else none.
+    """
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: Config | ModelConfig,
         factory: LayerFactory,
         layers: range | None = None,
         first: bool = True,
         last: bool = True,
         recompute: str = "none",
-        freeze: Collection[str] = (),
+        freeze: Collection[str] | None = None,
     ) -> None:
         super().__init__()
-        layers = range(config.layers) if layers is None else layers
+        run = config if isinstance(config, Config) else None
+        model = config.model if isinstance(config, Config) else config
+        if freeze is None:
+            freeze = run.train.freeze if run else ()
+        layers = range(model.layers) if layers is None else layers
         self.und_learns = "und" not in freeze
-        und_learns = self.und_learns or config.variant != "mot"
+        und_learns = self.und_learns or model.variant != "mot"
         if first:
-            self.embed = Embed(config, factory)
-        self.layers = nn.ModuleDict({str(index): Layer(config, factory, recompute, und_learns) for index in layers})
+            self.embed = Embed(model, factory)
+        self.layers = nn.ModuleDict({str(index): Layer(model, factory, recompute, und_learns) for index in layers})
         if last:
-            self.heads = Heads(config, factory, self.und_learns)
+            self.heads = Heads(model, factory, self.und_learns)
         self.first, self.last = first, last
-        freeze_parameters(self, config, freeze)
+        freeze_parameters(self, model, freeze)
+        if run is not None:
+            initialize_weights(self, model, run.train.seed)
+            for parameter in self.parameters():  # not the frozen position tables, which are buffers and stay fp32
+                parameter.data = parameter.data.to(torch.bfloat16 if run.train.precision == "bf16" else torch.float32)
 
     def forward(self, inputs: StageInputs, hidden: Hidden | None = None) -> Hidden | Outputs:
         """One micro-batch through this stage; `hidden` comes from the stage before."""

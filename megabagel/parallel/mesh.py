@@ -67,6 +67,15 @@ class Mesh:
         return " x ".join(f"{name} {axis.size}" for name, axis in axes.items())
 
 
+def single_mesh() -> Mesh:
+    """Return the mesh of one device that belongs to no job: every axis has size 1 and no process group.
+
+    For a forward pass in a notebook or a test. Code that would exchange something finds axes of size 1 and does not.
+    """
+    alone = Axis(0, 1, None)  # type: ignore[arg-type]
+    return Mesh(world=alone, tp=alone, pp=alone, cp=alone, dp=alone, tp_cp=alone, dp_cp=alone)
+
+
 @contextmanager
 def distributed(config: Config) -> Iterator[Mesh]:
     """Join the job's process group, build the grid, and take both down at the end.

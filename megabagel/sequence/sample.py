@@ -1,4 +1,4 @@
-"""Sample plan: from items to segments, RoPE ids, loss rows and noise draws (docs/bagel.md#samples, #rope, #flow-time)."""
+"""Sample plan: items to segments, RoPE ids, loss rows and noise seeds (docs/bagel.md#samples, #rope, #flow-time)."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field

@@ -37,7 +37,7 @@ class Data:
     latents: LatentCache | None
 
 
-def open_data(config: Config, mesh: Mesh) -> Data:
+def open_data(config: Config) -> Data:
     """Index the sources of a config and choose how they are read. Raises UserError."""
     data = config.data
     on_rank0(lambda: ensure_dataset(data))
@@ -54,7 +54,7 @@ def build_trainer(config: Config, mesh: Mesh, data: Data | None = None, draw: bo
 
     Without `draw` its weights are for a checkpoint to fill: none are drawn.
     """
-    data = data or open_data(config, mesh)
+    data = data or open_data(config)
     plan = on_all_ranks(lambda: GlobalPlan(data.sources, config))
     codec = on_all_ranks(lambda: build_codec(config.model.vae, current_device()))
     attention = on_all_ranks(lambda: _attention(config))

@@ -37,9 +37,20 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: Config, stop: StopRequest | None = None) -> None:
-    """Train `config` on the ranks of this job; called once per rank.
+    """Train `config` on the ranks of this job; called once per rank. Raises as `records` does."""
+    for _ in records(config, stop):
+        pass
 
-    Raises Preempted when `stop` was asked for on any rank, BadStep for a step that the config does not let pass.
+
+def records(config: Config, stop: StopRequest | None = None) -> Iterator[dict[str, Any]]:
+    """Train `config` on the ranks of this job and yield the record of every finished step, equal on all ranks.
+
+    Called once per rank. Closing the generator ends the run between two steps: a checkpoint that is being written is
+    completed, steps after it are not saved.
+
+    Raises:
+        Preempted: `stop` was asked for on any rank.
+        BadStep: a step that the config does not let pass.
     """
     with distributed(config) as mesh, ExitStack() as owned:
         configure_log(mesh.world.rank)
@@ -49,7 +60,7 @@ def main(config: Config, stop: StopRequest | None = None) -> None:
         lock = locked(inside(folder), f"run.dir={folder}", patience, keepalive)
         on_rank0(lambda: owned.enter_context(lock))
         on_rank0(lambda: _probe(folder))
-        data = open_data(config, mesh)
+        data = open_data(config)
         with phase("load"):
             checkpoint = api.find(config, mesh)
         with phase("build"):
@@ -60,7 +71,10 @@ def main(config: Config, stop: StopRequest | None = None) -> None:
         finished(trainer.step)
         try:
             with phase("train"):
-                _loop(trainer, telemetry, stop or StopRequest())
+                yield from _loop(trainer, telemetry, stop or StopRequest())
+        except GeneratorExit:
+            trainer.saver.close()
+            raise
         finally:
             telemetry.close()
 
@@ -74,7 +88,7 @@ def _build(config: Config, mesh: Mesh, data: Data, checkpoint: Path | None) -> T
     return trainer
 
 
-def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> None:
+def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator[dict[str, Any]]:
     config, mesh = trainer.config, trainer.mesh
     peak = peak_flops(config, current_device())
     logger.info("peak for MFU: %.3g FLOP/s per rank (%s)", *peak)
@@ -110,6 +124,7 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> None:
                 f"{signal.Signals(signalled).name} after step {trainer.step} of {config.train.steps}; everything is "
                 f"saved in {trainer.newest}. Start the same command again to go on."
             )
+        yield record
     with phase("checkpoint"):
         trainer.saver.close()
 

@@ -3,10 +3,10 @@
     def sum_of_ranks(value): ...            # a top-level function: workers import it by name
     assert ranks.run(4, sum_of_ranks, 10) == [...]
 
-Importing torch and megatron-core takes seconds, so it happens once: Python's fork server imports them (warm_imports.py)
-and workers are forked from that process, which has neither threads nor process groups. Workers are started on demand, serve
-many jobs, and meet in a fresh gloo process group for each. What a worker prints goes to a log of its own, whose end is
-part of the error when its rank fails.
+Importing torch and megatron-core takes seconds, so it happens once: Python's fork server imports them
+(warm_imports.py) and workers are forked from that process, which has neither threads nor process groups. Workers are
+started on demand, serve many jobs, and meet in a fresh gloo process group for each. What a worker prints goes to a log
+of its own, whose end is part of the error when its rank fails.
 """
 
 import faulthandler

@@ -86,11 +86,10 @@ class InputBuilder:
         )
 
     def _vit(self, batch: PackedBatch, rows: VitRows[torch.Tensor]) -> VitInputs:
-        """Images of this context-parallel rank, and padding up to as many rows as the others have."""
-        patches = torch.cat([torch.zeros(0, 3 * self.config.model.vit.patch**2), *batch.patches])
-        patches = functional.pad(patches.to(self.device), (0, 0, 0, len(rows.grid) - len(patches)))
+        """Images of this context-parallel rank."""
+        assert batch.patches is not None
         return VitInputs(
-            patches=patches,
+            patches=batch.patches.to(self.device),
             grid=rows.grid,
             grid_all=rows.grid_all,
             row_U=rows.row_U,

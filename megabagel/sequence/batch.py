@@ -70,8 +70,9 @@ class PackedBatch:
     rows: PackedRows
     """What the rank's rows hold: token ids, positions, labels, places of images."""
     plans: AttentionPlans
-    patches: list[torch.Tensor]
-    """fp32 [n, patch * patch * 3] in [-1, 1] per ViT image that this rank encodes."""
+    patches: torch.Tensor | None
+    """fp32 [P, patch * patch * 3] in [-1, 1]: the ViT images that this rank encodes, end to end, then zeros as padding.
+    None on ranks without the ViT tower."""
     pixels: list[torch.Tensor]
     """fp32 [3, height, width] in [-1, 1] per image whose latents this rank encodes."""
     moments: list[torch.Tensor] | None = None
@@ -108,13 +109,17 @@ class BatchBuilder:
         Args:
             rank: the pack, from `lay_out`.
             token_ids: int64, of every text token of the pack in token order.
-            patches: see `PackedBatch`, of `rank.vit_images`.
+            patches: fp32 [n, patch * patch * 3] in [-1, 1] for each of `rank.vit_images`.
             pixels: see `PackedBatch`, of `rank.vae_images`; empty with `moments` or where latents come from outside.
             moments: see `PackedBatch`, of `rank.vae_images`.
             latent_weight_L: [L] weight of each latent token in the flow loss; None: 1 for each.
         """
         rows = PackedRows.of(derive_rows(rank, self.config, token_ids, latent_weight_L))
-        return PackedBatch(rank.pack, rank.layout, rows, self._plans(rank), patches, pixels, moments)
+        padded = None
+        if rows.spans.vit is not None:  # in one piece already here, not in the training process
+            padding = rank.vit.rows - sum(map(len, patches))
+            padded = torch.cat([*patches, torch.zeros(padding, 3 * self.config.model.vit.patch**2)])
+        return PackedBatch(rank.pack, rank.layout, rows, self._plans(rank), padded, pixels, moments)
 
     def _plans(self, rank: RankPack) -> AttentionPlans:
         model, cp = self.config.model, self.place.cp

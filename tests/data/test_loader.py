@@ -32,7 +32,7 @@ from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.pack import Pack
 from megabagel.sequence.rank_rows import RankPlace
 from megabagel.sequence.sample import LATENT, TEXT, VIT, SamplePlan
-from tests.support.batches import batch_builder, token_ids
+from tests.support.batches import batch_builder, patches_of, token_ids
 from tests.support.config_tree import change
 from tests.support.small_run import small_config, sources_of
 
@@ -130,7 +130,7 @@ def test_patches_are_those_of_the_named_image(config: Config) -> None:
     shapes = set()
     for batch in batches:
         seen = [(sample, item) for sample in batch.pack.samples for item in sample.items if isinstance(item, Vit)]
-        for (sample, item), patches in zip(seen, batch.patches, strict=True):
+        for (sample, item), patches in zip(seen, patches_of(batch, (item for _, item in seen)), strict=True):
             pixels = view(made, sample, item.slot, 14 * item.rows, 14 * item.cols)
             cells = [(row, col) for row in range(item.rows) for col in range(item.cols)]
             for patch, (row, col) in zip(patches.numpy(), cells, strict=True):
@@ -200,14 +200,16 @@ def test_ranks_of_a_stage_share_the_images(config: Config) -> None:
         pack = everything.pack
         batches = {place: rank.filler(task).batch for place, rank in ranks.items()}
         idle = later.filler(task).batch
-        assert idle.patches == [] and idle.pixels == []
+        assert idle.patches is None and idle.pixels == []
         for batch in (*batches.values(), idle):
             assert batch.layout.cp == 2 and np.array_equal(batch.layout.token_K, idle.layout.token_K)
         for tp in range(2):
             assert token_ids(*(batches[tp, cp] for cp in range(2))) == token_ids(everything)
             dealt = vit_shares(pack, 2).dealt
             assert sorted(dealt[0] + dealt[1]) == list(range(len(vit_images(pack))))
-            _assert_dealt(everything.patches, dealt, [batches[tp, cp].patches for cp in range(2)])
+            images = [image for _, image in vit_images(pack)]
+            shared = [patches_of(batches[tp, cp], (images[i] for i in dealt[cp])) for cp in range(2)]
+            _assert_dealt(patches_of(everything, images), dealt, shared)
         order = [(tp, cp) for cp in range(2) for tp in range(2)]
         dealt = vae_shares(pack, 4).dealt
         assert sorted(number for part in dealt for number in part) == list(range(len(vae_images(pack))))
@@ -269,8 +271,10 @@ def test_a_damaged_target_becomes_nan(config: Config, own: Path) -> None:
 def test_a_damaged_image_to_look_at_becomes_grey(config: Config, own: Path) -> None:
     before, filled = lost(loader(only(config, own, "caption")), slot=0)
     after = filled.batch
-    assert _differing(before.patches, after.patches) == [1]
-    assert after.patches[1].shape == before.patches[1].shape and (after.patches[1] == 0).all()
+    images = [image for _, image in vit_images(before.pack)]
+    intact, grey = patches_of(before, images), patches_of(after, images)
+    assert _differing(intact, grey) == [1]
+    assert grey[1].shape == intact[1].shape and (grey[1] == 0).all()
     assert len(filled.lost) == 1
 
 

@@ -12,6 +12,7 @@ from megabagel.planner.dryrun import Outcome, chosen_ranks, dry_run
 from megabagel.planner.grid import Grid
 from megabagel.planner.tiling import Interval, holes
 from megabagel.runtime import cpu_backend
+from megabagel.sequence import rank_rows
 from tests.support.measured import config_of
 
 WORLD = 64
@@ -32,7 +33,7 @@ def rehearsed(plant: str, **parallel: Any) -> Outcome:
 
 def _lose_a_chunk(patch: pytest.MonkeyPatch) -> None:
     """The second rank to ask gets a layout whose last chunk of tokens is missing."""
-    real, calls = consistency.build_layout, []
+    real, calls = rank_rows.build_layout, []
 
     def build(*args: Any) -> Any:
         layout = real(*args)
@@ -41,17 +42,17 @@ def _lose_a_chunk(patch: pytest.MonkeyPatch) -> None:
             layout.token_K[-32:] = -1
         return layout
 
-    patch.setattr(consistency, "build_layout", build)
+    patch.setattr(rank_rows, "build_layout", build)
 
 
 def _move_a_border(patch: pytest.MonkeyPatch) -> None:
-    real = consistency.build_layout
+    real = rank_rows.build_layout
 
     def build(*args: Any) -> Any:
         layout = real(*args)
         return replace(layout, num_und=(layout.num_und[0] + 8, *layout.num_und[1:]))
 
-    patch.setattr(consistency, "build_layout", build)
+    patch.setattr(rank_rows, "build_layout", build)
 
 
 def _same_shard_everywhere(patch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Batches of one rank without attention plans, their token ids, and whether two are the same."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 
 from megabagel.config.schema import Config
 from megabagel.sequence.batch import BatchBuilder, PackedBatch
+from megabagel.sequence.items import Vit
 from megabagel.sequence.rank_rows import RankPlace
 from megabagel.sequence.sample import TEXT
 
@@ -32,14 +34,22 @@ def token_ids(*ranks: PackedBatch) -> list[int]:
     return [found[token] for token in np.flatnonzero(ranks[0].pack.kind_S == TEXT)]
 
 
+def patches_of(batch: PackedBatch, images: Iterable[Vit]) -> list[torch.Tensor]:
+    """Patches of each image that a rank encodes; what is left is padding."""
+    assert batch.patches is not None
+    sizes = [image.rows * image.cols for image in images]
+    *found, padding = batch.patches.split([*sizes, len(batch.patches) - sum(sizes)])
+    assert not padding.any()
+    return found
+
+
 def assert_same(found: PackedBatch, batch: PackedBatch) -> None:
     """Two batches, bit for bit."""
     assert torch.equal(found.rows.buffer, batch.rows.buffer) and found.rows.spans == batch.rows.spans
     _assert_same_plan(found.plans.layers, batch.plans.layers)
     _assert_same_plan(found.plans.vit, batch.plans.vit)
-    for name in ("patches", "pixels"):
-        mine, theirs = getattr(found, name), getattr(batch, name)
-        assert len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
+    assert found.patches is not None and batch.patches is not None and torch.equal(found.patches, batch.patches)
+    assert len(found.pixels) == len(batch.pixels) and all(map(torch.equal, found.pixels, batch.pixels))
     assert np.array_equal(found.layout.token_K, batch.layout.token_K) and found.layout.num_und == batch.layout.num_und
     for name in ("kind_S", "position_S", "ce_S", "sample_S", "fill_S", "noised_S"):
         assert np.array_equal(getattr(found.pack, name), getattr(batch.pack, name))

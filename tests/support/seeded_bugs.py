@@ -31,12 +31,14 @@ def vit_patches_transposed(patch: Patch) -> None:
 
     def packed_batch(*args: Any) -> Any:
         batch = right(*args)
-        images = [image for plan in batch.pack.samples for image in plan.vits]
+        images = [image for plan in batch.pack.samples for image in plan.vits]  # all of them on this rank
+        sizes = [image.rows * image.cols for image in images]
+        *patches, padding = batch.patches.split([*sizes, len(batch.patches) - sum(sizes)])
         turned = [
             patches.unflatten(0, (image.rows, image.cols)).transpose(0, 1).flatten(0, 1)
-            for image, patches in zip(images, batch.patches, strict=True)
+            for image, patches in zip(images, patches, strict=True)
         ]
-        return dataclasses.replace(batch, patches=turned)
+        return dataclasses.replace(batch, patches=torch.cat([*turned, padding]))
 
     patch.setattr("megabagel.parity.train_case.packed_batch", packed_batch)
 

@@ -22,7 +22,6 @@ from megabagel.data.tokenize.tokenizer import TextTokenizer
 from megabagel.sequence.batch import BatchBuilder, PackedBatch
 from megabagel.sequence.images import VaeImage
 from megabagel.sequence.keys import SampleKey
-from megabagel.sequence.layout import layout_rows
 from megabagel.sequence.patches import patchify
 from megabagel.sequence.sample import SamplePlan
 
@@ -71,11 +70,6 @@ class Filler:
         """The filler of a plan's packs."""
         indexes = {name: replace(source.index, documents=(), skipped=()) for name, source in plan.sources.items()}
         return cls(plan.rules, indexes, tokenizer, decode, plan.config, batches, latents)
-
-    @property
-    def rows(self) -> int:
-        """Rows of every layout."""
-        return layout_rows(self.config.data.max_tokens, self.config.parallel.chunk, self.config.parallel.cp)
 
     @property
     def most_bytes(self) -> int:

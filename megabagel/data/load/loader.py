@@ -66,7 +66,6 @@ class Loader:
         """batches: makes this rank's batches. latents: read instead of pixels for the codec."""
         self.plan, self.config, self.dp = plan, config, dp
         self.filler = Filler.of(plan, tokenizer, decode, batches, latents)
-        self.rows = self.filler.rows
 
     def steps(self, count: int) -> Iterator[Step]:
         """The next `count` steps, prepared ahead. Errors of whoever prepares them surface here.

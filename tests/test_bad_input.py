@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models
 
-from megabagel.config.schema import Config
 from megabagel.errors import TransientFailure, UserError
 from megabagel.sequence.items import SPECIAL_TOKENS
 from tests.support.cli_harness import command, fill, job, metrics, once_training, pairs, small_disk, tiny_run
@@ -157,7 +156,6 @@ def steps_in_step() -> tuple[list[int], str]:
     import torch.distributed as dist
 
     from megabagel.data.load.loader import Step
-    from megabagel.parallel.mesh import build
     from megabagel.train.run import in_step
 
     def steps() -> Iterator[Step]:
@@ -168,7 +166,7 @@ def steps_in_step() -> tuple[list[int], str]:
 
     seen: list[int] = []
     with pytest.raises(UserError) as caught:
-        seen.extend(step.plan for step in in_step(build(Config()), steps()))  # type: ignore[misc]
+        seen.extend(step.plan for step in in_step(steps()))  # type: ignore[misc]
     return seen, str(caught.value)
 
 

@@ -55,7 +55,7 @@ def measure(name: str, config: Config, mesh: Mesh, request: Request) -> Measurem
     """
     drawn = Data(synthetic_sources(config), ByteTokenizer(), noise, None) if request.synthetic else None
     trainer = build_trainer(config, mesh, drawn)
-    feed = in_step(mesh, trainer.loader.steps(request.all))
+    feed = in_step(trainer.loader.steps(request.all))
     for _ in range(request.warmup):
         trainer.train_step(next(feed))
     seconds, steps = _run(trainer, feed, request.steps)

@@ -88,8 +88,8 @@ class phase:
     ) -> None:
         if self._open is not None:
             self._open.__exit__(kind, error, trace)
-        if error is not None and not hasattr(error, "phase"):
-            error.phase = self._name  # type: ignore[attr-defined] # read by `phase_of`, once all phases are left
+        if error is not None and not hasattr(error, "megabagel_phase"):
+            error.megabagel_phase = self._name  # type: ignore[attr-defined] # for `phase_of`, when all phases are left
         now.phase, now.since = self._before, time.monotonic()
 
 
@@ -113,8 +113,8 @@ def _ranges(name: str) -> ExitStack | None:
 
 
 _NSYS = "NSYS_PROFILING_SESSION_ID" in os.environ
-"""Whether `nsys profile` started this process; it sets this variable. `torch.autograd.profiler.emit_nvtx` makes NVTX
-ranges of every operator, so it needs a switch; NVTX alone costs little, so that under nsys it is always on."""
+"""Whether `nsys profile` started this process, which sets this variable. Under `torch.autograd.profiler.emit_nvtx`, the
+other way to NVTX ranges, `record_function` makes them."""
 
 
 def reset() -> None:
@@ -129,7 +129,7 @@ def finished(step: int) -> None:
 
 def phase_of(error: BaseException) -> str:
     """Name of the innermost phase that `error` was raised in."""
-    return getattr(error, "phase", now.phase)
+    return getattr(error, "megabagel_phase", now.phase)
 
 
 def keepalive() -> None:

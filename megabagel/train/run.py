@@ -132,10 +132,10 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
 def _steps(trainer: Trainer) -> Iterator[Step]:
     """Steps until the last one is finished; a rollback makes it as many more as it undid."""
     while (left := trainer.config.train.steps - trainer.step) > 0:
-        yield from in_step(trainer.mesh, trainer.loader.steps(left))
+        yield from in_step(trainer.loader.steps(left))
 
 
-def in_step(mesh: Mesh, steps: Iterator[Step]) -> Iterator[Step]:
+def in_step(steps: Iterator[Step]) -> Iterator[Step]:
     """The steps while every rank has its share of the next one. A rank without (a shard is gone) ends all of them."""
     while True:
         started = time.perf_counter()

@@ -42,6 +42,7 @@ from megabagel.data.index.index_cache import Scan, Skip, State
 from megabagel.data.index.shard_files import SUFFIXES, find_shards, samples_of
 from megabagel.data.tokenize.tokenizer import TextTokenizer
 from megabagel.errors import UserError
+from megabagel.log import RANK0
 
 logger = logging.getLogger(__name__)
 
@@ -205,4 +206,5 @@ def _report(index: Index, task: Task) -> None:
             " docs/data.md. Choose another task or mend the shards."
         )
     named = "".join(f"\n  {skip}" for skip in index.skipped[:NAMED_SKIPS])
-    logger.log(logging.WARNING if named else logging.INFO, "index %s (%s): %s%s", name, task, index, named)
+    level = logging.WARNING if named else logging.INFO
+    logger.log(level, "index %s (%s): %s%s", name, task, index, named, extra=RANK0)

@@ -53,7 +53,7 @@ def build_runner(config: Config, mesh: Mesh | None, engine: AttentionEngine, fil
         parameter_dtype(config),
         current_device(),
     )
-    ranks = Ranks(mesh.cp, mesh.pp) if mesh else Ranks()
+    ranks = Ranks(mesh.cp, mesh.pp) if mesh else None
     return Runner(model, stage, cache, engine, current_device(), ranks)
 
 

@@ -13,6 +13,7 @@ from tests.support.parity_command import (
     ACCUMULATED,
     ACCUMULATED_GLOBAL,
     DP2,
+    DRAWING,
     EDIT,
     INFER,
     MICRO_STEP,
@@ -89,12 +90,19 @@ def test_a_trace_of_two_ranks_refuses_the_rule_of_micro_steps_on_one(ranks: Rank
     assert outcome.code == 2 and "data-parallel size, 2 in this trace; found 1" in outcome.err
 
 
-def test_generation_is_not_compared_yet(ranks: RankPool, tmp_path: Path) -> None:
+def test_generation_is_compared_beside_training(ranks: RankPool, tmp_path: Path) -> None:
     outcome = alone(ranks, *paths(INFER, TEXT_ONLY))
-    assert outcome.code == 3
-    assert f"{INFER}: not yet" in outcome.err and f"{TEXT_ONLY}: all" in outcome.out
+    assert outcome.code == 0 and outcome.err == ""
+    assert f"{INFER}: all" in outcome.out and f"{TEXT_ONLY}: all" in outcome.out
     worse = changed(TEXT_ONLY, tmp_path, lambda entries, about: entries["expect/ce"].add_(1))
     assert alone(ranks, *paths(INFER), worse).code == 1, "a row that fails matters more"
+
+
+@needs(DRAWING)
+def test_a_wrong_velocity_is_named(ranks: RankPool, tmp_path: Path) -> None:
+    worse = changed(DRAWING, tmp_path, lambda entries, about: entries["t2i/expect.v_t"].mul_(1.001))
+    outcome = alone(ranks, worse)
+    assert outcome.code == 1 and outcome.failed == ["t2i/img0.expect.v_t"]
 
 
 def a_gradient(entries: Entries, about: About) -> None:

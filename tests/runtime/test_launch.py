@@ -13,7 +13,7 @@ import pytest
 from megabagel.errors import STOP_PREFIX, RankLost
 from megabagel.runtime import launch
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parents[2]
 PLACE = "import os, signal, sys, time; rank = int(os.environ['RANK'])"
 
 

@@ -38,7 +38,7 @@ from tests.support.config_tree import change
 from tests.support.pictures import file_of, noise
 from tests.support.rank_pool import RankPool
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parents[2]
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 Samples = Iterable[tuple[str, Mapping[str, bytes]]]

@@ -31,6 +31,20 @@ TRAIN_AT_HAND = at_hand(*TRAIN)
 PRIM = ("prim_01_building_blocks", "prim_02_tiny_vae")
 DP2, ACCUMULATED, ACCUMULATED_GLOBAL = "trace_01_dp2", "trace_02_accum2", "trace_03_accum2_global"
 INFER = "infer_08_text_turns"
+DRAWING = "infer_01_vqa_and_t2i"
+INFERENCE = (
+    DRAWING,
+    "infer_03_renorm",
+    "infer_05_schedule_and_sizes",
+    "infer_06_two_images",
+    INFER,
+    "infer_09_kv_cache",
+    "infer_10_pixels_to_pixels",
+    "infer_12_taylorseer",
+    "infer_13a_dense",
+    "infer_14_sampled_text",
+)
+"""Generation; others are kept back."""
 MICRO_STEP = "train.loss_normalization=micro_step"
 """The official rule for accumulation, by which `trace_02` was computed."""
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 Golden = tuple[dict[str, Tensor], dict]
 
-INSIDE = Path(__file__).parent / "parity" / "golden"
-OUTSIDE = Path(os.environ.get("MEGABAGEL_PARITY_DIR", Path(__file__).parents[2] / "shared" / "parity"))
+INSIDE = Path(__file__).parents[1] / "parity" / "golden"
+OUTSIDE = Path(os.environ.get("MEGABAGEL_PARITY_DIR", Path(__file__).parents[3] / "shared" / "parity"))
 """Where the other cases lie; they are not part of this repository."""
 
 CASE = re.compile(r"(train|trace|prim|infer)_\d\d\w*")

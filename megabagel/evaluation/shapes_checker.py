@@ -197,7 +197,7 @@ def judge_edit(edit: Edit, before: np.ndarray, after: np.ndarray) -> EditJudgeme
     found = find_figures(after)
     difference = np.abs(_cells(after) - _cells(before))
     unmade = [f"not asked for: {figure}" for figure in found if figure.place is None]
-    lost = []
+    lost: list[str] = []
     for place in PLACES:
         expected = edit.after.at(place)
         there = [figure.kind for figure in found if figure.place == place]

@@ -99,31 +99,41 @@ def _nearest_lines(pixels_hw3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _figures(label_HW: np.ndarray, covered_HW: np.ndarray) -> list[np.ndarray]:
     """Masks of the figures: connected components, cut where they have several colours of a figure's size."""
     smallest = SMALLEST_SHARE * label_HW.size
-    masks = []
+    masks: list[np.ndarray] = []
     for whole_HW in _components(covered_HW):
         if whole_HW.sum() < smallest:
             continue
-        parts = [
-            part_HW
-            for label in np.unique(label_HW[whole_HW])
-            for part_HW in _components(whole_HW & (label_HW == label))
-            if _eroded(part_HW).sum() >= smallest
-        ]
+        labels, counts = np.unique(label_HW[whole_HW], return_counts=True)
+        parts = [whole_HW & (label_HW == label) for label in labels[counts >= smallest]]
+        parts = [part_HW for part_HW in parts if _eroded(part_HW).sum() >= smallest]
         masks += parts if len(parts) > 1 else [whole_HW]
     return masks
 
 
 def _components(mask_HW: np.ndarray) -> list[np.ndarray]:
-    """The sets of pixels of the mask that touch by their sides: every pixel takes the largest number of its neighbours
-    until none changes, which on blobs ends after about their diameter."""
-    number_HW = np.where(mask_HW, np.arange(1, mask_HW.size + 1).reshape(mask_HW.shape), 0)
-    while True:
-        padded = np.pad(number_HW, 1)
-        sides = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
-        grown_HW = np.where(mask_HW, np.maximum.reduce([number_HW, *sides]), 0)
-        if (grown_HW == number_HW).all():
-            return [number_HW == number for number in np.unique(number_HW[mask_HW])]
-        number_HW = grown_HW
+    """The sets of pixels of the mask that touch by their sides: runs of each row, joined with those above them."""
+    padded = np.pad(mask_HW.astype(np.int8), ((0, 0), (1, 1)))
+    rows, starts = np.nonzero(np.diff(padded, axis=1) == 1)
+    ends = np.nonzero(np.diff(padded, axis=1) == -1)[1]
+    runs = list(zip(rows.tolist(), starts.tolist(), ends.tolist(), strict=True))
+    root = list(range(len(runs)))
+
+    def find(run: int) -> int:
+        while root[run] != run:
+            root[run] = run = root[root[run]]
+        return run
+
+    above = 0
+    for number, (row, start, end) in enumerate(runs):
+        while runs[above][0] < row - 1:
+            above += 1
+        for other in range(above, number):
+            if runs[other][0] == row - 1 and runs[other][1] < end and start < runs[other][2]:
+                root[find(other)] = find(number)
+    masks: dict[int, np.ndarray] = {}
+    for number, (row, start, end) in enumerate(runs):
+        masks.setdefault(find(number), np.zeros(mask_HW.shape, bool))[row, start:end] = True
+    return list(masks.values())
 
 
 def _eroded(mask_HW: np.ndarray) -> np.ndarray:

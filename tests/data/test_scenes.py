@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megabagel.config.load import load
 from megabagel.config.schema import DataConfig
 from megabagel.data.builders import toy_shapes
 from megabagel.data.builders.scenes import THINK_TO_ANSWER, THINK_TO_DRAW, random_scene, write_scenes
 from megabagel.data.builders.scenes_edits import THINGS, conceptual, simple_edit, two_step
 from megabagel.data.builders.scenes_page import COLOURS, PAPER, PLACES, SHAPES, Figure, Scene, render
 from megabagel.data.builders.scenes_text import NUMBERS, TAGS, all_prompts, held_out, mention, prompts
-from megabagel.data.documents import ImageItem, TextItem
+from megabagel.data.documents import ImageItem, Task, TextItem
 from megabagel.data.index.index import Index, build_index, find_shards
+from megabagel.data.plan.global_plan import open_sources
+from megabagel.data.stats import count_steps
 from megabagel.data.tokenize.tokenizer import load_tokenizer
 from megabagel.errors import UserError
 from megabagel.evaluation.shapes_vision import find_figures
@@ -41,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def index(root: Path, kind: str, task: str) -> Index:
+def index(root: Path, kind: str, task: Task) -> Index:
     found = build_index(find_shards(root, f"{kind}-*.tar"), load_tokenizer(str(root)), task, cache=root / "cache")
     assert not found.skipped and len(found.documents) == PER_KIND[kind]
     return found
@@ -84,7 +87,9 @@ def places(scene: Seen, kind: tuple[str | None, str, str | None]) -> list[str]:
 
 
 def test_captions_say_what_the_pictures_show(root: Path) -> None:
-    draw, counts, tags = index(root, "draw", "t2i"), Counter(), Counter()
+    draw = index(root, "draw", "t2i")
+    counts: Counter[int] = Counter()
+    tags: Counter[str] = Counter()
     for document in draw.documents:
         scene = seen(pixels(draw, document.images[0]))
         counts[len(scene)] += 1
@@ -99,14 +104,15 @@ def test_captions_say_what_the_pictures_show(root: Path) -> None:
 
 
 def test_answers_are_right(root: Path) -> None:
-    ask, kinds = index(root, "ask", "i2t"), Counter()
+    ask = index(root, "ask", "i2t")
+    kinds: Counter[str] = Counter()
     for document in ask.documents:
         scene = seen(pixels(ask, document.images[0]))
         texts = [ask.text(text) for text in document.texts]
         assert [text.role for text in document.texts] == ["condition", "target"] * (len(texts) // 2)
         for question, answer in zip(texts[::2], texts[1::2], strict=True):
             kinds[answer_of(question, scene, answer)] += 1
-    assert kinds.keys() == {"what", "colour", "where", "how many", "yes", "no"}
+    assert kinds.keys() == {"what", "colour", "where", "how many", "yes", "no", "describe"}
     assert 0.5 < kinds["yes"] / kinds["no"] < 2
 
 
@@ -125,6 +131,9 @@ def answer_of(question: str, scene: Seen, answer: str) -> str:
     if match := re.fullmatch("how many (.*)s are there\\?", question):
         assert answer == NUMBERS[sum(match[1] in ("figure", shape) for _, shape in kinds)]
         return "how many"
+    if question == "what do you see?":
+        assert {place: (colour, shape) for colour, shape, place in named(answer)} == scene
+        return "describe"
     match = re.fullmatch("is there a (.*)\\?", question)
     assert match and answer == ("yes" if match[1] in map(" ".join, kinds) else "no")
     return answer
@@ -132,7 +141,8 @@ def answer_of(question: str, scene: Seen, answer: str) -> str:
 
 @pytest.mark.parametrize("kind", ["edits", "concepts"])
 def test_edits_keep_the_rest_bit_for_bit(root: Path, kind: str) -> None:
-    edits, lengths = index(root, kind, "edit"), Counter()
+    edits = index(root, kind, "edit")
+    lengths: Counter[int] = Counter()
     for document in edits.documents:
         pages = [pixels(edits, image) for image in document.images]
         lengths[len(pages)] += 1
@@ -159,7 +169,8 @@ RED, BLUE, GREEN = (
 
 def test_instructions_say_what_becomes_of_the_page() -> None:
     """Every kind of edit of one page, against the meaning of its words."""
-    scene, kinds = Scene.of([RED, BLUE, GREEN]), Counter()
+    scene = Scene.of([RED, BLUE, GREEN])
+    kinds: Counter[str] = Counter()
     for number in range(300):
         edit = simple_edit(scene, generator("edit", number))
         kinds[edit.kind] += 1
@@ -212,7 +223,8 @@ def test_two_steps_change_what_both_say() -> None:
 
 
 def test_thoughts_are_learned_after_the_system_prompt(root: Path) -> None:
-    think, orders = index(root, "think", "interleave"), Counter()
+    think = index(root, "think", "interleave")
+    orders: Counter[tuple[str, ...]] = Counter()
     for document in think.documents:
         roles = tuple("image " * isinstance(item, ImageItem) + str(item.role) for item in document.items)
         orders[roles] += 1
@@ -312,3 +324,11 @@ def test_the_config_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(toy_shapes, "write_scenes", lambda root, **kwargs: calls.append((root, kwargs)))
     toy_shapes.ensure_dataset(DataConfig(root=str(tmp_path), builder="scenes"))
     assert calls == [(tmp_path, {"samples": 5000, "size": 64, "seed": 0})]
+
+
+def test_the_shipped_config_fits_the_data_set(root: Path) -> None:
+    overrides = [f"data.root={root}", f"data.tokenizer={root / 'tokenizer.json'}", "data.builder=none"]
+    config = load(Path(__file__).parents[2] / "examples" / "configs" / "scenes.yaml", overrides)
+    sources = count_steps(config, open_sources(config, load_tokenizer(config.data.tokenizer)), 3).sources
+    assert sources.keys() == {"draw", "ask", "edit", "concept", "think"}
+    assert all(source.samples and not source.skipped and not source.left_out for source in sources.values())

@@ -86,7 +86,7 @@ class Scene:
 
     def to_json(self) -> dict[str, Any]:
         """The scene as JSON values."""
-        return asdict(self)
+        return {"figures": [asdict(figure) for figure in self.figures]}
 
     def at(self, place: str) -> Figure | None:
         """The figure in a place."""

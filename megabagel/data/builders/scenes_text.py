@@ -75,7 +75,8 @@ class Prompt:
 
     def to_json(self) -> dict[str, Any]:
         """Tag, requirements and wording as JSON values."""
-        return {**asdict(self), "prompt": self.text}
+        include = [{**asdict(r), "position": r.position and list(r.position)} for r in self.include]
+        return {"tag": self.tag, "prompt": self.text, "include": include}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Prompt":

@@ -65,5 +65,5 @@ setup(
     package_data={"megabagel": ["py.typed"], "megabagel_kernels": ["py.typed"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["megabagel = megabagel.cli:main"]},
+    entry_points={"console_scripts": ["megabagel = megabagel.__main__:main"]},
 )

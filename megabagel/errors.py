@@ -49,6 +49,12 @@ class Preempted(Stopped):
     code = 75
 
 
+class Interrupted(Stopped):
+    """Ctrl-C in a run: nothing is saved any more; the message says what was."""
+
+    code = INTERRUPTED
+
+
 class RankLost(Stopped):
     """A rank died, hung or failed; the message names it. What followed the newest checkpoint is lost."""
 
@@ -123,6 +129,11 @@ TRANSIENT = frozenset(
     )
 )
 """Numbers of OSErrors that another start, perhaps on another node, need not meet: of a disk, network or memory."""
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere, fit for a terminal: control characters, which may move the cursor or worse, become `?`."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def no_space(text: str) -> OSError:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megabagel.errors import TransientFailure, UserError
+from megabagel.errors import TransientFailure, UserError, printable
 
 PATIENCE_S = 5.0
 """How long any start waits for the holder: it may have been killed a moment ago."""
@@ -136,4 +136,4 @@ def _owner(file: Path) -> str:
         text = "process {pid} on {host} since {since} ({command})".format_map(about)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process"
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    return printable(text)

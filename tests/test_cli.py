@@ -140,18 +140,19 @@ def test_a_rank_of_another_launcher_trains(valid: str, runs: list[Config], monke
     [
         (UserError("a.tar: empty; expected a tar"), 2, "megabagel: error: a.tar: empty; expected a tar\n"),
         (Preempted("saved; start again"), 75, "megabagel: stopped: saved; start again\n"),
-        (KeyboardInterrupt(), 130, "megabagel: interrupted\n"),
+        (KeyboardInterrupt(), 130, None),
     ],
 )
 def test_how_a_command_ends(
-    valid: str, runs: Any, error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]
+    valid: str, runs: Any, error: BaseException, code: int, text: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_config: Config, _stop: object) -> None:
         raise error
 
     sys.modules["megabagel.train.run"].main = fail  # type: ignore[attr-defined]
     assert cli.main(["train", valid]) == code
-    assert capsys.readouterr().err == text
+    err = capsys.readouterr().err
+    assert err == text if text else err.startswith("megabagel: stopped: Ctrl-C after step ") and err.count("\n") == 1
 
 
 def test_our_own_errors_keep_their_traceback(valid: str, runs: Any) -> None:

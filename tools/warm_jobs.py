@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from tools.faulty_rank import plant
@@ -29,6 +30,8 @@ class Job:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank-{rank}.log" for rank in range(size)]
         place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        self.port = place["MASTER_PORT"]
+        place["MEGABAGEL_JOB_SECRET"] = token_hex(32)
         self.ranks: dict[int, BaseProcess] = {}
         for rank in start or range(size):
             self.logs[rank].write_text("")

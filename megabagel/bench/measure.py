@@ -7,7 +7,6 @@ from datetime import date
 
 import psutil
 import torch
-import torch.distributed as dist
 
 from megabagel.bench.phases import PHASES, by_phase, stopwatch
 from megabagel.bench.profile import profiled
@@ -19,6 +18,7 @@ from megabagel.data.load.loader import Step
 from megabagel.data.tokenize.tokenizer import ByteTokenizer
 from megabagel.parallel.mesh import Mesh
 from megabagel.runtime.device import current_device, peak_memory
+from megabagel.runtime.objects import all_gathered
 from megabagel.sequence.flops import Flops
 from megabagel.sequence.sizes import total
 from megabagel.train.build import Data, build_trainer
@@ -134,9 +134,7 @@ def _planned(steps: list[Step], ranks: int) -> float:
 
 
 def _gathered(mesh: Mesh, mine: tuple[dict[str, float], int, int]) -> list[tuple[dict[str, float], int, int]]:
-    found: list[tuple[dict[str, float], int, int]] = [({}, 0, 0)] * mesh.world.size
-    dist.all_gather_object(found, mine)
-    return found
+    return [tuple(found) for found in all_gathered(mine)]
 
 
 def _settle() -> None:

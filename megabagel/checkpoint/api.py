@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
@@ -26,6 +25,7 @@ from megabagel.log import RANK0
 from megabagel.model.freezing import is_frozen
 from megabagel.parallel.mesh import Mesh
 from megabagel.runtime.collective_errors import on_all_ranks
+from megabagel.runtime.objects import broadcast
 
 __all__ = ["Manifest", "Saver", "find", "load", "read", "save", "weights_of"]
 
@@ -51,10 +51,9 @@ def find(config: Config, mesh: Mesh) -> Path | None:
     root = Path(config.run.dir) / "checkpoints"
     if mesh.world.first:
         take_back(root)
-    candidates: list[list[Path]] = [_candidates(root)]
-    dist.broadcast_object_list(candidates)  # a shared disk may show them later elsewhere
+    candidates = broadcast([str(folder) for folder in _candidates(root)])  # a shared disk may show them later elsewhere
     damage = None
-    for folder in candidates[0]:
+    for folder in map(Path, candidates):
         try:
             _check(folder, mesh)
             return folder
@@ -63,7 +62,7 @@ def find(config: Config, mesh: Mesh) -> Path | None:
             logger.warning("not resuming from %s: %s", folder, error, extra=RANK0)
     if damage is not None:
         raise UserError(
-            f"run.resume=auto: none of {len(candidates[0])} checkpoints in {config.run.dir}/checkpoints is whole. The "
+            f"run.resume=auto: none of {len(candidates)} checkpoints in {config.run.dir}/checkpoints is whole. The "
             f"newest: {damage} To start anew, set run.resume=none."
         )
     return None

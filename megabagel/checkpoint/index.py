@@ -74,17 +74,33 @@ def merged(parts: Iterable[Index]) -> Index:
     return whole
 
 
-def to_json(index: Index) -> str:
-    """A line per tensor."""
-    lines = [
-        f"{json.dumps(key)}: "
-        + json.dumps({
+def plain(index: Index) -> dict[str, Any]:
+    """What JSON can hold of an index, in the order of its keys."""
+    return {
+        key: {
             "dtype": NAMES[entry.dtype],
             "shape": entry.shape,
             "boxes": [[box.file, box.offset, box.shape, box.start] for box in entry.boxes],
-        })
+        }
         for key, entry in sorted(index.items())
-    ]  # fmt: skip
+    }
+
+
+def from_plain(content: Mapping[str, Any]) -> Index:
+    """The index that another rank wrote as `plain`, perhaps of single boxes: it is not judged, as files are."""
+    return {key: _entry(about) for key, about in content.items()}
+
+
+def _entry(about: Any) -> Entry:
+    boxes = tuple(
+        StoredSlice(file, _sizes(at, 0), _sizes(shape, 1), start) for file, at, shape, start in about["boxes"]
+    )
+    return Entry(TYPES[about["dtype"]], _sizes(about["shape"], 1), boxes)
+
+
+def to_json(index: Index) -> str:
+    """A line per tensor."""
+    lines = [f"{json.dumps(key)}: {json.dumps(about)}" for key, about in plain(index).items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
@@ -95,10 +111,8 @@ def from_json(path: Path, content: Any, files: Mapping[str, Sums]) -> Index:
     index = {}
     for key, about in content.items():
         try:
-            boxes = tuple(
-                StoredSlice(file, _sizes(at, 0), _sizes(shape, 1), start) for file, at, shape, start in about["boxes"]
-            )
-            entry = index[key] = Entry(TYPES[about["dtype"]], _sizes(about["shape"], 1), boxes)
+            entry = index[key] = _entry(about)
+            boxes = entry.boxes
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: its entry of {key} cannot be understood ({error!r}). {ANOTHER}") from error
         problem = next((p for box in boxes if (p := _misplaced(entry, box, files))), None) or untiled(entry)

@@ -23,12 +23,13 @@ from megatron.core.dist_checkpointing.strategies.base import (
 )
 
 from megabagel.checkpoint.checksums import ANOTHER, Sums
-from megabagel.checkpoint.index import Index
+from megabagel.checkpoint.index import Index, from_plain, plain
 from megabagel.checkpoint.lazy import LazyTensor, Part, file_of, write_file, write_index
 from megabagel.checkpoint.manifest import BACKEND, FORMAT
 from megabagel.checkpoint.reader import Stored, Target
 from megabagel.errors import UserError
 from megabagel.runtime.device import current_device
+from megabagel.runtime.objects import gathered
 from megabagel.runtime.phase import all_reduced
 
 logger = logging.getLogger(__name__)
@@ -98,12 +99,11 @@ class SaveSlices(AsyncSaveShardedStrategy):
         return AsyncRequest(write, (), [partial(self._finish, folder, written)])
 
     def _finish(self, folder: Path, written: list[tuple[str, Index, Sums]]) -> None:
-        everyone: list[list[tuple[str, Index, Sums]]] | None = [[]] * dist.get_world_size()
-        dist.gather_object(written, everyone if dist.get_rank() == 0 else None)
+        everyone = gathered([[name, plain(index), sums.size, sums.blocks] for name, index, sums in written])
         if dist.get_rank() == 0:
-            files = [file for rank in everyone or () for file in rank]
-            self.sums = {name: sums for name, _, sums in files}
-            write_index(folder, [index for _, index, _ in files])
+            files = [file for rank in everyone for file in rank]
+            self.sums = {name: Sums(size, tuple(blocks)) for name, _, size, blocks in files}
+            write_index(folder, [from_plain(index) for _, index, _, _ in files])
 
 
 class LoadBoxes(LoadShardedStrategy):

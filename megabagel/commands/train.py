@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 from megabagel.commands.words import positive, refuse_second_launcher
+from megabagel.errors import Interrupted
 from megabagel.runtime.launch import spawn
+from megabagel.runtime.launch_env import read_launch_env
 from megabagel.runtime.signals import StopRequest
+from megabagel.train.saved import finished, interrupted
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -35,6 +38,12 @@ def _train(args: argparse.Namespace) -> int:
         from megabagel.config.checks import check_world
 
         check_world(config, args.nproc)
+    # Not as one of several ranks: a shared disk may show them different states, and the others would wait.
+    alone = args.nproc or (not os.environ.get("RANK") and read_launch_env()[1] == 1)
+    if alone and (done := finished(config)):
+        print(done)
+        return 0
+    if args.nproc:
         return spawn([sys.executable, "-m", "megabagel", "train", str(args.config), *args.overrides], args.nproc)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings about connections that end; ours name the rank
     with StopRequest() as stop:  # from here on: importing takes seconds
@@ -43,5 +52,8 @@ def _train(args: argparse.Namespace) -> int:
         cpu_backend.install()  # before anything imports megatron
         from megabagel.train.run import main as run
 
-        run(config, stop)
+        try:
+            run(config, stop)
+        except KeyboardInterrupt:
+            raise Interrupted(interrupted(config)) from None
     return 0

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 
 from megabagel.errors import UserError
+from megabagel.runtime.launch_env import refuse_foreign
 
 
 def positive(text: str) -> int:
@@ -21,6 +22,7 @@ def is_override(word: str) -> bool:
 
 def refuse_second_launcher(env: Mapping[str, str]) -> None:
     """Raise `UserError` if this process is already one rank of a launch."""
+    refuse_foreign(env)
     if "RANK" in env:
         found = f"RANK = {env['RANK']}"
     elif "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:

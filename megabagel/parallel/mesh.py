@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +16,7 @@ from megabagel.errors import Stopped, UserError
 from megabagel.runtime import cpu_backend
 from megabagel.runtime.device import comm_backend
 from megabagel.runtime.heartbeat import watching
+from megabagel.runtime.identity import facts
 from megabagel.runtime.launch_env import read_launch_env
 from megabagel.runtime.rendezvous import meet
 from megabagel.sequence.rank_rows import RankPlace
@@ -83,7 +84,7 @@ def distributed(config: Config) -> Iterator[Mesh]:
     Raises UserError when the world size does not fit the grid, on every rank alike.
     """
     check_world(config, read_launch_env()[1])
-    with joined(config.run):
+    with joined(config.run, facts(config)):
         try:
             yield build(config)
         finally:
@@ -91,11 +92,12 @@ def distributed(config: Config) -> Iterator[Mesh]:
 
 
 @contextmanager
-def joined(run: RunConfig | None = None) -> Iterator[Axis]:
+def joined(run: RunConfig | None = None, told: Mapping[str, str] | None = None) -> Iterator[Axis]:
     """Join the job's process group, without a grid, and leave it at the end.
 
     Who is who comes from torchrun's variables, from srun's or, alone, from nowhere (`launched.py`). `run` holds the
-    limits of waiting. Raises UserError when a rank does not start, RankLost when one dies or hangs.
+    limits of waiting; `told` is what must be equal on all ranks (`identity.facts`), by default software alone. Raises
+    UserError when a rank does not start or differs, RankLost when one dies or hangs.
     """
     run = run or RunConfig()
     rank, size, local_rank = read_launch_env()
@@ -105,7 +107,7 @@ def joined(run: RunConfig | None = None) -> Iterator[Axis]:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", size)))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     cpu_backend.install()
-    store, signs = meet(rank, size, run)
+    store, signs = meet(rank, size, run, facts(None) if told is None else told)
     with watching(signs, rank, size, run):
         group = dist.PrefixStore("group", store)
         dist.init_process_group(comm_backend(), store=group, rank=rank, world_size=size, timeout=patience(run))

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megabagel_kernels.attention.mask import dense_mask
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from megabagel.model.inputs import Hidden, Outputs, StageInputs
+from megabagel.runtime.objects import gathered_bytes
 from megabagel.sequence.batch import PackedBatch
 from megabagel.sequence.images import vit_shares
 from megabagel.train.build_rank import Rank
@@ -88,12 +90,17 @@ class Watch:
 
     def whole(self) -> dict[str, Tensor]:
         """Every quantity in token order, on rank 0; nothing elsewhere. Called on all ranks."""
-        everyone: list[Parts] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(self.parts, everyone)
+        mine: dict[str, Tensor] = {}
+        for key, entries in self.parts.items():
+            for number, (tokens, values) in enumerate(entries):
+                name = f"{number} {key}"
+                mine |= {f"tokens {name}": torch.from_numpy(tokens), f"values {name}": values}
         found: dict[str, list[tuple[np.ndarray, Tensor]]] = defaultdict(list)
-        for parts in everyone or ():
-            for key, entries in parts.items():
-                found[key] += entries
+        for data in gathered_bytes(to_bytes({name: tensor.contiguous() for name, tensor in mine.items()})):
+            theirs = from_bytes(data)
+            for name in (name for name in theirs if name.startswith("tokens ")):
+                entry = name.partition(" ")[2]
+                found[entry.partition(" ")[2]].append((theirs[name].numpy(), theirs[f"values {entry}"]))
         return {key: _in_order(entries) for key, entries in found.items()}
 
 

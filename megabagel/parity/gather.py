@@ -1,14 +1,17 @@
 """Whole tensors from the boxes that ranks hold: gradients, weights and averages, on rank 0, by published name."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from megabagel.checkpoint.hf.names import official_name
 from megabagel.checkpoint.tensors import Shard, optimizer_shards, sharded_tensors
+from megabagel.runtime.objects import gathered, gathered_bytes
 from megabagel.train.build_rank import Rank
 
 
@@ -33,17 +36,17 @@ def _gradients(machine: Rank) -> Iterator[Shard]:
 
 
 def _whole(tensors: Iterable[ShardedTensor]) -> dict[str, Tensor]:
-    mine = [
-        (tensor.key.partition("/")[2], tensor.global_shape, tensor.global_offset, tensor.data.float().cpu().clone())
-        for tensor in tensors
-        if is_main_replica(tensor.replica_id)
-    ]
-    everyone: list[list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]] | None = None
-    if dist.get_rank() == 0:
-        everyone = [[]] * dist.get_world_size()
-    dist.gather_object(mine, everyone)
+    mine: dict[str, Tensor] = {}
+    places: dict[str, list[Any]] = {}
+    for tensor in tensors:
+        if is_main_replica(tensor.replica_id):
+            number = str(len(mine))
+            mine[number] = tensor.data.detach().float().cpu().clone(memory_format=torch.contiguous_format)
+            places[number] = [tensor.key.partition("/")[2], tensor.global_shape, tensor.global_offset]
     found: dict[str, Tensor] = {}
-    for name, shape, offset, box in (entry for entries in everyone or () for entry in entries):
-        whole = found.setdefault(official_name(name), torch.full(shape, torch.nan))
-        whole[tuple(slice(at, at + size) for at, size in zip(offset, box.shape, strict=True))] = box
+    for theirs, data in zip(gathered(places), gathered_bytes(to_bytes(mine)), strict=True):
+        for number, box in from_bytes(data).items():
+            name, shape, offset = theirs[number]
+            whole = found.setdefault(official_name(name), torch.full(shape, torch.nan))
+            whole[tuple(slice(at, at + size) for at, size in zip(offset, box.shape, strict=True))] = box
     return found

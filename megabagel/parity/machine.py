@@ -13,6 +13,7 @@ from megabagel.checkpoint.tensors import optimizer_shards, sharded_tensors
 from megabagel.errors import UserError
 from megabagel.parity.case import Case
 from megabagel.runtime.collective_errors import on_all_ranks, on_rank0
+from megabagel.runtime.objects import broadcast
 from megabagel.train.build_rank import Rank
 
 
@@ -23,9 +24,8 @@ def load_weights(machine: Rank, case: Case) -> None:
     """
     if not case.weights:
         raise UserError(f"{case.path}: holds no weights; run it with --random-weights, or give the whole case")
-    folders: list[str] = [tempfile.mkdtemp(prefix="megabagel-parity-")] if machine.mesh.world.first else [""]
-    dist.broadcast_object_list(folders)
-    folder = Path(folders[0]) / "imported"
+    first = machine.mesh.world.first
+    folder = Path(broadcast(tempfile.mkdtemp(prefix="megabagel-parity-") if first else None)) / "imported"
     wanted = set(case.weights)
     files = TensorFiles(case.path, keep=wanted.__contains__)
     try:
@@ -37,6 +37,6 @@ def load_weights(machine: Rank, case: Case) -> None:
     finally:
         dist.barrier()
         if machine.mesh.world.first:
-            shutil.rmtree(folders[0])
+            shutil.rmtree(folder.parent)
     machine.optimizer.after_load(0)
     machine.optimizer.start_averages()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megabagel.errors import UserError
-from megabagel.parity.comparisons import Row
+from megabagel.parity.comparisons import Gate, Row
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,13 @@ class Report:
             close = f"; closest to its tolerance: {named} ({worst.error:.1e})" if worst.error else ""
             lines.append(f"{self.case}: {summary}{close}")
         return "\n".join(lines)
+
+
+def from_plain(content: dict[str, Any]) -> Report:
+    """A report from what `asdict` made of it, on another rank."""
+    rows = [Row(**{**row, "gate": Gate(**row["gate"])}) for row in content["rows"]]
+    clock = Clock(**content["clock"]) if content["clock"] else None
+    return Report(content["case"], rows, clock, content["notes"])
 
 
 def check_writable(path: Path) -> None:

@@ -3,7 +3,7 @@
 import logging
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +15,9 @@ from megabagel.parallel.mesh import Mesh, build, joined, teardown
 from megabagel.parity import infer_case, prim_case, trace_case, train_case
 from megabagel.parity.case import Case, open_case, stem_of, understood
 from megabagel.parity.comparisons import SPLIT, Gates
-from megabagel.parity.report import Clock, Report, check_writable, write_json
+from megabagel.parity.report import Clock, Report, check_writable, from_plain, write_json
 from megabagel.runtime.device import current_device
+from megabagel.runtime.objects import broadcast
 from megabagel.sequence.flops import TRAIN, needed_flops
 
 DIFFERS = 1
@@ -94,9 +95,7 @@ def _config(case: Case, overrides: list[str], size: int) -> Config:
 
 def _agreed(report: Report) -> Report:
     """Rank 0's report, on every rank."""
-    shared = [report]
-    dist.broadcast_object_list(shared)
-    return shared[0]
+    return from_plain(broadcast(asdict(report)))
 
 
 def _trace(case: Case, config: Config, mesh: Mesh, gates: Gates, request: Request) -> Report:

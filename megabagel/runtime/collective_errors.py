@@ -8,7 +8,9 @@ All of them span torch.distributed's default group and have to be called on ever
 notebook, a test of one device) this process is the only rank, and nothing is exchanged.
 """
 
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -16,6 +18,8 @@ import torch.distributed as dist
 
 from megabagel.errors import TransientFailure, UserError, named
 from megabagel.runtime.device import current_device
+from megabagel.runtime.identity import first_difference
+from megabagel.runtime.objects import all_gathered
 from megabagel.runtime.phase import all_reduced
 
 T = TypeVar("T")
@@ -59,11 +63,22 @@ def all_max(*values: int) -> list[int]:
     return all_reduced(found).tolist()
 
 
-def all_union(values: frozenset[T]) -> frozenset[T]:
-    """Union of the sets of all ranks (one all-gather of pickled objects, so for rare use)."""
-    parts: list[frozenset[T]] = [frozenset()] * dist.get_world_size()
-    dist.all_gather_object(parts, values)
-    return frozenset().union(*parts)
+def all_union(values: frozenset[str]) -> frozenset[str]:
+    """Union of the sets of all ranks (one all-gather of JSON, so for rare use)."""
+    return frozenset().union(*all_gathered(sorted(values)))
+
+
+def require_equal(facts: Mapping[str, str]) -> None:
+    """Compare facts of all ranks with those of rank 0, by key.
+
+    Raises:
+        UserError: on every rank, where one differs; names the first key that does, and the rank.
+    """
+    place = f"{socket.gethostname()}, process {os.getpid()}"
+    told = dict(enumerate(all_gathered([dict(facts), place])))
+    found = first_difference({rank: of for rank, (of, _) in told.items()}, {rank: at for rank, (_, at) in told.items()})
+    if found:
+        raise UserError(found)
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, dict[int, Failure]]:
@@ -83,9 +98,7 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, dict[int, Failure]]:
     dist.all_reduce(failed, dist.ReduceOp.MAX)
     if not all_reduced(failed):
         return result, {}
-    failures: list[Failure | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    return result, {rank: told for rank, told in enumerate(failures) if told is not None}
+    return result, {rank: tuple(told) for rank, told in enumerate(all_gathered(failure)) if told is not None}
 
 
 def _world_size() -> int:

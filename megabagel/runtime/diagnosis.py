@@ -1,7 +1,10 @@
 """Which rank is to blame, from the beats of all: a silent one, else the one that the others wait for."""
 
+import math
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
+
+from megabagel.errors import printable
 
 _NAMED = 4
 """Ranks that a message describes one by one."""
@@ -24,6 +27,21 @@ class Beat(TypedDict):
     """What its main thread waits in."""
     at: str
     """Line of ours that its main thread executes."""
+
+
+_KINDS = {"n": int, "host": str, "step": int, "phase": str, "age": float, "marks": int, "collective": str, "at": str}
+
+
+def read_beat(value: Any) -> Beat | None:
+    """A beat as it came through the store, its texts fit to be printed; None for anything else."""
+    if not isinstance(value, dict) or value.keys() != _KINDS.keys():
+        return None
+    for name, kind in _KINDS.items():
+        if type(value[name]) is not kind and not (name == "collective" and value[name] is None):
+            return None
+    if not math.isfinite(value["age"]):
+        return None
+    return Beat(**{name: printable(x) if isinstance(x, str) else x for name, x in value.items()})  # type: ignore[typeddict-item]
 
 
 def judge(beats: Mapping[int, Beat], silence: Mapping[int, float], patience: float, timeout: float) -> str | None:

@@ -7,10 +7,11 @@ host is gone may take for ever. Either can end the process while its main thread
     beat-3    {"n": 17, "step": 12, "phase": "forward", "age": 0.4, "marks": 230, "collective": null, "at": ...}
     verdict   the message that every rank ends with
     suspect   somebody lost a connection: rank 0 looks closer
-    left      number of ranks that no longer listen
+    left-3    rank 3 no longer listens
+
+All are signed (`signed_store.py`); what is not, or an older beat written again, counts as nothing written.
 """
 
-import json
 import math
 import os
 import socket
@@ -24,9 +25,10 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 
 from megabagel.config.schema import RunConfig
-from megabagel.errors import STOP_PREFIX, RankLost, Stopped, UserError
+from megabagel.errors import STOP_PREFIX, RankLost, Stopped, UserError, printable
 from megabagel.runtime import phase
-from megabagel.runtime.diagnosis import Beat, judge
+from megabagel.runtime.diagnosis import Beat, judge, read_beat
+from megabagel.runtime.signed_store import SignedStore
 
 _BEAT_S = 1.0
 _SUSPECTED_S = 3.0
@@ -36,7 +38,7 @@ _FAREWELL_S = 3.0
 
 
 @contextmanager
-def watching(store: dist.Store, rank: int, size: int, run: RunConfig) -> Iterator[None]:
+def watching(store: SignedStore, rank: int, size: int, run: RunConfig) -> Iterator[None]:
     """Give and watch signs of life. Raises RankLost, naming the rank, in place of the error that its end causes here.
 
     A rank that fails by itself says so, and its error goes on. A rank that is stuck in a collective when the verdict
@@ -62,7 +64,7 @@ def watching(store: dist.Store, rank: int, size: int, run: RunConfig) -> Iterato
 
 
 class _Heartbeat:
-    def __init__(self, store: dist.Store, rank: int, size: int, run: RunConfig) -> None:
+    def __init__(self, store: SignedStore, rank: int, size: int, run: RunConfig) -> None:
         self._store, self._rank, self._size, self._run = store, rank, size, run
         self._every = min(_BEAT_S, run.heartbeat_timeout / 4)
         self._leaving = threading.Event()
@@ -87,11 +89,11 @@ class _Heartbeat:
         if self._threads[0].is_alive():
             return  # the store's host is gone
         with suppress(dist.DistError):
-            left = self._store.add("left", 1)
+            self._store.set(f"left-{self._rank}", "")
             end = time.monotonic() + patience
-            while self._rank == 0 and left < self._size and time.monotonic() < end:
+            staying = [f"left-{rank}" for rank in range(self._size)] if self._rank == 0 else []
+            while (staying := [key for key in staying if self._store.get(key) is None]) and time.monotonic() < end:
                 time.sleep(0.01)
-                left = self._store.add("left", 0)
 
     def explain(self, error: Exception) -> str | None:
         """Why another rank is to blame for `error`, or None; then the others are told of this one's failure."""
@@ -104,14 +106,14 @@ class _Heartbeat:
             if not self._judged.is_set():
                 where = f"in phase {phase.phase_of(error)} after step {phase.now.step}"
                 said = "".join(traceback.format_exception_only(error)).strip().partition("\n")[0]
-                self._store.compare_set("verdict", "", f"rank {self._rank} failed {where}: {said}")
+                self._store.claim("verdict", f"rank {self._rank} failed {where}: {said}")
         return self._verdict or None
 
     def _talk(self) -> None:
         number = 0
         while not self._leaving.is_set() and not self._judged.is_set():
             try:
-                self._store.set(f"beat-{self._rank}", json.dumps(self._beat(number)))
+                self._store.set(f"beat-{self._rank}", self._beat(number))
                 self._watch()
             except dist.DistError:
                 if not self._leaving.is_set():
@@ -139,20 +141,20 @@ class _Heartbeat:
         others = [f"beat-{other}" for other in (range(self._size) if self._rank == 0 else (0,))]
         now = time.monotonic()
         if len(self._beats) < len(others):
-            others = [key for key in others if self._store.check([key])]
-        for key, text in zip(others, self._store.multi_get(others) if others else (), strict=True):
-            other, beat = int(key.rpartition("-")[2]), json.loads(text)
-            if other not in self._beats or self._beats[other]["n"] != beat["n"]:
-                self._heard[other] = now
-            self._beats[other] = beat
-        suspected = self._rank == 0 and self._store.check(["suspect"])
+            absent = set(self._store.absent(others))
+            others = [key for key in others if key not in absent]
+        for key, value in self._store.get_many(others).items():
+            other, beat = int(key.rpartition("-")[2]), read_beat(value)
+            if beat and (other not in self._beats or self._beats[other]["n"] < beat["n"]):
+                self._heard[other], self._beats[other] = now, beat
+        suspected = self._rank == 0 and self._store.get("suspect") is not None
         patience = min(_SUSPECTED_S, self._run.heartbeat_timeout) if suspected else self._run.heartbeat_timeout
         silence = {other: now - heard for other, heard in self._heard.items()}
         found = judge(self._beats, silence, patience, self._run.timeout if self._rank == 0 else math.inf)
         if found:
-            self._store.compare_set("verdict", "", found)
-        if self._store.check(["verdict"]):
-            self._end(self._store.get("verdict").decode())
+            self._store.claim("verdict", found)
+        if (verdict := self._store.get("verdict")) is not None:
+            self._end(printable(str(verdict)))
 
     def _keep_time(self) -> None:
         """End this process when the store does not answer; forgive all when it was this process that stood still."""

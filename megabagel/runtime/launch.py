@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from secrets import token_hex
 from types import FrameType
 
 from megabagel.errors import (
     ERROR_PREFIX,
+    INTERRUPTED,
     STOP_PREFIX,
     USER_ERROR,
     BadStep,
@@ -26,8 +28,12 @@ from megabagel.errors import (
     RankLost,
     TransientFailure,
 )
+from megabagel.runtime.signals import HEEDED, ignored, leave_terminal
 
-_VERDICTS = (USER_ERROR, TransientFailure.code, Preempted.code, BadStep.code)
+SECRET = "MEGABAGEL_JOB_SECRET"
+"""See runtime/signed_store.py, which needs torch."""
+
+_VERDICTS = (USER_ERROR, TransientFailure.code, Preempted.code, BadStep.code, INTERRUPTED)
 """Exit codes of ends that all ranks come to alike, with one message."""
 _NAMED = (*_VERDICTS, RankLost.code)
 """Exit codes of ends whose message says everything."""
@@ -41,7 +47,7 @@ _TERM_S = 10.0
 """Time between SIGTERM and SIGKILL."""
 _DRAIN_S = 1.0
 _PR_SET_PDEATHSIG = 1
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_FORWARDED = (signal.SIGINT, *HEEDED)
 
 
 @dataclass
@@ -58,8 +64,12 @@ class _Rank:
 def spawn(command: Sequence[str], nproc: int) -> int:
     """Run `command` as `nproc` ranks and wait until they have all ended.
 
-    Ranks find their place in RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. SIGINT,
-    SIGTERM and SIGUSR1 are passed on to them. When one fails, the others are stopped.
+    Ranks find their place in RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and a secret
+    of their own in MEGABAGEL_JOB_SECRET unless there is one. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to
+    them. When one fails, the others are stopped.
+
+    Signals that the caller holds back (`__main__.py`) are held back in the ranks too, and passed on once all have
+    started.
 
     Returns 0, or the exit code of the rank that failed first (128 + n for signal n). A rank that ends because it lost
     another is not to blame.
@@ -67,9 +77,10 @@ def spawn(command: Sequence[str], nproc: int) -> int:
     ranks: list[_Rank] = []
     with _forwarding(ranks):
         try:
-            port = _free_port()
+            port, secret = _free_port(), token_hex(32)
             for index in range(nproc):
-                ranks.append(_start(command, index, nproc, port))
+                ranks.append(_start(command, index, nproc, port, secret))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HEEDED)
             for rank in ranks[1:]:
                 _read_stderr(rank)
             failed = _first_failure(ranks)
@@ -87,7 +98,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _start(command: Sequence[str], index: int, nproc: int, port: int) -> _Rank:
+def _start(command: Sequence[str], index: int, nproc: int, port: int, secret: str) -> _Rank:
     """Start one rank, in a session of its own so that Ctrl-C reaches it once, through us."""
     place = {
         "RANK": index,
@@ -102,6 +113,7 @@ def _start(command: Sequence[str], index: int, nproc: int, port: int) -> _Rank:
         command,
         env={
             "OMP_NUM_THREADS": str(max(1, cpus // nproc)),
+            SECRET: secret,
             **os.environ,
             **{name: str(value) for name, value in place.items()},
         },
@@ -226,11 +238,14 @@ def _forwarding(ranks: list[_Rank]) -> Iterator[None]:
     """Pass signals on to the ranks that run."""
 
     def forward(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
         for rank in ranks:
             if rank.process.poll() is None:
                 rank.process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    heeded = [number for number in _FORWARDED if number != signal.SIGHUP or not ignored(number)]
+    before = {number: signal.signal(number, forward) for number in heeded}
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
 """What the launcher tells a process: its rank among how many, and where all of them meet.
 
 Three launchers are understood: torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; `--nproc` sets the
-same), srun (SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, SLURM_STEP_NODELIST, SLURM_JOB_ID), and none.
+same), srun (SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, SLURM_STEP_NODELIST, SLURM_JOB_ID), and none. Others
+are refused by name: taken for none, each of their processes would train alone, all in one run.dir.
 """
 
 import os
@@ -13,7 +14,22 @@ from megabagel.errors import UserError
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 PORTS = range(20000, 40000)
-"""Where a Slurm job meets unless MASTER_PORT is set: a port by its number, so that jobs on one node differ."""
+"""Where a Slurm step meets unless MASTER_PORT is set: a port by job and step, so that those on one node differ."""
+_STEP_STRIDE = 7919
+"""Between the ports of steps of one job: a prime, so that the next job's ports are not the next step's."""
+FOREIGN = (
+    ("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("MVAPICH's mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK"),
+    ("PALS (mpiexec, aprun)", "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID"),
+    ("ALPS (aprun)", "ALPS_APP_PE", "", ""),
+    ("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
+    ("Hydra or another PMI launcher (mpiexec)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("a PMIx launcher", "PMIX_RANK", "", ""),
+)
+"""(launcher, and its variables of rank, number of ranks and local rank)."""
+_OF_SLURM = ("PMI_RANK", "PMIX_RANK")
+"""Set by srun too, with --mpi=pmi2 or pmix."""
 
 
 def read_launch_env(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
@@ -22,6 +38,8 @@ def read_launch_env(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]
     Raises UserError when variables are missing or contradict each other.
     """
     names = TORCHRUN if env.get("RANK") else SRUN
+    if names is SRUN:
+        refuse_foreign(env)
     if not env.get(names[1]) and names is SRUN:
         _refuse_batch_script(env)
         return 0, 1, 0
@@ -41,6 +59,29 @@ def read_launch_env(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]
     return rank, size, local_rank
 
 
+def refuse_foreign(env: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError where another launcher than those understood has started this process as one of several."""
+    slurm = env.get(SRUN[1])
+    for launcher, rank, size, local in FOREIGN:
+        if not env.get(rank) or env.get(size) == "1":
+            continue
+        if slurm and rank in _OF_SLURM and env.get(size, slurm) == slurm:
+            continue  # as many ranks as srun's step has: srun's own. mpiexec within a job starts others.
+        known = f"RANK=${rank} WORLD_SIZE=${size} LOCAL_RANK=${local}" if local else "RANK, WORLD_SIZE and LOCAL_RANK"
+        raise UserError(
+            f"{rank}={env[rank]}: started by {launcher}, which is not understood: every process would train alone. "
+            f"Start with srun, torchrun or --nproc, or set {known}, MASTER_ADDR and MASTER_PORT for each process."
+        )
+
+
+def several_hosts(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether ranks of this job run on other hosts, as far as the launcher says."""
+    size, local = env.get("WORLD_SIZE"), env.get("LOCAL_WORLD_SIZE")
+    if env.get(TORCHRUN[0]):
+        return size != local
+    return env.get("SLURM_STEP_NUM_NODES", "1") != "1"
+
+
 def _refuse_batch_script(env: Mapping[str, str]) -> None:
     """A batch script has a job's variables, but only what srun starts there is a rank."""
     tasks = env.get("SLURM_NTASKS", "1")
@@ -54,12 +95,14 @@ def _refuse_batch_script(env: Mapping[str, str]) -> None:
 def rendezvous_endpoint(env: Mapping[str, str] = os.environ) -> tuple[str, int]:
     """(address, port) at which the ranks of a job of several meet: rank 0's host.
 
-    MASTER_ADDR and MASTER_PORT where set; else under srun the first host of the step and a port by the job's number.
+    MASTER_ADDR and MASTER_PORT where set; else under srun the first host of the step and a port by job and step.
     Raises UserError when there is nothing to go by, or the port is none.
     """
     hosts, job = env.get("SLURM_STEP_NODELIST"), env.get("SLURM_JOB_ID", "")
     address = env.get("MASTER_ADDR") or (first_host(hosts) if hosts else None)
-    port = env.get("MASTER_PORT") or (str(PORTS[int(job) % len(PORTS)]) if job.isdecimal() else None)
+    step = int(env.get("SLURM_STEP_ID", "")) if env.get("SLURM_STEP_ID", "").isdecimal() else 0
+    by_number = str(PORTS[(int(job) + _STEP_STRIDE * step) % len(PORTS)]) if job.isdecimal() else None
+    port = env.get("MASTER_PORT") or by_number
     for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
         if value is None:
             raise UserError(

@@ -1,38 +1,68 @@
-"""Where ranks meet before there is a process group: the job's store, and a roll call that names who is absent."""
+"""Where ranks meet before there is a process group: the job's store, and a roll call that proves they belong together.
 
+Keys of the roll call, each signed (`signed_store.py`):
+
+    seen-3    outside of the group: which job the process that is rank 3 belongs to, for the message about an absent one
+    here-3    host, process and a digest of the facts of rank 3; who comes second under one number is refused
+    facts-3   the facts themselves; rank 0 reads those of a rank whose digest differs
+    roll      rank 0's outcome: "" or the message that every rank ends with
+    read-3    rank 3 has read the outcome
+"""
+
+import hashlib
+import ipaddress
+import json
+import logging
 import os
 import socket
 import time
+from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from megabagel.config.schema import RunConfig
 from megabagel.errors import UserError
-from megabagel.runtime.launch_env import rendezvous_endpoint
+from megabagel.runtime.identity import Identity, first_difference
+from megabagel.runtime.launch_env import rendezvous_endpoint, several_hosts
+from megabagel.runtime.signed_store import SECRET, SignedStore, job_secret
 
 _NAMED = 8
 """Ranks that a message names one by one."""
 _LINGER_S = 3.0
+_POLL_S = 0.1
+
+logger = logging.getLogger(__name__)
 
 
-def meet(rank: int, size: int, run: RunConfig) -> tuple[dist.Store, dist.Store]:
-    """Join the store at the job's meeting point and wait until all ranks have, at most `run.start_timeout` seconds.
+def meet(rank: int, size: int, run: RunConfig, facts: Mapping[str, str]) -> tuple[dist.Store, SignedStore]:
+    """Join the store at the job's meeting point, and find within `run.start_timeout` seconds that all ranks are there
+    and have the same facts.
 
-    Rank 0 opens the store; under torchrun its agent has done so. Alone, nothing is opened. Raises UserError.
+    Rank 0 opens the store; under torchrun its agent has done so. Alone, nothing is opened. Raises UserError, on every
+    rank alike where ranks differ.
 
-    Returns two connections to the same store: a thread that waits on one does not hold up what another says.
+    Returns the store of the process group, and for signs of life another connection to it: a thread that waits on one
+    does not hold up what another writes.
     """
     if size == 1:
         alone = dist.HashStore()
-        return alone, alone
+        return alone, SignedStore(alone)
     address, port = rendezvous_endpoint()
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}  # for libraries that make groups of their own
     opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    store = dist.PrefixStore(attempt, _connect(opens, rank, size, run))
-    _roll_call(store, rank, size, run.start_timeout)
-    return store, dist.PrefixStore(attempt, _connect(False, rank, size, run))
+    if rank == 0 and not job_secret():
+        logger.warning(
+            "%s is not set: whoever reaches port %d of %s may end this run. --nproc and the sbatch scripts set it; "
+            "elsewhere export it, the same on every rank, before the start",
+            *(SECRET, port, address),
+        )
+    identity = Identity.of()
+    group = f"{identity.job}.{identity.step}.{identity.attempt}"
+    store = _connect(opens, rank, size, run)
+    _RollCall(store, group, identity, rank, size).answer(facts, run.start_timeout)
+    return dist.PrefixStore(group, store), SignedStore(_connect(False, rank, size, run), group)
 
 
 def _connect(opens: bool, rank: int, size: int, run: RunConfig) -> dist.Store:
@@ -45,41 +75,159 @@ def _connect(opens: bool, rank: int, size: int, run: RunConfig) -> dist.Store:
             is_master=opens,
             timeout=timedelta(seconds=run.start_timeout),
             wait_for_workers=False,
-            multi_tenant=True,
+            master_listen_fd=_listening(address, port).detach() if opens else None,
         )
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
+    except (dist.DistNetworkError, dist.DistStoreError, OSError) as error:
         raise UserError(
             f"MASTER_ADDR={address}, MASTER_PORT={port}: rank {rank} of {size} cannot meet the others there "
             f"({str(error).splitlines()[0]}): name a host that every rank reaches and a port free on it, and start all "
             f"ranks, rank 0 among them, within run.start_timeout={run.start_timeout:g} s"
-        ) from error
-
-
-def _roll_call(store: dist.Store, rank: int, size: int, seconds: float) -> None:
-    """Wait for all ranks; the last one to come tells the others. Raises UserError, naming the absent ones."""
-    store.set(f"here-{rank}", "")
-    present = store.add("here", 1)
-    try:
-        if present == size:
-            store.set("complete", "")
-        store.wait(["complete"], timedelta(seconds=seconds))
-    except dist.DistNetworkError:
-        raise UserError(f"rank 0 of {size} has ended while rank {rank} waited for others: see its message") from None
-    except dist.DistStoreError:
-        absent = [other for other in range(size) if not store.check([f"here-{other}"])]
-        _linger(store, rank, size - len(absent))
-        raise UserError(
-            f"{_named(absent)} of {size} did not start within run.start_timeout={seconds:g} s (rank {rank} waits on "
-            f"{socket.gethostname()}). Look at the absent ones' own messages and hosts, and start the job again."
         ) from None
 
 
-def _linger(store: dist.Store, rank: int, present: int) -> None:
-    """Rank 0 may hold the store: it stays a little for those that look into it."""
-    looked, end = store.add("looked", 1), time.monotonic() + _LINGER_S
-    while rank == 0 and looked < present and time.monotonic() < end:
-        time.sleep(0.01)
-        looked = store.add("looked", 0)
+def _listening(address: str, port: int) -> socket.socket:
+    """A socket that listens on the interface of `address` alone; torch's own listens on all. Raises OSError."""
+    family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    if several_hosts() and _loopback(str(place[0])) and not _is_number(address):
+        # Debian's /etc/hosts gives a host's own name 127.0.1.1: bound there, other hosts would not reach it.
+        logger.warning("%s is a loopback address here, but ranks are on several hosts: listening on all", address)
+        place = ("", port)
+        family = socket.AF_INET
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+        listener.listen(socket.SOMAXCONN)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _is_number(address: str) -> bool:
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return True
+
+
+class _RollCall:
+    """The roll call as one rank takes part in it."""
+
+    def __init__(self, store: dist.Store, group: str, identity: Identity, rank: int, size: int) -> None:
+        self.identity, self.rank, self.size = identity, rank, size
+        self.common, self.roll = SignedStore(store), SignedStore(store, group)
+
+    def answer(self, facts: Mapping[str, str], seconds: float) -> None:
+        """Tell rank 0 who is here, and wait for its outcome. Raises UserError."""
+        end = time.monotonic() + seconds
+        try:
+            self.common.set(f"seen-{self.rank}", str(self.identity))
+            self.roll.set(f"facts-{self.rank}", facts)
+            self._take_place({"who": _who(), "digest": _digest(facts)})
+            outcome = self._judge(facts, end, seconds) if self.rank == 0 else self._outcome(end, seconds)
+        except dist.DistNetworkError:
+            raise UserError(
+                f"rank 0 of {self.size} has ended while rank {self.rank} waited for others: see its message"
+            ) from None
+        if outcome:
+            raise UserError(outcome)
+
+    def _take_place(self, mine: dict[str, str]) -> None:
+        """Raise UserError where another process is this rank already: one of a start before, or a rank given twice."""
+        holder = self.roll.claim(f"here-{self.rank}", mine)
+        if holder != mine:
+            raise UserError(
+                f"rank {self.rank} of {self.size} is {holder['who']} already, and {_who()} was started as the same: "
+                "expected one process per rank. End what is left of an earlier start, and start the job again."
+            )
+
+    def _judge(self, facts: Mapping[str, str], end: float, seconds: float) -> str:
+        """On rank 0: wait for all, compare them, tell the outcome."""
+        here = self._collect(end)
+        if absent := [rank for rank in range(self.size) if rank not in here]:
+            outcome = self._absent(absent, seconds)
+        else:
+            outcome = self._difference(here, facts) or ""
+        self.roll.set("roll", outcome)
+        if outcome:
+            self._linger(set(here) - {0})
+        return outcome
+
+    def _collect(self, end: float) -> dict[int, Any]:
+        """What ranks say who they are, all of them or those that came in time."""
+        keys = {f"here-{rank}": rank for rank in range(self.size)}
+        try:
+            while True:
+                self.roll.wait(list(keys), end - time.monotonic())
+                found = self.roll.get_many(keys)
+                if len(found) == self.size or time.monotonic() > end:
+                    break
+                time.sleep(_POLL_S)  # something else was written there: the rank itself is still to come
+        except dist.DistStoreError:
+            missing = set(self.roll.absent(keys))
+            found = self.roll.get_many(key for key in keys if key not in missing)
+        return {keys[key]: value for key, value in found.items()}
+
+    def _difference(self, here: Mapping[int, Any], facts: Mapping[str, str]) -> str | None:
+        """The message about ranks whose facts are not those of rank 0."""
+        others = [rank for rank, told in here.items() if told["digest"] != here[0]["digest"]]
+        theirs = self.roll.get_many(f"facts-{rank}" for rank in others)
+        by_rank = {rank: theirs.get(f"facts-{rank}", {}) for rank in others}
+        return first_difference({0: facts, **by_rank}, {rank: told["who"] for rank, told in here.items()})
+
+    def _outcome(self, end: float, seconds: float) -> str:
+        """On other ranks: what rank 0 found."""
+        try:
+            while True:
+                self.roll.wait(["roll"], end - time.monotonic())
+                if (outcome := self.roll.get("roll")) is not None:
+                    self.roll.set(f"read-{self.rank}", "")
+                    return str(outcome)
+                time.sleep(_POLL_S)
+        except dist.DistStoreError:
+            missing = set(self.roll.absent(f"here-{rank}" for rank in range(self.size)))
+            absent = [rank for rank in range(self.size) if f"here-{rank}" in missing]
+            return self._absent(absent or [0], seconds)
+
+    def _absent(self, ranks: list[int], seconds: float) -> str:
+        """The message about ranks that did not come, or came to another group."""
+        strangers = [self._stranger(rank) for rank in ranks[:_NAMED]]
+        found = "".join(f" {text}." for text in strangers if text)
+        return (
+            f"{_named(ranks)} of {self.size} did not start within run.start_timeout={seconds:g} s (rank {self.rank} "
+            f"waits on {socket.gethostname()}).{found} Look at the absent ones' own messages and hosts, and start the "
+            "job again."
+        )
+
+    def _stranger(self, rank: int) -> str:
+        """What is known of a process that came under the number of an absent rank."""
+        if self.common.absent([f"seen-{rank}"]):
+            return ""
+        told = self.common.get(f"seen-{rank}")
+        if told is None:
+            return f"A process came as rank {rank} with another {SECRET}"
+        other = told != str(self.identity)
+        return f"A process came as rank {rank} of {told}, but this is {self.identity}" if other else ""
+
+    def _linger(self, ranks: set[int]) -> None:
+        """Rank 0 may hold the store: it stays a little for those that have to read the outcome."""
+        keys, end = [f"read-{rank}" for rank in sorted(ranks)], time.monotonic() + _LINGER_S
+        while self.roll.absent(keys) and time.monotonic() < end:
+            time.sleep(0.01)
+
+
+def _who() -> str:
+    return f"{socket.gethostname()}, process {os.getpid()}"
+
+
+def _digest(facts: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _named(ranks: list[int]) -> str:

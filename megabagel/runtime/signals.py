@@ -1,8 +1,10 @@
-"""A request to stop: SIGTERM and SIGUSR1 are noted here and heeded between two steps."""
+"""A request to stop: SIGTERM, SIGHUP and SIGUSR1 are noted here and heeded between two steps."""
 
+import errno
 import logging
 import os
 import signal
+import termios
 import threading
 import time
 from types import FrameType, TracebackType
@@ -10,10 +12,28 @@ from typing import Any
 
 from megabagel.runtime import phase
 
-HEEDED = (signal.SIGTERM, signal.SIGUSR1)
-"""Slurm sends SIGTERM when it takes a job's nodes, and some time before what `--signal` names: SIGUSR1 by custom."""
+HEEDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Slurm sends SIGTERM when it takes a job's nodes, and some time before what `--signal` names: SIGUSR1 by custom.
+SIGHUP comes when the terminal of a run is closed."""
 
 logger = logging.getLogger(__name__)
+
+
+def ignored(number: int) -> bool:
+    """Whether a signal is ignored from outside: nohup does so with SIGHUP, and that is to stay."""
+    return signal.getsignal(number) is signal.SIG_IGN
+
+
+def leave_terminal() -> None:
+    """Send output to nowhere where it went to a terminal that is gone: a write would fail with EIO from here on."""
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
 
 
 class StopRequest:
@@ -35,12 +55,14 @@ class StopRequest:
         self._began = time.monotonic()
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in HEEDED}
+        heeded = [number for number in HEEDED if number != signal.SIGHUP or not ignored(number)]
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         reads, self._writes = os.pipe()
         os.set_blocking(self._writes, False)
         self._wakeup = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
         self._listener = threading.Thread(target=self._listen, args=(reads,), daemon=True)
         self._listener.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEEDED)  # what came since __main__ held them back comes now
         return self
 
     def __exit__(
@@ -52,6 +74,8 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN if self.number else handler)  # asked once, it is on its way out
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
         self.number = self.number or number
 
     def _listen(self, reads: int) -> None:

@@ -20,7 +20,7 @@ from megabagel.generate.euler import EulerSampler
 from megabagel.model.vae import build_codec, codec_fingerprint
 from megabagel.parallel.attention import AttentionEngine, choose_attention
 from megabagel.parallel.mesh import Mesh
-from megabagel.runtime.collective_errors import on_all_ranks, on_rank0
+from megabagel.runtime.collective_errors import on_all_ranks, on_rank0, require_equal
 from megabagel.runtime.device import current_device
 from megabagel.train.anomaly import LossSpikeDetector
 from megabagel.train.build_rank import Rank, build_rank
@@ -45,6 +45,8 @@ def open_data(config: Config) -> Data:
     opened: list[list[Source]] = []
     on_rank0(lambda: opened.append(open_sources(config, tokenizer)))  # writes the cache that the others read
     sources = on_all_ranks(lambda: opened[0] if opened else open_sources(config, tokenizer))
+    contents = {f"contents of data.sources {source.name}": source.index.fingerprint for source in sources}
+    require_equal({"data.tokenizer's contents": tokenizer.fingerprint(), **contents})
     decode = on_all_ranks(lambda: choose_engine(data.decode, current_device(), data.decode_threads, data.workers))
     return Data(sources, tokenizer, decode, on_all_ranks(lambda: _latents(config, sources)))
 

@@ -27,6 +27,7 @@ from megabagel.runtime.signals import StopRequest
 from megabagel.train.anomaly import StepAnomaly
 from megabagel.train.bad_step_dump import bad_step_dump, dump_path
 from megabagel.train.build import Data, build_trainer, open_data
+from megabagel.train.saved import done
 from megabagel.train.schedule import learning_rate
 from megabagel.train.step import Losses
 from megabagel.train.telemetry import Telemetry
@@ -92,12 +93,14 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
     config, mesh = trainer.config, trainer.mesh
     peak = peak_flops(config, current_device())
     logger.info("peak for MFU: %.3g FLOP/s per rank (%s)", *peak)
+    if trainer.step >= config.train.steps:
+        logger.info("%s", done(config, trainer.step))
     for step in _steps(trainer):
         started = time.perf_counter()
         outcome = trainer.train_step(step)
         stop.finished += 1
         lost, signalled = all_max(len(step.lost), stop.number)
-        trainer.lost_images += len(all_union(step.lost)) if lost else 0
+        trainer.lost_images += len(all_union(frozenset(map(repr, step.lost)))) if lost else 0
         seconds = time.perf_counter() - started
         finished(trainer.step)
         if outcome.anomaly and _apply_policy(trainer, step, outcome, outcome.anomaly):
@@ -109,15 +112,15 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
         record |= {"seconds": seconds, "data_wait": step.waited, **speed, "mem": peak_memory()}
         with phase("telemetry"):
             on_rank0(partial(telemetry.log_step, record))
-        done = trainer.step == config.train.steps
-        if trainer.sampler and (done or trainer.step % config.telemetry.sample_every == 0):
+        last = trainer.step == config.train.steps
+        if trainer.sampler and (last or trainer.step % config.telemetry.sample_every == 0):
             with phase("sampling"):
                 on_rank0(partial(telemetry.log_images, trainer.step, trainer.sampler.draw()))
         with phase("checkpoint"):
             trainer.saver.poll()
-        if done or signalled or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
+        if last or signalled or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
             trainer.save(step.plan.state)
-        if signalled and not done:
+        if signalled and not last:
             with phase("checkpoint"):
                 trainer.saver.close()
             raise Preempted(

@@ -164,13 +164,14 @@ def test_a_worker_may_have_many_files_on_their_way() -> None:
     assert soft == min(hard, OPEN_FILES) > 200
 
 
-def test_nothing_is_left_when_its_user_is_killed() -> None:
+@pytest.mark.parametrize("stopped", [False, True], ids=["at work", "stopped"])
+def test_nothing_is_left_when_its_user_is_killed(stopped: bool) -> None:
     program = (
         "from tests.support.worker_tasks import double\n"
         "from megabagel.data.load.workers import Worker\n"
         "import time\n"
         "if __name__ == '__main__':\n"
-        "    made = [Worker(str(n), double, str, 5.0, print) for n in range(2)]\n"
+        "    made = [Worker(str(n), double, str, 60.0, print) for n in range(2)]\n"
         "    for worker in made:\n"
         "        worker.send('pid')\n"
         "    print(*[worker.receive() for worker in made], flush=True)\n"
@@ -184,6 +185,8 @@ def test_nothing_is_left_when_its_user_is_killed() -> None:
     assert user.stdout is not None
     workers = [int(number) for number in user.stdout.readline().split()]
     assert len(workers) == 2 and all(map(alive, workers))
+    if stopped:  # does not see the end of its connection
+        os.kill(workers[1], signal.SIGSTOP)
     user.kill()
     user.wait()
     user.stdout.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from psutil import Process
 
-from megabagel.errors import STOP_PREFIX, Preempted, RankLost, TransientFailure
+from megabagel.errors import STOP_PREFIX, Interrupted, Preempted, RankLost, TransientFailure
 from tests.support.cli_harness import metrics, pairs, tiny_run
 from tools.faulty_rank import STEP
 from tools.warm_jobs import Job
@@ -140,7 +140,7 @@ def test_without_rank_0_nobody_waits_for_ever(jobs: Jobs) -> None:
     assert "rank 1 of 2 cannot meet the others there" in job.texts[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_to_one_rank_saves_and_stops_all(jobs: Jobs, number: signal.Signals) -> None:
     job = jobs.start()
     jobs.until(job, 2)
@@ -154,6 +154,18 @@ def test_a_signal_to_one_rank_saves_and_stops_all(jobs: Jobs, number: signal.Sig
     assert again.wait(60) == {0: 0, 1: 0}
     assert f"resumed from {folder} at step {done}" in again.texts[0]
     assert [record["step"] for record in metrics(jobs.run)] == list(range(1, done + 2))
+
+
+def test_ctrl_c_says_what_is_saved(jobs: Jobs) -> None:
+    job = jobs.start("checkpoint.every=2", size=1)
+    jobs.until(job, 5)
+    job.signal(signal.SIGINT)
+    assert job.wait(SOON) == {0: Interrupted.code}
+    found = re.fullmatch(
+        r"Ctrl-C after step (\d+) of 100000: step (\d+) is saved in (.*), (\d+) steps since are lost\. .*",
+        message(job.texts[0]).strip(),
+    )
+    assert found and int(found[1]) - int(found[2]) == int(found[4]) and Path(found[3], "manifest.json").is_file()
 
 
 def test_more_signals_do_not_hurry_the_save(jobs: Jobs) -> None:

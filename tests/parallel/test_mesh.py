@@ -11,6 +11,7 @@ from megabagel.config.schema import RunConfig
 from megabagel.errors import Preempted, RankLost, UserError
 from megabagel.parallel import mesh
 from megabagel.runtime import cpu_backend, heartbeat
+from megabagel.runtime.signed_store import SignedStore
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,8 @@ def test_the_store_stays_for_ranks_that_need_longer_to_end(
 ) -> None:
     """Where all end alike; who is lost does not come any more."""
     monkeypatch.setattr(heartbeat, "_FAREWELL_S", 0.2)
-    store = dist.HashStore()
-    gone = threading.Timer(1.0, lambda: store.add("left", 1))
+    store = SignedStore(dist.HashStore())
+    gone = threading.Timer(1.0, lambda: store.set("left-1", ""))
     gone.start()
     began = time.monotonic()
     try:

@@ -1,6 +1,7 @@
 """Error propagation: an error on one rank is raised on all of them; and values of all ranks, combined."""
 
 import errno
+import re
 from collections.abc import Callable
 
 import pytest
@@ -31,6 +32,27 @@ def outcomes(mistakes: list[str | None]) -> tuple[str, str]:
             return f"{'transient' if error.code == TransientFailure.code else 'error'}: {error}"
 
     return message(on_all_ranks), message(on_rank0)
+
+
+def compared(facts: list[dict[str, str]]) -> str:
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+    assert all_union(frozenset({f"a{rank % 2}", "b"})) == {f"a{n % 2}" for n in range(dist.get_world_size())} | {"b"}
+    try:
+        require_equal(facts[rank])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_facts_that_differ_are_named_on_every_rank(ranks: RankPool) -> None:
+    facts = {"tokenizer": "t", "contents of data.sources a": "1"}
+    assert ranks.run(2, compared, [facts, dict(facts)]) == ["", ""]
+    one, other = ranks.run(2, compared, [facts, facts | {"contents of data.sources a": "2"}])
+    assert one == other and re.match(
+        r"contents of data.sources a = 2 on rank 1 \(.*, process \d+\), but 1 on rank 0 \(", one
+    )
 
 
 @pytest.mark.parametrize(

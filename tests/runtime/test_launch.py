@@ -187,7 +187,7 @@ def test_a_line_like_a_mistake_is_not_lost_when_the_rank_fails_otherwise() -> No
     assert "[rank 1] megabagel: error: x\n" in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_reach_every_rank(tmp_path: Path, number: signal.Signals) -> None:
     """Ranks that answer a signal by ending well make the launch end well."""
     body = (
@@ -251,6 +251,22 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
     process.kill()
     process.communicate(timeout=30)
     assert gone(pids)
+
+
+def test_a_signal_that_comes_while_ranks_start_reaches_all_of_them() -> None:
+    """Held back by the caller, and by ranks until they have handlers: nobody ends by the signal itself."""
+    body = (
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(0.3 * rank)\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\ntime.sleep(60)"
+    )
+    command = [sys.executable, "-c", f"{PLACE}\n{body}"]
+    main = (
+        "import os, signal, sys; from megabagel.runtime.launch import spawn\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"sys.exit(spawn({command!r}, 2))"
+    )
+    done = subprocess.run([sys.executable, "-c", main], cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (75, ""), done
 
 
 def test_handlers_are_put_back() -> None:

@@ -134,6 +134,7 @@ def job(ranks: RankPool, size: int, *words: object, file_limit: int | None = Non
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), **place}
+        place = {"MEGABAGEL_JOB_SECRET": "of a test", **place}
     with tempfile.TemporaryDirectory() as folder:
         results = ranks.run(size, as_rank, [*map(str, words)], place, file_limit, f"{folder}/store", timeout=60)
     codes, errors, outs = zip(*results, strict=True)

@@ -4,6 +4,7 @@ It is forked from a clean server process in which modules are imported and nothi
 context of this process is copied. It ends when the connection does: also when this process is killed.
 """
 
+import ctypes
 import logging
 import os
 import pickle
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from logging.handlers import QueueHandler
-from multiprocessing import get_context, util
+from multiprocessing import forkserver, get_context, util
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -27,6 +28,7 @@ from megabagel.errors import TransientFailure, UserError, named
 
 IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals to a whole job: what becomes of a worker is up to the process that it works for."""
+_PR_SET_PDEATHSIG = 1
 _TRANSIENT_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGBUS)
 """How the system ends a process for want of memory: SIGBUS where a page of shared memory cannot be had."""
 
@@ -148,6 +150,7 @@ def _stop(connection: Connection, process: Any) -> None:
 def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
     """The life of a worker. Tasks are taken as they come, so that the other side never waits to send one. What is
     logged goes with the result, to be logged there."""
+    _end_with_parent()
     allow_open_files()
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -173,6 +176,22 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
         except BaseException as error:  # SystemExit as well: a library that exits would look like a killed process
             result = _failed(error)
         _answer(connection, result, [records.get() for _ in range(records.qsize())])
+
+
+def _end_with_parent() -> None:
+    """Be killed when the server process ends, which ends with the process that it works for: a worker that is stopped
+    (SIGSTOP) would not see the end of its connection, and stay for ever.
+
+    The server ends when nobody holds the other end of a pipe. Every process that it forks gets that end too (a private
+    of multiprocessing), so that it can start more processes; a worker starts none, and lets it go.
+    """
+    server = os.getppid()
+    if (alive := forkserver._forkserver._forkserver_alive_fd) is not None:  # type: ignore[attr-defined]
+        os.close(alive)
+        forkserver._forkserver._forkserver_alive_fd = None  # type: ignore[attr-defined]
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != server:
+        os._exit(0)
 
 
 def _answer(connection: Connection, result: Any, records: list[logging.LogRecord]) -> None:

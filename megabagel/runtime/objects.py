@@ -1,0 +1,56 @@
+"""Small values exchanged by all ranks, as JSON: torch's `..._object` collectives unpickle what other ranks send.
+
+A pickle runs code of whoever sent it; JSON cannot. Values come back as JSON gives them: lists for tuples.
+"""
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megabagel.runtime.device import current_device
+
+
+def all_gathered(mine: Any) -> list[Any]:
+    """The values of all ranks by rank, on every rank; without a process group those of this process alone."""
+    if not dist.is_initialized():
+        return [json.loads(json.dumps(mine))]
+    counts, padded = _padded(json.dumps(mine).encode())
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return [json.loads(_bytes(part, count)) for part, count in zip(parts, counts, strict=True)]
+
+
+def gathered(mine: Any) -> list[Any]:
+    """The values of all ranks by rank, on rank 0; nothing elsewhere."""
+    return [json.loads(data) for data in gathered_bytes(json.dumps(mine).encode())]
+
+
+def gathered_bytes(mine: bytes) -> list[bytes]:
+    """The bytes of all ranks by rank, on rank 0; nothing elsewhere."""
+    counts, padded = _padded(mine)
+    parts = [torch.empty_like(padded) for _ in counts] if dist.get_rank() == 0 else None
+    dist.gather(padded, parts)
+    return [_bytes(part, count) for part, count in zip(parts or (), counts, strict=parts is not None)]
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value, on every rank; what other ranks pass is ignored."""
+    return all_gathered(value if dist.get_rank() == 0 else None)[0]
+
+
+def _padded(mine: bytes) -> tuple[list[int], torch.Tensor]:
+    """(number of bytes of each rank; this rank's, padded to the most, where collectives take them)."""
+    size = torch.tensor([len(mine)], device=current_device())
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    counts = [int(count) for count in sizes]
+    padded = torch.zeros(max(1, *counts), dtype=torch.uint8)
+    if mine:
+        padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    return counts, padded.to(current_device())
+
+
+def _bytes(part: torch.Tensor, count: int) -> bytes:
+    return part[:count].cpu().numpy().tobytes()

@@ -37,6 +37,8 @@ def outcomes(mistakes: list[str | None]) -> tuple[str, str]:
 def compared(facts: list[dict[str, str]]) -> str:
     import torch.distributed as dist
 
+    from megabagel.runtime.collective_errors import all_union, require_equal
+
     rank = dist.get_rank()
     assert all_union(frozenset({f"a{rank % 2}", "b"})) == {f"a{n % 2}" for n in range(dist.get_world_size())} | {"b"}
     try:

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from megabagel_kernels.attention.configs import configs_for
-from megabagel_kernels.attention.mask import AttentionCodes, visible_pairs
+from megabagel_kernels.attention.mask import AttentionRanges, visible_pairs
 from megabagel_kernels.attention.schedule import PARTIAL, classify, visited_pairs
-from megabagel_kernels.attention.triton_engine import plan_triton
+from megabagel_kernels.attention.triton import plan_triton
 from torch.nn.attention.flex_attention import create_block_mask
 
 from megabagel.sequence.layout import build_layout, layout_rows
@@ -48,9 +48,9 @@ def measure(name: str, packs: int) -> dict[str, float]:
     for number in range(packs):
         pack = fill(KINDS[name], TOKENS, number)
         layout = build_layout(pack, layout_rows(TOKENS, CHUNK, 1), CHUNK, 1)
-        codes = layout.codes(pack, 0)
+        ranges = layout.codes(pack, 0)
         visible, square = visible_pairs(pack.codes), pack.tokens**2
-        sequence, rank = (classify(c, BLOCK, BLOCK) for c in (pack.codes, codes))
+        sequence, rank = (classify(c, BLOCK, BLOCK) for c in (pack.codes, ranges))
         visited = visited_pairs(sequence, BLOCK, BLOCK)
         rows.append(
             {
@@ -60,7 +60,7 @@ def measure(name: str, packs: int) -> dict[str, float]:
                 "useful": visible / visited,
                 "partial_blocks": float((sequence == PARTIAL).sum() / (sequence > 0).sum()),
                 "layout_extra": visited_pairs(rank, BLOCK, BLOCK) / visited - 1,
-                "plan_ms": 1e3 * seconds(lambda codes=codes: plan_triton(codes, CONFIGS), 3),
+                "plan_ms": 1e3 * seconds(lambda ranges=ranges: plan_triton(ranges, CONFIGS), 3),
             }
         )
     return {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
@@ -77,16 +77,15 @@ def rival(runs: int) -> dict[str, float]:
     return {"tokens": pack.tokens, "plan_ms": ours, "create_block_mask_ms": theirs, "ratio": theirs / ours}
 
 
-def block_mask(codes: AttentionCodes) -> object:
+def block_mask(ranges: AttentionRanges) -> object:
     """The mask for every head, as the released trainer asks for it."""
-    code_S, *bounds = (torch.from_numpy(x) for x in (codes.key_code, codes.a0, codes.a1, codes.b0, codes.b1))
-    a0, a1, b0, b1 = bounds
+    code_S, a0, a1, b0, b1 = (torch.from_numpy(x) for x in (ranges.key_code, *ranges.of_queries))
 
     def visible(_batch: torch.Tensor, _head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         code = code_S[k]
         return ((a0[q] <= code) & (code < a1[q])) | ((b0[q] <= code) & (code < b1[q]))
 
-    return create_block_mask(visible, B=1, H=HEADS, Q_LEN=codes.queries, KV_LEN=codes.keys, device="cpu")
+    return create_block_mask(visible, B=1, H=HEADS, Q_LEN=ranges.queries, KV_LEN=ranges.keys, device="cpu")
 
 
 def main() -> None:

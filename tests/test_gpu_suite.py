@@ -18,9 +18,9 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 PLANT = """
 import sys
 sys.path.insert(0, {tools!r})
-from megabagel_kernels import glue_triton_swiglu
-right = glue_triton_swiglu.swiglu
-glue_triton_swiglu.swiglu = lambda x: right(x) * 1.01
+from megabagel_kernels.swiglu import triton
+right = triton.swiglu
+triton.swiglu = lambda x: right(x) * 1.01
 import gpu_suite
 sys.exit(gpu_suite.main(sys.argv[1:]))
 """

@@ -51,6 +51,7 @@ def run(folder: Path, parts: list[str], minutes: float, toy: bool) -> int:
     """Run parts in order; 1 if a kernel of ours is wrong or does not run."""
     if toy:
         os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # the suite checks the cases of tests/kernels
     # Not before this: Triton decides when it is imported whether its functions compile or are interpreted.
     from gpu_suite_parts import attention, ceilings, check_attention, check_others, compiling, layer, liger, memory
     from gpu_suite_parts.report import Report

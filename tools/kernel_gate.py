@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported: interpreted functions cannot be compiled
 
 import triton
-from megabagel_kernels import door
+from megabagel_kernels import checks
 from sass import Code
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -51,7 +51,7 @@ MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 ATTENTION = ("forward", "backward_dq", "backward_dkv")
 """Bound by arithmetic; all others by memory."""
 NARROW = {
-    ("noise_patches", "LDG"): "two cells of a patch lie side by side, 4 bytes",
+    ("noise_patches", "LDG"): "two latent pixels of a patch are contiguous, 4 bytes",
     ("statistics", "STG"): "two numbers per row",
     ("fold_slice", "STG"): "two numbers per row",
 }
@@ -204,7 +204,7 @@ def _disassembled(cubin: bytes) -> str:
 
 def measure(arches: list[int], only: str) -> list[Row]:
     """Compile what `only` finds in the names of kernels and cases."""
-    door.check_launch = lambda kernel, x: None  # before the kernels import it: there is no GPU to insist on
+    checks.check_launch = lambda kernel, x: None  # before the kernels import it: there is no GPU to insist on
     from kernel_gate_launches import cases
 
     knobs.nvidia.dump_ptxas_log = True

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 import triton
 from megabagel_kernels.attention.configs import configs_for
-from megabagel_kernels.attention.mask import AttentionCodes
-from megabagel_kernels.attention.triton_engine import plan_triton, triton_attention_lse
-from megabagel_kernels.flow import KeyedTarget, LatentImages, Reference
-from megabagel_kernels.flow_triton import flow_losses, noised_rows
-from megabagel_kernels.glue_triton_norm import add_rms_norm, rms_norm
-from megabagel_kernels.glue_triton_rope import qk_norm_rope
-from megabagel_kernels.glue_triton_swiglu import swiglu
+from megabagel_kernels.attention.mask import AttentionRanges
+from megabagel_kernels.attention.triton import plan_triton, triton_attention_lse
+from megabagel_kernels.flow import KeyedTarget, LatentImages, Reference, flow_losses, noised_rows
 from megabagel_kernels.linear_cross_entropy import linear_cross_entropy
+from megabagel_kernels.qk_norm_rope import qk_norm_rope
+from megabagel_kernels.rms_norm import add_rms_norm, rms_norm
+from megabagel_kernels.swiglu import swiglu
 from torch import Tensor
 
 TOKENS = 128
@@ -55,7 +54,7 @@ def cases() -> list[Case]:
         Case("bf16, 3584", lambda _: _norm(residual=False)),
         Case("bf16, 3584, residual", lambda _: _norm(residual=True)),
         Case("bf16, 28 heads of 128", lambda _: _rope()),
-        Case("bf16, 18944", lambda _: swiglu(_leaf(TOKENS, 2 * 18944)).sum().backward()),
+        Case("bf16, 18944", lambda _: swiglu(_leaf(TOKENS, 2 * 18944), engine="triton").sum().backward()),
         Case("bf16 logits", lambda _: _cross_entropy()),
     ]
 
@@ -82,7 +81,7 @@ def _attention(arch: int, heads: tuple[int, int], head_dim: int, dtype: torch.dt
     configs = configs_for(triton.__version__, arch, dtype, head_dim)
     few, many = replace(configs, split_below=0), replace(configs, split_below=2**30)
     position, zero = np.arange(TOKENS, dtype=np.int32), np.zeros(TOKENS, np.int32)
-    plan = plan_triton(AttentionCodes(position, zero, position + 1, zero, zero), many if parts else few)
+    plan = plan_triton(AttentionRanges(position, zero, position + 1, zero, zero), many if parts else few)
     q, k, v = _leaf(TOKENS, heads[0] + 2 * heads[1], head_dim, dtype=dtype).split([heads[0], heads[1], heads[1]], 1)
     out, lse = triton_attention_lse(q, k, v, plan, out_dtype=FP32 if parts else None)
     ((out.sum() + lse.sum()) if parts else out.sum()).backward()
@@ -93,33 +92,31 @@ def _noise() -> None:
     images = LatentImages(
         torch.ones(4 * 16 * 32 * 32, dtype=BF16), count * 16 * 32 * 32, side, side, torch.ones(4), count, 16, 2
     )
-    noised_rows(images, torch.zeros(TOKENS, dtype=torch.int32), torch.arange(TOKENS, dtype=torch.int32), BF16)
+    image, patch_index = torch.zeros(TOKENS, dtype=torch.int32), torch.arange(TOKENS, dtype=torch.int32)
+    noised_rows(images, image, patch_index, BF16, engine="triton")
 
 
 def _flow_loss(keyed: bool) -> None:
-    rows, weight = torch.ones(TOKENS, 64, dtype=BF16), torch.ones(TOKENS)
-    if keyed:
-        places = torch.arange(TOKENS)
-        losses = flow_losses(
-            _leaf(TOKENS, 64), KeyedTarget(rows, places, places.int()), weight, Reference(rows, weight)
-        )
-    else:
-        losses = flow_losses(_leaf(TOKENS, 64), rows, weight)
-    losses.total_G.sum().backward()
+    rows, weight, index = torch.ones(TOKENS, 64, dtype=BF16), torch.ones(TOKENS), torch.arange(TOKENS)
+    target = KeyedTarget(rows, index, index.int()) if keyed else rows
+    reference = Reference(rows, weight) if keyed else None
+    flow_losses(_leaf(TOKENS, 64), target, weight, reference, engine="triton").total_G.sum().backward()
 
 
 def _norm(residual: bool) -> None:
-    x, und, gen = _leaf(TOKENS, 3584), _leaf(3584), _leaf(3584)
+    x, gamma = _leaf(TOKENS, 3584), _leaf(3584)
     if residual:
-        total, normed = add_rms_norm(x, _leaf(TOKENS, 3584), und, gen, TOKENS // 2, 1e-6)
+        total, normed = add_rms_norm(_leaf(TOKENS, 3584), x, gamma, 1e-6, engine="triton")
         (total.sum() + normed.sum()).backward()
     else:
-        rms_norm(x, und, gen, TOKENS // 2, 1e-6).sum().backward()
+        rms_norm(x, gamma, 1e-6, engine="triton").sum().backward()
 
 
 def _rope() -> None:
-    x, und, gen, table = _leaf(TOKENS, 36, 128)[:, :28], _leaf(128), _leaf(128), torch.ones(TOKENS, 64)
-    qk_norm_rope(x, und, gen, TOKENS // 2, torch.arange(TOKENS), table, table, 1e-6).sum().backward()
+    """Queries as slices of the fused projections of both experts."""
+    und, gen = (_leaf(TOKENS // 2, 36, 128)[:, :28] for _ in range(2))
+    table = torch.ones(TOKENS, 128)
+    qk_norm_rope(und, gen, _leaf(128), _leaf(128), table, table, 1e-6, engine="triton").sum().backward()
 
 
 def _cross_entropy() -> None:

@@ -1,8 +1,11 @@
-"""Counter-based normal noise: a draw depends on its seed and number alone, never on packing, rank or order.
+"""Counter-based normal noise: a draw depends only on its seed and its number, never on packing, rank or order.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the Box-Muller transform, with
-the conventions of Triton's `tl.randn(seed, offset)`, so that a kernel can remake the numbers where it needs them.
+the conventions of Triton's `tl.randn(seed, offset)`, so that a kernel can draw the same numbers where it needs them.
+`torch.Generator` would not do: its numbers depend on how many were drawn before, and differ between CPU and GPU.
 32-bit words are held in int64 tensors, whose products wrap to the right 64 bits.
+
+Letters: G rows (latent tokens).
 """
 
 import math
@@ -21,7 +24,7 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     """Philox4x32-10: four 32-bit words from a counter of four and a key of two; shapes broadcast.
 
-    Words are int64 in [0, 2^32). Of the key only the low 32 bits count, so both halves of a seed may be signed.
+    Words are int64 in [0, 2^32). Only the low 32 bits of the key are used, so both halves of a seed may be signed.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -29,7 +32,7 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
         product0, product2 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
         c0 = (product2 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_LOW)
         c2 = (product0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_LOW)
-        c1, c3 = product2, product0  # their low words; what is above them is masked away in the next round
+        c1, c3 = product2, product0  # their low words; the next round masks the bits above
         k0, k1 = k0 + _KEY_STEP[0], k1 + _KEY_STEP[1]
     return c0, c1 & _LOW, c2, c3 & _LOW
 
@@ -39,22 +42,29 @@ def philox_normal(seed: Tensor, offset: Tensor) -> Tensor:
     counter = torch.broadcast_to(offset, torch.broadcast_shapes(seed.shape, offset.shape))
     zero = torch.zeros_like(counter)
     first, second, _, _ = philox((counter & _LOW, counter >> 32, zero, zero), (seed, seed >> 32))
-    # Uniforms and angle are rounded to fp32 as in Triton. The functions of them are evaluated in fp64, because those of
-    # fp32 may differ in the last bit from machine to machine.
+    # Uniforms and angle are rounded to fp32 as in Triton. log, sqrt and cos are evaluated in fp64, because in fp32 they
+    # may differ in the last bit between machines.
     log = _uniform(first).clamp_min_(1e-7).double().log_()
     angle = _uniform(second).mul_(2 * math.pi).double()
     return log.mul_(-2).sqrt_().mul_(angle.cos_()).float()
 
 
 def _uniform(word: Tensor) -> Tensor:
-    """A 32-bit word as fp32 in [0, 1), as Triton folds it: signed, negatives complemented, scaled by almost 2^-31."""
+    """A 32-bit word as fp32 in [0, 1) by Triton's rule: taken as signed, negatives complemented, times almost 2^-31."""
     return torch.minimum(word, _LOW - word).float().mul_(4.6566127342e-10)
 
 
-def noise_rows(seed_R: Tensor, row_R: Tensor, width: int, device: torch.device | str | None = None) -> Tensor:
-    """Standard normal fp32 [R, width]: element (r, c) is draw number row_R[r] * width + c of seed_R[r] (both int64).
+def noise_rows(seed_G: Tensor, row_G: Tensor, width: int, device: torch.device | str | None = None) -> Tensor:
+    """Standard normal noise for rows that have a seed and a row number each.
 
-    Made on `device`, by default where the seeds are.
+    Args:
+        seed_G: [G] int64, any value.
+        row_G: [G] int64, not negative: number of the row among those of its seed.
+        width: numbers per row.
+        device: where to make them; default the device of the seeds.
+
+    Returns:
+        fp32 [G, width]; element (g, c) is draw number row_G[g] * width + c of seed_G[g].
     """
-    seed_R, row_R = seed_R.to(device or seed_R.device), row_R.to(device or seed_R.device)
-    return philox_normal(seed_R[:, None], row_R[:, None] * width + torch.arange(width, device=row_R.device))
+    seed_G, row_G = seed_G.to(device or seed_G.device), row_G.to(device or seed_G.device)
+    return philox_normal(seed_G[:, None], row_G[:, None] * width + torch.arange(width, device=row_G.device))

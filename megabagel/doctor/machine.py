@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
-from megabagel_kernels.attention.configs import lacking_here
+from megabagel_kernels.attention.configs import why_unavailable_here
 
 from megabagel.doctor.row import Row, absent, ok, wrong
 from megabagel.errors import UserError
@@ -41,7 +41,7 @@ def devices() -> Iterator[Row]:
     else:
         yield wrong("nccl", "this torch has none", "install a CUDA build of torch from its own index")
     yield _links(len(names))
-    lacking = lacking_here(torch.bfloat16, 128)
+    lacking = why_unavailable_here(torch.bfloat16, 128)
     cost = f"{lacking}: attention runs on FlexAttention" if lacking else ""
     yield absent("attention kernels", cost) if lacking else ok("attention kernels", "tables for this GPU and Triton")
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from megabagel_kernels.attention.mask import PRIVATE, AttentionCodes
+from megabagel_kernels.attention.mask import PRIVATE, AttentionRanges
 
 from megabagel.inference.contexts import Content, TextContent
 from megabagel.sampling.taylorseer import TaylorSeer
@@ -107,12 +107,12 @@ class Layout:
         return padded[rank * rows : (rank + 1) * rows]
 
     @cached_property
-    def mask(self) -> tuple[np.ndarray, AttentionCodes]:
+    def mask(self) -> tuple[np.ndarray, AttentionRanges]:
         """(cache rows of the keys [K], mask integers of all tokens in order)."""
         return mask_codes(self.segments)
 
 
-def mask_codes(segments: Sequence[Segment]) -> tuple[np.ndarray, AttentionCodes]:
+def mask_codes(segments: Sequence[Segment]) -> tuple[np.ndarray, AttentionRanges]:
     """Cache rows that the segments see, and who sees which of them.
 
     A context is an interval of public codes. One that begins like a longer one is the beginning of that one's interval,
@@ -149,7 +149,7 @@ def mask_codes(segments: Sequence[Segment]) -> tuple[np.ndarray, AttentionCodes]
         else:
             limits.append((zero + start, start + past + seen, zero, zero))
     a0, a1, b0, b1 = (np.concatenate(bound).astype(np.int32) for bound in zip(*limits, strict=True))
-    return np.concatenate(keys), AttentionCodes(np.concatenate(codes), a0, a1, b0, b1)
+    return np.concatenate(keys), AttentionRanges(np.concatenate(codes), a0, a1, b0, b1)
 
 
 def _chain_of(rows: np.ndarray, chains: Sequence[np.ndarray]) -> int | None:

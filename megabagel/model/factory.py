@@ -12,7 +12,7 @@ from megabagel_kernels.linear_cross_entropy import WHOLE
 from torch import nn
 from torch.nn import functional
 
-from megabagel.model.kernels import TORCH, Kernels, WordLoss
+from megabagel.model.kernels import TORCH, Kernels, TokenLoss
 from megabagel.model.sharding import shard
 
 M = TypeVar("M", bound=nn.Module)
@@ -95,7 +95,7 @@ class SingleDevice:
 
     def head(self, width: int, vocabulary: int) -> nn.Module:
         """A linear and torch's cross-entropy."""
-        return _Head(width, vocabulary, self.kernels.word_loss)
+        return _Head(width, vocabulary, self.kernels.token_loss)
 
     def split_rows(self, x: torch.Tensor) -> torch.Tensor:
         """All rows."""
@@ -111,16 +111,16 @@ class SingleDevice:
 
 
 class _Head(nn.Module):
-    def __init__(self, width: int, vocabulary: int, word_loss: WordLoss | None) -> None:
+    def __init__(self, width: int, vocabulary: int, token_loss: TokenLoss | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, width))
-        self.word_loss = word_loss
+        self.token_loss = token_loss
 
     def forward(self, hidden_QD: torch.Tensor, label_Q: torch.Tensor) -> torch.Tensor:
-        if self.word_loss is not None:
-            return self.word_loss(hidden_QD, self.weight, label_Q, shard=WHOLE)
+        if self.token_loss is not None:
+            return self.token_loss(hidden_QD, self.weight, label_Q, shard=WHOLE)
         return functional.cross_entropy(self.logits(hidden_QD), label_Q, reduction="none")
 
     def logits(self, hidden_QD: torch.Tensor) -> torch.Tensor:
-        """[T, width] -> [T, vocabulary] fp32."""
+        """[Q, D] -> [Q, V] fp32."""
         return functional.linear(hidden_QD, self.weight).float()

@@ -4,7 +4,7 @@ Shape letters: docs/notation.md. Ids into the 2-D table come from `megabagel.seq
 """
 
 import torch
-from megabagel_kernels.pointwise import rotate
+from megabagel_kernels import qk_norm_rope
 from torch import Tensor
 
 
@@ -40,4 +40,4 @@ def rope_tables(positions_T: Tensor, head_dim: int, base: float, precision: str 
 
 def apply_rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """Rotate channel i against channel i + H/2 of every head; float32 inside, the type of `x_TNH` outside."""
-    return rotate(x_TNH, cos_TH, sin_TH)
+    return qk_norm_rope.apply_rope(x_TNH, cos_TH, sin_TH)

@@ -116,8 +116,8 @@ class InputBuilder:
             noised_g = self.kernels.noised_rows(images, latents.image_g, latents.place_g)
         real_g = noised_g.real_G  # without images that are lost: their rows stay, without loss
         return LatentInputs(
-            x_t_gZ=noised_g.x_t_GC,
-            target_gZ=noised_g.target_GC,
+            x_t_gZ=noised_g.x_t_GZ,
+            target_gZ=noised_g.target_GZ,
             weight_g=latents.weight_g * real_g,
             grid_g=latents.grid_g * real_g,
             time_I=time_I,
@@ -137,9 +137,9 @@ class InputBuilder:
         """Every use of an image's latents: where they lie, and how they are noised."""
         model = self.config.model
         with phase("vae", counted=False):
-            cells = self._encode(batch, latents).flatten()
+            latents_of_images = self._encode(batch, latents).flatten()
         return LatentImages(
-            cells=cells,
+            latents=latents_of_images,
             start_I=latents.start_I,
             height_I=latents.height_I,
             width_I=latents.width_I,

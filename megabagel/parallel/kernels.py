@@ -2,7 +2,7 @@
 
 import logging
 
-from megabagel_kernels.attention.configs import lacking_here
+from megabagel_kernels.attention.configs import why_unavailable_here
 
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
@@ -23,7 +23,7 @@ def choose_kernels(config: Config) -> Kernels:
     if name == "auto" and current_device().type != "cuda":
         name, why = "torch", "this is a CPU"
     elif name != "torch":
-        lacking = lacking_here(parameter_dtype(config), config.model.kv_channels)
+        lacking = why_unavailable_here(parameter_dtype(config), config.model.kv_channels)
         if lacking and name == "triton":
             raise UserError(f"parallel.kernels=triton: {lacking}. Or use auto, which takes torch there.")
         name, why = ("torch", lacking) if lacking else ("triton", why if name == "triton" else "kernels for this GPU")

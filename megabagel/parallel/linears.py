@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megabagel.model.kernels import TORCH, Kernels, WordLoss
+from megabagel.model.kernels import TORCH, Kernels, TokenLoss
 from megabagel.model.sharding import shard
 from megabagel.parallel.mesh import Axis, Mesh
 
@@ -83,7 +83,7 @@ class MegatronLayers:
     def head(self, width: int, vocabulary: int) -> nn.Module:
         """Vocabulary-parallel linear with cross-entropy."""
         head = _Head(
-            self.kernels.word_loss,
+            self.kernels.token_loss,
             self.tp,
             width,
             vocabulary,
@@ -137,17 +137,17 @@ class _Row(RowParallelLinear):
 class _Head(ColumnParallelLinear):
     """Cross-entropy per row over a vocabulary that is split over ranks."""
 
-    def __init__(self, word_loss: WordLoss | None, tp: Axis, *args: Any, **options: Any) -> None:
+    def __init__(self, token_loss: TokenLoss | None, tp: Axis, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.word_loss, self.sums_hidden = word_loss, not options["disable_grad_reduce"]
+        self.token_loss, self.sums_hidden = token_loss, not options["disable_grad_reduce"]
         all_max, all_sum = (partial(_reduced, axis=tp, op=op) for op in (dist.ReduceOp.MAX, dist.ReduceOp.SUM))
         self.shard = VocabShard(tp.rank * len(self.weight), all_max, all_sum)
 
     def forward(self, hidden_QD: torch.Tensor, label_Q: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        if self.word_loss is not None:
+        if self.token_loss is not None:
             if self.sums_hidden:
                 hidden_QD = copy_to_tensor_model_parallel_region(hidden_QD, group=self.tp_group)
-            return self.word_loss(hidden_QD, self.weight, label_Q, shard=self.shard)
+            return self.token_loss(hidden_QD, self.weight, label_Q, shard=self.shard)
         logits = super().forward(hidden_QD)[0]
         return vocab_parallel_cross_entropy(logits.float(), label_Q)
 

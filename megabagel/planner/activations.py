@@ -8,7 +8,7 @@ really keeps.
 
 from functools import cache
 
-from megabagel_kernels.linear_cross_entropy import SLICE_WORDS
+from megabagel_kernels.linear_cross_entropy import SLICE_TOKENS
 
 from megabagel.parallel.schedules import peak_in_flight, schedule
 from megabagel.planner.scenario import Case
@@ -101,7 +101,7 @@ def logits_peak(case: Case) -> float:
     """Most that the logits take at once: the softmax, and logits and their gradient in the type of the model;
     sliced, two such tensors of one slice."""
     if case.system.slices_words:
-        words = min(SLICE_WORDS, case.config.model.vocab / case.grid.tp)
+        words = min(SLICE_TOKENS, case.config.model.vocab / case.grid.tp)
         return case.load.ce_rows * words * 2 * case.bytes
     return logits_kept(case) * (1 + 2 * case.bytes / 4)
 

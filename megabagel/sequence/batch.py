@@ -5,11 +5,11 @@ Every batch is made here: by the loader's workers, by the sampler for its prompt
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from megabagel_kernels.attention.mask import AttentionCodes
+from megabagel_kernels.attention.mask import AttentionRanges
 
 from megabagel.config.schema import Config
 from megabagel.sequence.items import Mode
@@ -19,13 +19,16 @@ from megabagel.sequence.pack import Pack, mask_codes
 from megabagel.sequence.rank_rows import RankPack, RankPlace, RankRows, derive_rows
 from megabagel.sequence.sample import Segment
 
+if TYPE_CHECKING:  # loads the engines, which the data side does not need
+    from megabagel_kernels.attention.engines import AttentionPlan
+
 
 @dataclass(frozen=True)
 class AttentionPlans:
-    """What this run's attention engine needs for the masks of a batch, on the CPU."""
+    """Plans of this run's attention engine for the masks of a batch, on the CPU."""
 
-    layers: Any
-    vit: Any
+    layers: "AttentionPlan"
+    vit: "AttentionPlan | None"
     """None on ranks without the ViT tower."""
 
 
@@ -89,7 +92,7 @@ class BatchBuilder:
 
     config: Config
     place: RankPlace
-    plan_attention: Callable[[AttentionCodes, int], Any]
+    plan_attention: Callable[[AttentionRanges, int], Any]
 
     def lay_out(self, pack: Pack) -> RankPack:
         """The pack as this rank holds it, with the images that it has to encode."""
@@ -129,7 +132,7 @@ class BatchBuilder:
         return AttentionPlans(layers, self.plan_attention(_vit_codes(rank), model.vit.head_dim))
 
 
-def _vit_codes(rank: RankPack) -> AttentionCodes:
+def _vit_codes(rank: RankPack) -> AttentionRanges:
     """Full attention inside each ViT image of this rank; padding sees nothing."""
     sizes = [rank.vit.sizes[i] for i in rank.vit.dealt[rank.place.cp]]
     codes = mask_codes([[Segment(Mode.FULL, size)] for size in sizes])

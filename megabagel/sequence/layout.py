@@ -10,7 +10,7 @@ carry code -1 and see nothing.
 from dataclasses import dataclass
 
 import numpy as np
-from megabagel_kernels.attention.mask import AttentionCodes
+from megabagel_kernels.attention.mask import AttentionRanges
 
 from megabagel.errors import UserError
 from megabagel.sequence.pack import Pack
@@ -51,18 +51,15 @@ class Layout:
 
     def split(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(und, gen) rows of one rank."""
-        token_T, border = self.rank(index), self.num_und[index]
-        return token_T[:border], token_T[border:]
+        token_T, num_und = self.rank(index), self.num_und[index]
+        return token_T[:num_und], token_T[num_und:]
 
-    def codes(self, pack: Pack, index: int) -> AttentionCodes:
+    def codes(self, pack: Pack, index: int) -> AttentionRanges:
         """Mask integers for the queries of one rank and the keys of all ranks, in row order."""
         query = self.rank(index)
-        of_query = (
-            np.where(query >= 0, interval[query], 0).astype(np.int32)
-            for interval in (pack.codes.a0, pack.codes.a1, pack.codes.b0, pack.codes.b1)
-        )
+        of_query = (np.where(query >= 0, bound[query], 0).astype(np.int32) for bound in pack.codes.of_queries)
         key_code = np.where(self.token_K >= 0, pack.codes.key_code[self.token_K], -1).astype(np.int32)
-        return AttentionCodes(key_code, *of_query)
+        return AttentionRanges(key_code, *of_query)
 
 
 def build_layout(pack: Pack, rows: int, chunk: int, cp: int) -> Layout:

@@ -1,14 +1,14 @@
 """A pack: several samples laid end to end, with everything attention and the losses need to know (S tokens).
 
-The mask is five integers per token (docs/kernels.md): query i sees key j iff
-a0[i] <= code[j] < a1[i] or b0[i] <= code[j] < b1[i]. Public keys carry their sequence position as code, private ones
-(noised images, seen by their own segment and by later groups of their chain) PRIVATE + a number of their own.
+The mask is five integers per token: a code per key, and per query two ranges of codes that it sees. Public keys carry
+their sequence position as code, private ones (noised images, seen by their own segment and by later groups of their
+chain) PRIVATE + a number of their own. The rule is written out in `megabagel_kernels.attention.mask`.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from megabagel_kernels.attention.mask import PRIVATE, AttentionCodes, visible_per_query
+from megabagel_kernels.attention.mask import PRIVATE, AttentionRanges, visible_per_query
 
 from megabagel.sequence.items import Mode
 from megabagel.sequence.sample import LATENT, TEXT, LatentImage, SamplePlan, Segment
@@ -29,7 +29,7 @@ class Pack:
     position_S: np.ndarray
     ce_S: np.ndarray
     sample_S: np.ndarray
-    codes: AttentionCodes
+    codes: AttentionRanges
     fill_S: np.ndarray
     noised_S: np.ndarray
 
@@ -89,30 +89,30 @@ def build_pack(samples: list[SamplePlan]) -> Pack:
     )
 
 
-def mask_codes(samples: list[list[Segment]]) -> AttentionCodes:
+def mask_codes(samples: list[list[Segment]]) -> AttentionRanges:
     """Mask integers of a pack from its samples' segments, in sequence order (BAGEL section 2.3).
 
     The noise segments of one chain are numbered consecutively, so that a later group sees one range of private codes.
     """
     total = sum(segment.length for segments in samples for segment in segments)
-    code, a0, a1, b0, b1 = (np.zeros(total, np.int32) for _ in range(5))
+    code, public_start, public_stop, private_start, private_stop = (np.zeros(total, np.int32) for _ in range(5))
     start, group = 0, 0
     for segments in samples:
         sample_start = start
         groups, first_of_chain, group = _number_groups(segments, group)
         for index, segment in enumerate(segments):
             rows = slice(start, start + segment.length)
-            a0[rows] = sample_start
+            public_start[rows] = sample_start
             if segment.mode is Mode.NOISE:
                 own = PRIVATE + groups[index]
-                code[rows], a1[rows] = own, start
-                b0[rows], b1[rows] = PRIVATE + first_of_chain[index], own + 1
+                code[rows], public_stop[rows] = own, start
+                private_start[rows], private_stop[rows] = PRIVATE + first_of_chain[index], own + 1
             else:
                 sequence = np.arange(rows.start, rows.stop, dtype=np.int32)
                 code[rows] = sequence
-                a1[rows] = sequence + 1 if segment.mode is Mode.CAUSAL else rows.stop
+                public_stop[rows] = sequence + 1 if segment.mode is Mode.CAUSAL else rows.stop
             start = rows.stop
-    return AttentionCodes(code, a0, a1, b0, b1)
+    return AttentionRanges(code, public_start, public_stop, private_start, private_stop)
 
 
 def _number_groups(segments: list[Segment], group: int) -> tuple[dict[int, int], dict[int, int], int]:

@@ -37,15 +37,12 @@ def same(a: Any, b: Any) -> bool:
 
 
 def engine_of(name: str) -> Any:
-    from functools import partial
-
     from megabagel_kernels.attention.configs import INTERPRETER
+    from megabagel_kernels.attention.engines import HOST, FlexEngine, TritonEngine
 
-    from megabagel.parallel import attention
-
-    engines = {"host": attention.HOST, "flex": attention._flex()}
-    triton = partial(attention._plan_triton, configs={16: INTERPRETER, 8: INTERPRETER})
-    return engines.get(name) or attention.AttentionEngine("triton", triton, attention.triton_attention)
+    cpu = torch.device("cpu")
+    engines = (HOST, FlexEngine(cpu), TritonEngine(cpu, {16: INTERPRETER, 8: INTERPRETER}))
+    return next(engine for engine in engines if engine.name == name)
 
 
 def planned(name: str) -> list[tuple[AttentionPlans, AttentionPlans]]:

@@ -59,11 +59,13 @@ def test_kernels_need_a_gpu_or_the_interpreter() -> None:
 def test_heads_that_the_kernels_cannot_run_go_to_another_engine(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], engine: str, why: str
 ) -> None:
+    from megabagel_kernels.attention import engines
+
     from megabagel.parallel import attention as module
 
     monkeypatch.setattr("megabagel.parallel.attention.current_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(module, "lacking_here", lambda *_: "")
-    monkeypatch.setattr(module, "configs_here", lambda *_: None)
+    monkeypatch.setattr(engines, "why_unavailable_here", lambda *_: "")
+    monkeypatch.setattr(engines, "configs_here", lambda *_: None)
 
     def asked(name: str) -> Config:
         return replace(config(name), model=replace(config(name).model, **changes))
@@ -78,9 +80,9 @@ def test_heads_that_the_kernels_cannot_run_go_to_another_engine(
 
 def pretend(patch: pytest.MonkeyPatch, *, installed: bool, capability: tuple[int, int] | None) -> None:
     """A machine with or without FlashAttention-4 and a GPU of some compute capability."""
-    from megabagel_kernels.attention import flex_engine
+    from megabagel_kernels.attention import flex
 
-    patch.setattr(flex_engine, "find_spec", lambda name: object() if installed else None)
+    patch.setattr(flex, "find_spec", lambda name: object() if installed else None)
     patch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     patch.setattr(torch.cuda, "get_device_capability", lambda: capability)
 
@@ -90,7 +92,7 @@ def pretend(patch: pytest.MonkeyPatch, *, installed: bool, capability: tuple[int
     [
         (False, (9, 0), "bf16", r"not installed: pip install --pre flash-attn-4"),
         (True, None, "bf16", "there is no GPU"),
-        (True, (8, 0), "bf16", r"compute capability 8\.0, FlashAttention-4 wants 9, 10 or 11"),
+        (True, (8, 0), "bf16", r"compute capability 8\.0, FlashAttention-4 needs 9, 10 or 11"),
         (True, (9, 0), "fp32", "computes in bf16 or fp16, the model in float32"),
     ],
 )
@@ -111,10 +113,10 @@ def test_fa4_is_flex_with_another_backend(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capability: tuple[int, int], rows: int
 ) -> None:
     """The same mask in blocks as high as the GPU wants them, and torch is told which kernel to take."""
-    from megabagel_kernels.attention import flex_engine
+    from megabagel_kernels.attention import flex
 
     from megabagel.parallel.attention import choose_attention
-    from tests.kernels.packs import codes_of
+    from tests.kernels.attention.packs import ranges_of
 
     pretend(monkeypatch, installed=True, capability=capability)
     monkeypatch.setattr("megabagel.parallel.attention.current_device", lambda: torch.device("cpu"))
@@ -122,21 +124,20 @@ def test_fa4_is_flex_with_another_backend(
     with caplog.at_level(logging.INFO):
         engine = choose_attention(replace(asked, train=replace(asked.train, precision="bf16")))
     assert (engine.name, engine.has_backward, caplog.messages) == ("fa4", True, ["attention engine: fa4 (asked for)"])
-    codes = codes_of([[]]).padded(300)
-    plan = engine.plan(codes, 16)
+    plan = engine.plan(ranges_of([[]]).padded(300), 16)
     assert plan.block == (rows, 128) and plan.mask.kv_num_blocks.shape == (1, 1, -(-300 // rows))
     told = []
-    monkeypatch.setattr(flex_engine, "_kernel", lambda _: lambda q, *_, **options: told.append(options) or q)
+    monkeypatch.setattr(flex, "_kernel", lambda _: lambda q, *_, **options: told.append(options) or q)
     x = torch.zeros(300, 2, 16)
     engine.run(x, x, x, plan)
-    flex_engine.flex_attention_packed(x, x, x, plan)
+    flex.flex_attention_packed(x, x, x, plan)
     assert [options["kernel_options"] for options in told] == [{"BACKEND": "FLASH"}, None]
     assert all(options["block_mask"] is plan.mask for options in told)
 
 
 def test_blocks_of_fa4_hold_the_same_mask() -> None:
     """Plans of both heights, evaluated pair by pair from their lists and their mask."""
-    from megabagel_kernels.attention.flex_engine import plan_flex
+    from megabagel_kernels.attention.flex import plan_flex
     from megabagel_kernels.attention.mask import dense_mask
 
     from tests.support.grid_run import packs
@@ -189,7 +190,7 @@ def test_auto_on_a_gpu_takes_kernels_where_there_are_some(
     from megabagel.parallel import kernels as module
 
     monkeypatch.setattr("megabagel.parallel.kernels.current_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(module, "lacking_here", lambda *_: lacking)
+    monkeypatch.setattr(module, "why_unavailable_here", lambda *_: lacking)
     monkeypatch.setattr(module, "triton_kernels", lambda: replace(TORCH, name="triton"))
     with caplog.at_level(logging.INFO):
         assert module.choose_kernels(kernels("auto")).name == engine

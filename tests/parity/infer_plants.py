@@ -129,7 +129,7 @@ def taylorseer_every_fourth(patch: Patch) -> None:
 
 
 def norm_after_rotation(patch: Patch) -> None:
-    from megabagel_kernels import pointwise
+    from megabagel_kernels.rms_norm.torch import rms_norm
 
     from megabagel.model.kernels import TORCH
     from megabagel.model.positions import apply_rope
@@ -137,7 +137,7 @@ def norm_after_rotation(patch: Patch) -> None:
     def qk_norm_rope(und: Tensor, gen: Tensor, und_H: Any, gen_H: Any, eps: float, rope: Any) -> Tensor:
         turned = apply_rope(torch.cat([und, gen]), rope.cos_TH, rope.sin_TH)
         und, gen = turned.split([len(und), len(gen)])
-        return torch.cat([pointwise.rms_norm(und, und_H, eps), pointwise.rms_norm(gen, gen_H, eps)])
+        return torch.cat([rms_norm(und, und_H, eps), rms_norm(gen, gen_H, eps)])
 
     wrong = dataclasses.replace(TORCH, qk_norm_rope=qk_norm_rope)
     patch.setattr("megabagel.inference.build.choose_kernels", lambda config: wrong)

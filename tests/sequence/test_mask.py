@@ -86,5 +86,5 @@ def test_codes_are_positions_of_public_keys_and_private_numbers_of_noised_ones(p
     numbers = code[hidden] - PRIVATE
     groups = {(place.sample, place.split) for place in places_of(tokens) if place.mode is Mode.NOISE}
     assert set(numbers.tolist()) == set(range(len(groups)))
-    for array in (pack.codes.key_code, pack.codes.a0, pack.codes.a1, pack.codes.b0, pack.codes.b1):
+    for array in (pack.codes.key_code, *pack.codes.of_queries):
         assert array.dtype == np.int32

@@ -73,8 +73,8 @@ def rope_interleaved(patch: Patch) -> None:
         even, odd = x_TNH[..., 0::2], x_TNH[..., 1::2]
         return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
 
-    for module in ("model.kernels", "parity.prim_case"):
-        patch.setattr(f"megabagel.{module}.apply_rope", apply_rope)
+    for module in ("megabagel_kernels.qk_norm_rope.torch", "megabagel.parity.prim_case"):
+        patch.setattr(f"{module}.apply_rope", apply_rope)
 
 
 def shift_ignored(patch: Patch) -> None:

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import torch
-from megabagel_kernels.attention.mask import AttentionCodes
+from megabagel_kernels.attention.mask import AttentionRanges
 
 from megabagel.data.decode import DecodeEngine, Request
 from megabagel.data.decode.host import HostEngine
@@ -104,6 +104,6 @@ ENGINE: DecodeEngine = Stumbling(b"", "fail")
 """Stumbling is an engine: for the type checker."""
 
 
-def plan_codes(codes: AttentionCodes, head_dim: int) -> tuple[AttentionCodes, int]:
+def plan_codes(codes: AttentionRanges, head_dim: int) -> tuple[AttentionRanges, int]:
     """An attention plan that shows what it was made of."""
     return codes, head_dim

@@ -50,7 +50,7 @@ def compare(setting: Setting, report: Report, name: str, make_pack: Callable[[],
         report.measure("attention", name, "attention", dict)  # notes that it is skipped
         return
     rows = rows_of(make_pack())
-    qkv = numbers(setting, rows.codes.queries, heads)
+    qkv = numbers(setting, rows.ranges.queries, heads)
     work = partial(measure, setting, report, rows, qkv, ours)
     mine = report.measure("attention", f"{name}: ours", "attention", work)
     for rival, make in RIVALS.items():

@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from megabagel_kernels.attention.configs import configs_here
-from megabagel_kernels.attention.mask import AttentionCodes, dense_mask
+from megabagel_kernels.attention.mask import AttentionRanges, dense_mask
 from megabagel_kernels.attention.reference import attention_reference
-from megabagel_kernels.attention.triton_engine import TritonPlan, plan_triton, triton_attention_lse
+from megabagel_kernels.attention.triton import TritonPlan, plan_triton, triton_attention_lse
 from torch import Tensor
 
-from gpu_suite_parts.guards import guarded, guarded_outputs
 from gpu_suite_parts.packs import TIMED, fill, rows_of, tiny
 from gpu_suite_parts.report import Report, Result
 from gpu_suite_parts.setting import Setting
+from tests.kernels.attention.cases import plain_attention
+from tests.kernels.guards import guarded, guarded_outputs
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 HEADS = ((28, 4), (12, 2), (7, 1))
@@ -68,25 +69,25 @@ def check(setting: Setting, case: Case) -> Result:
     """Errors of out, lse and gradients relative to fp64, their bounds, and whether a second run gave the same bits."""
     kinds = setting.pick(list(TIMED.values()), [tiny])
     pack = fill(kinds[case.number % len(kinds)], setting.pick(6000, 120))
-    codes = rows_of(pack).codes.padded(BLIND)
-    seen_T = torch.from_numpy(dense_mask(codes).any(1)).to(setting.device)
-    qkv, grads = draw(setting, case, codes)
+    ranges = rows_of(pack).ranges.padded(BLIND)
+    seen_T = torch.from_numpy(dense_mask(ranges).any(1)).to(setting.device)
+    qkv, grads = draw(setting, case, ranges)
     configs = replace(configs_here(case.dtype, case.head_dim), split_below=10**6 if case.split else 0)
-    plan = plan_triton(codes, configs).to(setting.device)
+    plan = plan_triton(ranges, configs).to(setting.device)
     with guarded_outputs():
         found, again = (by_kernel(qkv, grads, seen_T, plan) for _ in range(2))
     repeats = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     blind_right = torch.equal(found[1].isneginf(), ~seen_T.expand_as(found[1]))
-    errors, bounds = compare(found, qkv, grads, codes, seen_T)
+    errors, bounds = compare(found, qkv, grads, ranges, seen_T)
     right = repeats and blind_right and all(errors[name] <= bounds[name] for name in NAMES)
     result: Result = {"right": right, "repeats": repeats, "nothing seen": blind_right}
     return result | {name: f"{errors[name]:.1e} <= {bounds[name]:.1e}" for name in NAMES}
 
 
-def draw(setting: Setting, case: Case, codes: AttentionCodes) -> tuple[list[Tensor], list[Tensor]]:
+def draw(setting: Setting, case: Case, ranges: AttentionRanges) -> tuple[list[Tensor], list[Tensor]]:
     """q [T, N, H], k and v [S, M, H] as slices of a fused projection between NaN; gradients of out and lse."""
     heads, kv_heads = case.heads
-    rows, width = codes.queries, (heads + 2 * kv_heads) * case.head_dim
+    rows, width = ranges.queries, (heads + 2 * kv_heads) * case.head_dim
     fused = guarded(setting.normal(rows, width, key=case.name, dtype=case.dtype))
     qkv = fused.unflatten(1, (-1, case.head_dim)).split([heads, kv_heads, kv_heads], 1)
     grad = setting.normal(rows, heads, case.head_dim, key=f"{case.name} out", dtype=case.dtype)
@@ -102,7 +103,7 @@ def by_kernel(qkv: list[Tensor], grads: list[Tensor], seen_T: Tensor, plan: Trit
 
 
 def compare(
-    found: list[Tensor], qkv: list[Tensor], grads: list[Tensor], codes: AttentionCodes, seen_T: Tensor
+    found: list[Tensor], qkv: list[Tensor], grads: list[Tensor], ranges: AttentionRanges, seen_T: Tensor
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(errors, bounds) by name; the bound of 16-bit types is twice the error of plain torch in that type.
 
@@ -116,8 +117,8 @@ def compare(
         mine = [found[0][:, of_q], found[1][of_q], found[2][:, of_q], found[3][:, of_kv], found[4][:, of_kv]]
         inputs = [qkv[0][:, of_q], qkv[1][:, of_kv], qkv[2][:, of_kv]]
         upstream = [grads[0][:, of_q], grads[1][of_q].masked_fill(~seen_T, 0)]
-        truth = dense([x.double() for x in inputs], upstream, codes, seen_T)
-        plain = mine if low == torch.float32 else dense(inputs, upstream, codes, seen_T)
+        truth = dense([x.double() for x in inputs], upstream, ranges, seen_T)
+        plain = mine if low == torch.float32 else dense(inputs, upstream, ranges, seen_T)
         for name, x, rounded, exact in zip(NAMES, mine, plain, truth, strict=True):
             x = x.masked_fill(~seen_T, 0) if name == "lse" else x
             wrong[name] += float((x.double() - exact).square().sum())
@@ -128,21 +129,12 @@ def compare(
     return errors, {name: max(2 * math.sqrt(plain_wrong[name] / norm[name]), FP32_BOUND) for name in NAMES}
 
 
-def dense(inputs: list[Tensor], upstream: list[Tensor], codes: AttentionCodes, seen_T: Tensor) -> list[Tensor]:
+def dense(inputs: list[Tensor], upstream: list[Tensor], ranges: AttentionRanges, seen_T: Tensor) -> list[Tensor]:
     """out, lse (0 where nothing is seen), dq, dk, dv with all scores in memory: the reference in fp64, else plain."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     if inputs[0].dtype == torch.float64:
-        out, lse = attention_reference(*leaves, codes)
+        out, lse = attention_reference(*leaves, ranges)
     else:
-        out, lse = plain(*leaves, codes)
+        out, lse = plain_attention(*leaves, ranges)
     found = torch.autograd.grad([out, lse], leaves, [x.to(y.dtype) for x, y in zip(upstream, (out, lse), strict=True)])
     return [out.detach(), lse.detach().masked_fill(~seen_T, 0), *found]
-
-
-def plain(q_TNH: Tensor, k_S1H: Tensor, v_S1H: Tensor, codes: AttentionCodes) -> tuple[Tensor, Tensor]:
-    """What one would write in torch with every tensor in the type of the inputs: the yardstick for rounding."""
-    hidden_TS = ~torch.from_numpy(dense_mask(codes)).to(q_TNH.device)
-    q_NTH, k_1HS, v_1SH = q_TNH.transpose(0, 1), k_S1H.permute(1, 2, 0), v_S1H.transpose(0, 1)
-    score_NTS = (q_NTH @ k_1HS * q_TNH.shape[2] ** -0.5).masked_fill(hidden_TS, -math.inf)
-    weight_NTS = score_NTS.softmax(2).masked_fill(hidden_TS, 0)
-    return (weight_NTS @ v_1SH).transpose(0, 1), score_NTS.logsumexp(2)

@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 from megabagel_kernels.attention.configs import INTERPRETER, Config, Configs, configs_here
-from megabagel_kernels.attention.triton_engine import plan_triton, triton_attention
+from megabagel_kernels.attention.triton import plan_triton, triton_attention
 from torch import Tensor
 
 from gpu_suite_parts.packs import fill, rows_of, t2i_1024, tiny
@@ -93,7 +93,7 @@ def call_of(
 ) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """Attention of 28/4 heads on text to image, and its arguments."""
     heads, kv_heads = setting.pick((28, 4), (2, 1))
-    plan = plan_triton(rows_of(fill(setting.pick(t2i_1024, tiny), tokens)).codes, configs).to(setting.device)
+    plan = plan_triton(rows_of(fill(setting.pick(t2i_1024, tiny), tokens)).ranges, configs).to(setting.device)
     qkv = [setting.normal(tokens, n, head_dim, key=f"timed {n}", dtype=dtype) for n in (heads, kv_heads, kv_heads)]
     return lambda q, k, v: triton_attention(q, k, v, plan), qkv
 

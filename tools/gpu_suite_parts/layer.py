@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from megabagel_kernels.attention.configs import configs_here
-from megabagel_kernels.attention.triton_engine import plan_triton, triton_attention
+from megabagel_kernels.attention.triton import plan_triton, triton_attention
 from torch import Tensor
 
 from gpu_suite_parts.packs import Rows, pack_of, rows_of
@@ -49,7 +49,7 @@ def measure(setting: Setting, report: Report, kernels: Kernels, tokens: int, und
     """Times of a layer in bf16, and how much of the peak its needed products reach."""
     config = setting.pick(SEVEN_B, TOY)
     rows = rows_of(pack_of(samples(setting.pick(64, 6), tokens, und, gen)))
-    layer, border = build(setting, config, kernels), rows.border
+    layer, num_und = build(setting, config, kernels), rows.num_und
     step, forward = steps(setting, config, layer, rows)
     with torch.no_grad():
         forward_ms = median_ms(setting, forward)
@@ -58,8 +58,8 @@ def measure(setting: Setting, report: Report, kernels: Kernels, tokens: int, und
         step()
         peak_gib = torch.cuda.max_memory_allocated() / 2**30
     step_ms = median_ms(setting, step)
-    total = rows.codes.queries
-    found: Result = {"und": border, "gen": total - border, "forward_ms": forward_ms, "step_ms": step_ms}
+    total = rows.ranges.queries
+    found: Result = {"und": num_und, "gen": total - num_und, "forward_ms": forward_ms, "step_ms": step_ms}
     if setting.toy:
         return found
     pairs = int(rows.pack.visible_S.sum())
@@ -104,10 +104,10 @@ def steps(
     setting: Setting, config: ModelConfig, layer: Layer, rows: Rows
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """(forward and backward to inputs and weights, forward alone)."""
-    plan = plan_triton(rows.codes, configs_here(torch.bfloat16, config.kv_channels)).to(setting.device)
+    plan = plan_triton(rows.ranges, configs_here(torch.bfloat16, config.kv_channels)).to(setting.device)
     position_S = torch.from_numpy(rows.pack.position_S[rows.token_S]).to(setting.device)
     rope = Rope(*rope_tables(position_S, config.kv_channels, config.rope_base))
-    counts = rows.border, rows.codes.queries - rows.border
+    counts = rows.num_und, rows.ranges.queries - rows.num_und
     hidden = [setting.normal(count, config.hidden, key="hidden").requires_grad_() for count in counts]
     grads = [setting.normal(count, config.hidden, key="upstream") for count in counts]
     leaves = [*hidden, *layer.parameters()]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from megabagel_kernels.attention.mask import AttentionCodes
+from megabagel_kernels.attention.mask import AttentionRanges
 
 from megabagel.sequence.items import Clip, Item, Latent, Text, Vit, item_tokens
 from megabagel.sequence.keys import SampleKey, generator
@@ -136,8 +136,8 @@ class Rows:
 
     pack: Pack
     token_S: npt.NDArray[np.int64]  # sequence index of each row
-    border: int  # und rows
-    codes: AttentionCodes
+    num_und: int  # und rows
+    ranges: AttentionRanges
 
 
 def rows_of(pack: Pack) -> Rows:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from megabagel_kernels.attention.configs import configs_here
-from megabagel_kernels.attention.flex_engine import BLOCK, plan_flex
+from megabagel_kernels.attention.flex import BLOCK, plan_flex
 from megabagel_kernels.attention.mask import dense_mask
 from megabagel_kernels.attention.schedule import classify, visited_pairs
-from megabagel_kernels.attention.triton_engine import plan_triton, triton_attention
+from megabagel_kernels.attention.triton import plan_triton, triton_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -50,20 +50,20 @@ def ours(setting: Setting, rows: Rows, heads: int, head_dim: int) -> Rival:
     """The Triton engine; its plan is made on the CPU by a loader worker."""
     configs = configs_here(torch.bfloat16, head_dim)
     start = time.perf_counter()
-    plan = plan_triton(rows.codes, configs)
+    plan = plan_triton(rows.ranges, configs)
     notes = {"plan_cpu_ms": 1e3 * (time.perf_counter() - start)}
     plan = plan.to(setting.device)
     size = configs.forward.rows, configs.forward.cols
-    visited = visited_pairs(classify(rows.codes, *size), *size)
+    visited = visited_pairs(classify(rows.ranges, *size), *size)
     return Rival(lambda q, k, v: triton_attention(q, k, v, plan), visited=visited, notes=notes)
 
 
 def flex_with_our_lists(setting: Setting, rows: Rows, heads: int, head_dim: int) -> Rival:
     """FlexAttention on the block lists of our schedule, compiled for these very shapes."""
     start = time.perf_counter()
-    plan = plan_flex(rows.codes).to(setting.device)
+    plan = plan_flex(rows.ranges).to(setting.device)
     notes = {"plan_cpu_ms": 1e3 * (time.perf_counter() - start)}
-    visited = visited_pairs(classify(rows.codes, BLOCK, BLOCK), BLOCK, BLOCK)
+    visited = visited_pairs(classify(rows.ranges, BLOCK, BLOCK), BLOCK, BLOCK)
     return Rival(_flex(setting, plan.mask), backward=not setting.toy, visited=visited, notes=notes)
 
 
@@ -77,7 +77,7 @@ def flex_as_bagel(setting: Setting, rows: Rows, heads: int, head_dim: int) -> Ri
 
     def make(of_heads: int | None) -> BlockMask:
         return create_block_mask(
-            _bagel_rule(*ids), 1, of_heads, rows.codes.queries, rows.codes.keys,
+            _bagel_rule(*ids), 1, of_heads, rows.ranges.queries, rows.ranges.keys,
             device=setting.device, BLOCK_SIZE=BLOCK, _compile=not setting.toy,
         )  # fmt: skip
 

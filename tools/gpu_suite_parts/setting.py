@@ -3,7 +3,6 @@
 import os
 import platform
 import subprocess
-import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -48,7 +47,6 @@ def prepare(toy: bool) -> Setting:
     if not toy:
         return Setting(False, torch.device("cuda"))
     assert os.environ.get("TRITON_INTERPRET") == "1", "Triton reads TRITON_INTERPRET when it is imported"
-    sys.path.insert(0, str(ROOT))
     from tests.kernels.triton import bf16_shim
 
     bf16_shim.install()

@@ -1,8 +1,9 @@
-"""Block sizes, warps and pipeline stages of the Triton attention kernels: a table, never a search at run time.
+"""Block sizes, warps and pipeline stages of the Triton attention kernels: a table, never autotuned at run time.
 
-A search would differ between ranks and runs. Every entry was compiled ahead of time for its architecture with its
-Triton version: the arithmetic runs on the tensor cores without serialised products, nothing spills inside a loop, and
-shared memory suffices for every head dim up to 128.
+Autotuning could choose differently on each rank and in each run, and with the block sizes the order of summation
+changes. Every entry was compiled ahead of time for its architecture with its Triton version (`tools/kernel_gate.py`):
+products run on the tensor cores without serialized wgmma, nothing spills inside a loop with matrix products, and shared
+memory suffices for every head dim up to 128.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ KERNELS = ("forward", "dq", "dkv")
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel runs."""
+    """Launch configuration of one kernel."""
 
     rows: int  # queries of a block
     cols: int  # keys of a block
@@ -25,23 +26,23 @@ class Config:
 
 @dataclass(frozen=True)
 class Configs:
-    """How the three kernels run."""
+    """Launch configurations of the three kernels."""
 
     forward: Config
     dq: Config
     dkv: Config
-    descriptors: bool  # tiles through host descriptors (TMA) instead of pointers
-    split_below: int  # dk and dv: one query head per program if there would be fewer programs than this
+    descriptors: bool  # tiles by host descriptors (TMA) instead of pointers
+    split_below: int  # dkv: one query head per program, not a group, if there would be fewer programs than this
 
     def numbers(self) -> list[int]:
-        """All fields as integers, for the signature of an operator; `of` is the way back."""
+        """All fields as integers, because operators of `torch.library` take no objects; `of` is the inverse."""
         configs = (self.forward, self.dq, self.dkv)
         numbers = [number for config in configs for number in (config.rows, config.cols, config.warps, config.stages)]
         return [*numbers, int(self.descriptors), self.split_below]
 
     @staticmethod
     def of(numbers: list[int]) -> "Configs":
-        """The configurations behind `numbers`."""
+        """Inverse of `numbers`."""
         forward, dq, dkv = (Config(*numbers[start : start + 4]) for start in (0, 4, 8))
         return Configs(forward, dq, dkv, bool(numbers[12]), numbers[13])
 
@@ -79,17 +80,17 @@ PADDED = {
 """Forward, dq and dkv per architecture for head dims that are padded to a tile: always pointers, all versions alike."""
 
 SPLIT_BELOW = 528
-"""Four programs for each of 132 processors; with fewer, the last ones to finish leave most of the chip idle."""
+"""Four programs for each of an H100's 132 SMs; with fewer, the last programs run while most of the chip is idle."""
 
 FP32 = Configs(Config(32, 32, 16, 1), Config(32, 32, 16, 1), Config(32, 32, 16, 1), False, SPLIT_BELOW)
-"""fp32 has no tensor cores at full precision: small blocks on every architecture. Meant for checks."""
+"""fp32 has no tensor cores at full precision: small blocks on every architecture. For checks, not for speed."""
 
 INTERPRETER = Configs(Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1), False, 0)
-"""For Triton's CPU interpreter, whose time goes by the number of blocks."""
+"""For Triton's CPU interpreter, whose time grows with the number of blocks."""
 
 
 HEAD_DIMS = range(8, 129, 8)
-"""Channels of a head that the kernels take."""
+"""Head dims that the kernels take."""
 
 
 def tile_width(head_dim: int) -> int:
@@ -100,7 +101,7 @@ def tile_width(head_dim: int) -> int:
 def configs_for(triton_version: str, arch: int, dtype: torch.dtype, head_dim: int) -> Configs:
     """The configurations for a Triton version such as 3.7.1 and an architecture such as 90 (compute capability 9.0).
 
-    Raises ValueError for a version or an architecture that the table does not hold.
+    Raises ValueError for a version or an architecture that is not in the table.
     """
     minor = ".".join(triton_version.split(".")[:2])
     if (minor, arch, "forward") not in TABLE:
@@ -127,14 +128,14 @@ def configs_here(dtype: torch.dtype, head_dim: int) -> Configs:
     return configs_for(triton.__version__, 10 * major + minor, dtype, head_dim)
 
 
-def lacking_head(head_dim: int) -> str:
-    """Why the attention kernels cannot run heads of `head_dim` channels; empty if they can."""
+def why_unavailable_head_dim(head_dim: int) -> str:
+    """Why the attention kernels cannot run this head dim; empty if they can."""
     if head_dim in HEAD_DIMS:
         return ""
     return f"head dim {head_dim}, the kernels take multiples of {HEAD_DIMS.step} from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}"
 
 
-def lacking_here(dtype: torch.dtype, head_dim: int) -> str:
+def why_unavailable_here(dtype: torch.dtype, head_dim: int) -> str:
     """Why the kernels cannot run in this process; empty if they can."""
     if find_spec("triton") is None:
         return "Triton is not installed"

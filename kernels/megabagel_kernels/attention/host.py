@@ -1,11 +1,13 @@
-"""The CPU engine: exact attention as a few dozen flash-attention calls per pack, one per tile of the mask.
+"""Attention on a CPU: a few dozen calls of torch's flash-attention kernel per pack, one per tile of the mask.
 
-The plan is made once per batch. Each layer then gathers queries, keys and values into the plan's order once
-(unless they lie in it), calls torch's CPU flash kernel on slices of them (grouped queries share K and V inside it), and
-gathers the outputs back. Backward loops over the same tiles and adds the gradients of keys and values into their
-slices: autograd through slices would fill a whole-size tensor for each.
+The plan is made once per batch. Each layer gathers queries, keys and values into the plan's order (unless they are in
+it already), calls torch's CPU flash kernel on slices of them (it handles grouped queries), and gathers the outputs
+back. Dense attention with a mask would compute all T x S pairs, of which packs have 6 to 12 percent (docs/kernels.md).
 
-Letters: T queries, S keys, N query heads, M key/value heads, H head dim, R rows and K keys of a tile, B its batch.
+Backward loops over the same tiles and adds the gradients of keys and values into their slices. Autograd through slices
+would instead fill a tensor of full size for each tile and add them up.
+
+Letters: T queries, S keys, t and s those of a tile, B its batch; N query heads, M key/value heads, H head dim.
 """
 
 import math
@@ -17,21 +19,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megabagel_kernels.attention.mask import AttentionCodes, check
+from megabagel_kernels.attention.mask import AttentionRanges, check
 from megabagel_kernels.attention.tiling import cut_into_tiles
 
-# What scaled_dot_product_attention calls on a CPU; called directly because only here is the logsumexp to be had.
+# Private operators of torch: scaled_dot_product_attention calls them on a CPU, but does not return the logsumexp.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """Some tokens of a pack in the plan's order, and the way back."""
+    """A permutation of some tokens of a pack into the plan's order, and its inverse."""
 
-    there: Tensor  # int64: token of each place
+    there: Tensor  # int64: token at each place
     back: Tensor  # int64: place of each token; one past the last place for tokens left out
-    in_place: bool  # token p is at place p, and those left out are the last ones
+    in_place: bool  # token p is at place p and the tokens left out are the last ones: nothing to gather
 
     @staticmethod
     def of(there: Tensor, total: int) -> "Order":
@@ -42,12 +44,12 @@ class Order:
         return Order(there, back, torch.equal(there, places))
 
     def gather(self, x_TNH: Tensor) -> Tensor:
-        """The tokens in this order, in the dtype of the arithmetic."""
+        """The tokens in this order, at least in fp32, in which attention is computed."""
         x_TNH = x_TNH[: len(self.there)].contiguous() if self.in_place else x_TNH.index_select(0, self.there)
         return x_TNH.to(torch.promote_types(x_TNH.dtype, torch.float32))
 
     def spread(self, parts: Iterable[Tensor], like: Tensor) -> Tensor:
-        """The way back from consecutive parts of an ordered tensor such as `like`; zeros for tokens left out."""
+        """Inverse of `gather`, from consecutive parts of an ordered tensor like `like`; zeros for tokens left out."""
         left_out = len(self.back) - len(self.there) if self.in_place else 1
         whole = torch.cat([*parts, like.new_zeros(left_out, *like.shape[1:])])
         return whole if self.in_place else whole.index_select(0, self.back)
@@ -55,38 +57,38 @@ class Order:
 
 @dataclass(frozen=True, eq=False)
 class HostTile:
-    """One call: the next `rows` queries on slices of the ordered keys, with a bias of 0 or -inf (see `tiling.Tile`)."""
+    """One call: the next `rows` queries on slices of the ordered keys, with a bias of 0 or -inf (`tiling.Tile`)."""
 
     rows: int
     batch: int
     keys: tuple[slice, ...]
     common: int
-    bias_RK: Tensor | None
+    bias_ts: Tensor | None
 
-    def heads_first(self, x_RNH: Tensor) -> Tensor:
-        """[B R, N, H] -> [B, N, R, H], the layout of torch's attention calls; a view."""
-        return x_RNH.unflatten(0, (self.batch, len(x_RNH) // self.batch)).transpose(1, 2)
+    def heads_first(self, x_tNH: Tensor) -> Tensor:
+        """[B t, N, H] -> [B, N, t, H], the layout of torch's attention calls; a view."""
+        return x_tNH.unflatten(0, (self.batch, len(x_tNH) // self.batch)).transpose(1, 2)
 
     def pick(self, x_SMH: Tensor) -> Tensor:
-        """[B, M, K, H]: the tile's part of ordered keys or values; a view if it is one slice."""
+        """[B, M, s, H]: the tile's part of ordered keys or values; a view if it is one slice."""
         parts = [x_SMH[part] for part in self.keys]
         return self.heads_first(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def add(self, x_BMKH: Tensor, into_SMH: Tensor) -> None:
+    def add(self, x_BMsH: Tensor, into_SMH: Tensor) -> None:
         """Add gradients of the tile's keys to those of all ordered keys."""
         sizes = [part.stop - part.start for part in self.keys]
-        for part, piece in zip(self.keys, _tokens_first(x_BMKH).split(sizes), strict=True):
+        for part, piece in zip(self.keys, _tokens_first(x_BMsH).split(sizes), strict=True):
             into_SMH[part].add_(piece)
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """The additive mask [R, K] that the flash call takes."""
-        if self.bias_RK is None:
+        """The additive mask [t, s] of the flash call; None if all pairs are visible."""
+        if self.bias_ts is None:
             return None
         if self.common == 0:
-            return self.bias_RK.to(dtype)
-        mask_RK = torch.zeros(self.rows, self.common + self.bias_RK.shape[1], dtype=dtype)
-        mask_RK[:, self.common :] = self.bias_RK
-        return mask_RK
+            return self.bias_ts.to(dtype)
+        mask_ts = torch.zeros(self.rows, self.common + self.bias_ts.shape[1], dtype=dtype)
+        mask_ts[:, self.common :] = self.bias_ts
+        return mask_ts
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,29 +101,39 @@ class HostPlan:
     rows: tuple[int, ...]  # queries of each tile
 
 
-def plan_host(codes: AttentionCodes) -> HostPlan:
-    """Plan the calls for a mask. Raises ValueError on codes that `mask.check` refuses."""
-    check(codes)
-    tiling = cut_into_tiles(codes)
+def plan_host(ranges: AttentionRanges) -> HostPlan:
+    """Plan the calls for a mask. Raises ValueError for a mask that `mask.check` refuses."""
+    check(ranges)
+    tiling = cut_into_tiles(ranges)
     tiles = []
     for tile in tiling.tiles:
-        bias_RK = None
-        if tile.hidden_RK is not None:
-            bias_RK = torch.zeros(tile.hidden_RK.shape).masked_fill_(torch.from_numpy(tile.hidden_RK), -math.inf)
-        tiles.append(HostTile(tile.stop - tile.start, tile.batch, tile.keys, tile.common, bias_RK))
+        bias_ts = None
+        if tile.hidden_ts is not None:
+            bias_ts = torch.zeros(tile.hidden_ts.shape).masked_fill_(torch.from_numpy(tile.hidden_ts), -math.inf)
+        tiles.append(HostTile(tile.stop - tile.start, tile.batch, tile.keys, tile.common, bias_ts))
     return HostPlan(
-        Order.of(torch.from_numpy(tiling.rows), codes.queries),
-        Order.of(torch.from_numpy(tiling.keys), codes.keys),
+        Order.of(torch.from_numpy(tiling.rows), ranges.queries),
+        Order.of(torch.from_numpy(tiling.keys), ranges.keys),
         tuple(tiles),
         tuple(tile.rows for tile in tiles),
     )
 
 
 def host_attention(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: HostPlan, scale: float | None = None) -> Tensor:
-    """Attention under the plan's mask, [T, N, H] in the dtype of the inputs; 0 for queries that see nothing.
+    """Attention under the plan's mask, computed in fp32 (fp64 for fp64). The same inputs give the same bits.
 
-    Computes in fp32 (fp64 for fp64 inputs). `scale` defaults to 1 / sqrt(H). The same inputs give the same bits.
-    Raises ValueError if shapes or dtypes do not fit each other or the plan.
+    Args:
+        q_TNH: [T, N, H] queries on the CPU.
+        k_SMH: [S, M, H] keys; M divides N.
+        v_SMH: [S, M, H] values.
+        plan: of a mask with T queries and S keys.
+        scale: of the scores; default 1 / sqrt(H).
+
+    Returns:
+        [T, N, H] in the dtype of the inputs, 0 for queries that see nothing.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit each other or the plan.
     """
     return host_attention_lse(q_TNH, k_SMH, v_SMH, plan, scale)[0]
 
@@ -129,7 +141,7 @@ def host_attention(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: HostPlan, 
 def host_attention_lse(
     q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: HostPlan, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `host_attention`, and the natural-log sum of exponentials [N, T]: -inf if nothing is seen, no gradient."""
+    """`host_attention`, and the natural-log sum of exponentials [N, T], without gradient: -inf if nothing is seen."""
     _check(q_TNH, k_SMH, v_SMH, plan)
     return _HostAttention.apply(q_TNH, k_SMH, v_SMH, plan, q_TNH.shape[2] ** -0.5 if scale is None else scale)
 
@@ -154,8 +166,8 @@ class _HostAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         q, k, v = plan.queries.gather(q_TNH), plan.keys.gather(k_SMH), plan.keys.gather(v_SMH)
         outs, lses = [], []
-        for tile, q_RNH in zip(plan.tiles, q.split(plan.rows), strict=True):
-            qkv = tile.heads_first(q_RNH), tile.pick(k), tile.pick(v)
+        for tile, q_tNH in zip(plan.tiles, q.split(plan.rows), strict=True):
+            qkv = tile.heads_first(q_tNH), tile.pick(k), tile.pick(v)
             out, lse = _flash(*qkv, attn_mask=tile.mask(q.dtype), scale=scale)
             outs.append(out)
             lses.append(lse)
@@ -175,8 +187,8 @@ class _HostAttention(torch.autograd.Function):
         grad = plan.queries.gather(grad_TNH)
         dqs, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
         calls = zip(plan.tiles, grad.split(plan.rows), q.split(plan.rows), outs, lses, strict=True)
-        for tile, grad_RNH, q_RNH, out, lse in calls:
-            inputs = tile.heads_first(grad_RNH), tile.heads_first(q_RNH), tile.pick(k), tile.pick(v), out, lse
+        for tile, grad_tNH, q_tNH, out, lse in calls:
+            inputs = tile.heads_first(grad_tNH), tile.heads_first(q_tNH), tile.pick(k), tile.pick(v), out, lse
             mask = tile.mask(q.dtype)
             dq_tile, dk_tile, dv_tile = _flash_backward(*inputs, 0.0, False, attn_mask=mask, scale=ctx.scale)
             dqs.append(_tokens_first(dq_tile))
@@ -186,6 +198,6 @@ class _HostAttention(torch.autograd.Function):
         return *(x.to(ctx.dtype) for x in grads), None, None
 
 
-def _tokens_first(x_BNRH: Tensor) -> Tensor:
-    """[B, N, R, H] -> [B R, N, H], the inverse of `HostTile.heads_first`."""
-    return x_BNRH.transpose(1, 2).flatten(0, 1)
+def _tokens_first(x_BNtH: Tensor) -> Tensor:
+    """[B, N, t, H] -> [B t, N, H], the inverse of `HostTile.heads_first`."""
+    return x_BNtH.transpose(1, 2).flatten(0, 1)

@@ -1,21 +1,26 @@
-"""The mask as plain integers: one code per key, two half-open code intervals per query.
+"""BAGEL's attention mask as integers: a code per key, two half-open ranges of codes per query.
 
-A public key (text, clean images) carries its sequence position. A private key (an image being noised) carries
-`PRIVATE + group`, with group ids unique in the pack. Padding carries -1. Query i sees key j iff
+A query sees a key if and only if the key's code lies in one of the query's two ranges:
 
-    a0[i] <= key_code[j] < a1[i]   or   b0[i] <= key_code[j] < b1[i]
+    public_start <= key_code < public_stop   or   private_start <= key_code < private_stop
 
-where A ranges over public and B over private codes:
+Public keys (text, clean images) have their position in the sequence as code. Private keys (noised images) have
+`PRIVATE` + a number of their image or group of images, unique in the pack; padding has `PADDING`. The ranges of a query
+depend on its segment, the run of tokens of one text or image (`split_lens` in the official code):
 
-    split of query i                          A                              B
-    causal (text)                             [sample start, i + 1)          empty
-    full (ViT, clean latents)                 [sample start, split end)      empty
-    noise, group g                            [sample start, split start)    [PRIVATE + g, PRIVATE + g + 1)
-    noise, in a chain that began at group f   [sample start, split start)    [PRIVATE + f, PRIVATE + g + 1)
-    padding                                   empty                          empty
+    segment of the query                       public range                       private range
+    causal (text)                              [sample start, own position + 1)   empty
+    full (ViT image, clean latents)            [sample start, segment end)        empty
+    noise, group g                             [sample start, segment start)      [PRIVATE + g, PRIVATE + g + 1)
+    noise, in a chain that begins at group f   [sample start, segment start)      [PRIVATE + f, PRIVATE + g + 1)
+    padding                                    empty                              empty
 
-An interval is empty when both ends are equal. The codes carry the sequence order, so tokens may lie in any order, and
-queries and keys may be any subset of the pack (a context-parallel rank, a KV cache): 20 bytes per token, no dense mask.
+A range with equal ends is empty. A chain is diffusion forcing: a later group also sees the groups of its chain before.
+The idea of a mask as ranges is MagiAttention's (AttnRanges), there in units of slices and here per token.
+
+Because codes carry the sequence order, tokens may be stored in any order, and queries and keys may be any subset of a
+pack: the [und | gen] layout, a context-parallel rank and a KV cache need no code of their own. The mask takes 20 bytes
+per token; no T x S matrix is made.
 
 Letters: T queries, S keys.
 """
@@ -26,88 +31,97 @@ import numpy as np
 import numpy.typing as npt
 
 PRIVATE = 2**30
-"""First private code. Sequence positions of public keys stay below it."""
+"""First private code. Sequence positions, the codes of public keys, stay below it."""
 
 PADDING = -1
 """Code of a key that no query sees."""
 
 Codes = npt.NDArray[np.int32]
 
+RANGES = ("public_start", "public_stop", "private_start", "private_stop")
+"""Names of the per-query arrays, in the order of the fields of `AttentionRanges`."""
+
 
 @dataclass(frozen=True, eq=False)
-class AttentionCodes:
-    """Who sees whom in one pack (or part of one); see the top of this file for the rule."""
+class AttentionRanges:
+    """The mask between T queries and S keys; the rule is at the top of this file."""
 
     key_code: Codes  # [S]
-    a0: Codes  # [T] public keys from here ...
-    a1: Codes  # [T] ... to here, exclusive
-    b0: Codes  # [T] private keys from here ...
-    b1: Codes  # [T] ... to here, exclusive
+    public_start: Codes  # [T]
+    public_stop: Codes  # [T] exclusive
+    private_start: Codes  # [T]
+    private_stop: Codes  # [T] exclusive
 
     @property
     def queries(self) -> int:
         """Number of queries T."""
-        return len(self.a0)
+        return len(self.public_start)
 
     @property
     def keys(self) -> int:
         """Number of keys S."""
         return len(self.key_code)
 
-    def padded(self, count: int) -> "AttentionCodes":
-        """The same mask with `count` more tokens at the end that neither see nor are seen."""
-        blind = np.zeros(count, np.int32)
-        intervals = (np.concatenate([bound, blind]) for bound in (self.a0, self.a1, self.b0, self.b1))
-        return AttentionCodes(np.concatenate([self.key_code, np.full(count, PADDING, np.int32)]), *intervals)
+    @property
+    def of_queries(self) -> tuple[Codes, Codes, Codes, Codes]:
+        """(public_start, public_stop, private_start, private_stop)."""
+        return self.public_start, self.public_stop, self.private_start, self.private_stop
 
-    def take(self, queries: npt.ArrayLike | None = None, keys: npt.ArrayLike | None = None) -> "AttentionCodes":
+    def padded(self, count: int) -> "AttentionRanges":
+        """The same mask with `count` more tokens at the end that see nothing and that nothing sees."""
+        empty = np.zeros(count, np.int32)
+        ranges = (np.concatenate([bound, empty]) for bound in self.of_queries)
+        return AttentionRanges(np.concatenate([self.key_code, np.full(count, PADDING, np.int32)]), *ranges)
+
+    def take(self, queries: npt.ArrayLike | None = None, keys: npt.ArrayLike | None = None) -> "AttentionRanges":
         """The same mask for chosen (or reordered) queries and keys, given by index; None keeps all of them."""
         q = slice(None) if queries is None else np.asarray(queries, dtype=np.int64)
         k = slice(None) if keys is None else np.asarray(keys, dtype=np.int64)
-        return AttentionCodes(self.key_code[k], self.a0[q], self.a1[q], self.b0[q], self.b1[q])
+        return AttentionRanges(self.key_code[k], *(bound[q] for bound in self.of_queries))
 
 
-def check(codes: AttentionCodes) -> None:
-    """Raise ValueError unless the arrays are int32 vectors of equal length with intervals in their own code range."""
-    arrays = {name: getattr(codes, name) for name in ("key_code", "a0", "a1", "b0", "b1")}
+def check(ranges: AttentionRanges) -> None:
+    """Raise ValueError unless the arrays are int32 vectors of equal length and ranges stay among their own codes."""
+    arrays = {name: getattr(ranges, name) for name in ("key_code", *RANGES)}
     for name, array in arrays.items():
         if array.dtype != np.int32 or array.ndim != 1:
             raise ValueError(f"{name}: expected a vector of int32, found {array.dtype} with shape {array.shape}")
-        if name != "key_code" and len(array) != codes.queries:
-            raise ValueError(f"{name}: expected one entry per query ({codes.queries}, as a0), found {len(array)}")
-    _check_rows("key_code", codes.key_code >= PADDING, f"codes are {PADDING} (padding) or more", arrays)
-    _check_rows("a0, a1", (codes.a0 >= 0) & (codes.a0 <= codes.a1), "0 <= a0 <= a1", arrays)
-    _check_rows("a1", codes.a1 <= PRIVATE, f"public codes lie below {PRIVATE}", arrays)
-    _check_rows("b0, b1", codes.b0 <= codes.b1, "b0 <= b1", arrays)
-    _check_rows("b0, b1", (codes.b0 == codes.b1) | (codes.b0 >= PRIVATE), f"private codes start at {PRIVATE}", arrays)
+        if name != "key_code" and len(array) != ranges.queries:
+            raise ValueError(
+                f"{name}: expected one entry per query ({ranges.queries}, as public_start), found {len(array)}"
+            )
+    key_code, (start, stop, private_start, private_stop) = ranges.key_code, ranges.of_queries
+    public, private = ("public_start", "public_stop"), ("private_start", "private_stop")
+    empty = private_start == private_stop
+    _check_all(arrays, ("key_code",), key_code >= PADDING, f"codes are {PADDING} (padding) or more")
+    _check_all(arrays, public, (start >= 0) & (start <= stop), "0 <= public_start <= public_stop")
+    _check_all(arrays, public[1:], stop <= PRIVATE, f"public codes are below {PRIVATE}")
+    _check_all(arrays, private, private_start <= private_stop, "private_start <= private_stop")
+    _check_all(arrays, private, empty | (private_start >= PRIVATE), f"private codes start at {PRIVATE}")
 
 
-def _check_rows(names: str, good: npt.NDArray[np.bool_], rule: str, arrays: dict[str, Codes]) -> None:
+def _check_all(arrays: dict[str, Codes], names: tuple[str, ...], good: npt.NDArray[np.bool_], rule: str) -> None:
     if good.all():
         return
     at = int(np.argmin(good))
-    found = ", ".join(f"{name}[{at}] = {arrays[name][at]}" for name in names.split(", "))
+    found = ", ".join(f"{name}[{at}] = {arrays[name][at]}" for name in names)
     raise ValueError(f"{found}: expected {rule}")
 
 
-def dense_mask(codes: AttentionCodes) -> npt.NDArray[np.bool_]:
-    """The mask as bool [T, S]; for tests and tiny references only."""
-    code = codes.key_code[None, :]
-    in_a = (codes.a0[:, None] <= code) & (code < codes.a1[:, None])
-    in_b = (codes.b0[:, None] <= code) & (code < codes.b1[:, None])
-    return in_a | in_b
+def dense_mask(ranges: AttentionRanges) -> npt.NDArray[np.bool_]:
+    """The mask as bool [T, S]; for tests and small references only."""
+    code = ranges.key_code[None, :]
+    start, stop, private_start, private_stop = (bound[:, None] for bound in ranges.of_queries)
+    return ((start <= code) & (code < stop)) | ((private_start <= code) & (code < private_stop))
 
 
-def visible_per_query(codes: AttentionCodes) -> npt.NDArray[np.int64]:
+def visible_per_query(ranges: AttentionRanges) -> npt.NDArray[np.int64]:
     """Number of keys that each query sees, int64 [T], in O((S + T) log S)."""
-    ordered = np.sort(codes.key_code)
-
-    def count(start: Codes, stop: Codes) -> npt.NDArray[np.int64]:
-        return np.searchsorted(ordered, stop) - np.searchsorted(ordered, start)
-
-    return count(codes.a0, codes.a1) + count(codes.b0, codes.b1)
+    ordered = np.sort(ranges.key_code)
+    start, stop, private_start, private_stop = (np.searchsorted(ordered, bound) for bound in ranges.of_queries)
+    return stop - start + private_stop - private_start
 
 
-def visible_pairs(codes: AttentionCodes) -> int:
-    """Exact number of (query, key) pairs that attention computes: the area behind FLOP counts and load balance."""
-    return int(visible_per_query(codes).sum())
+def visible_pairs(ranges: AttentionRanges) -> int:
+    """Exact number of visible (query, key) pairs, on which FLOP counts and load balance rest."""
+    return int(visible_per_query(ranges).sum())

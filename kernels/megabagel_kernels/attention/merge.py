@@ -1,4 +1,4 @@
-"""Attention over a set of keys from attention over its parts.
+"""Attention over a set of keys from attention over its parts (ring attention, split-KV decoding).
 
 Letters: T queries, N heads, H head dim.
 """
@@ -11,16 +11,17 @@ from torch import Tensor
 
 
 def merge(outs_TNH: Sequence[Tensor], lses_NT: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(out, lse) over all keys from the (out, lse) of disjoint sets of keys, each part normalised on its own.
+    """(out, lse) over all keys from the (out, lse) of disjoint sets of keys, each normalized over its own keys.
 
-    out = sum_p exp(lse_p - lse) out_p with lse = log sum_p exp(lse_p), computed in the dtype of lse. A query that no
-    part sees keeps out 0 and lse -inf. Differentiable.
+    out = sum_p exp(lse_p - lse) out_p with lse = log sum_p exp(lse_p), computed in the dtype of lse. A query that sees
+    no key of any part gets out 0 and lse -inf. Differentiable.
     """
-    lse_PNT = torch.stack(list(lses_NT))
-    blind_NT = (lse_PNT == -math.inf).all(0)
-    peak_NT = lse_PNT.amax(0).masked_fill(blind_NT, 0).detach()
-    weight_PNT = (lse_PNT - peak_NT).exp()
-    total_NT = weight_PNT.sum(0).masked_fill(blind_NT, 1)
-    share_PTN = (weight_PNT / total_NT).transpose(1, 2)
-    out_TNH = (share_PTN[..., None] * torch.stack(list(outs_TNH))).sum(0)
+    lses = torch.stack(list(lses_NT))  # [parts, N, T]
+    blind_NT = (lses == -math.inf).all(0)
+    # Without the masks, -inf minus -inf would be NaN for queries that see nothing.
+    peak_NT = lses.amax(0).masked_fill(blind_NT, 0).detach()
+    weights = (lses - peak_NT).exp()
+    total_NT = weights.sum(0).masked_fill(blind_NT, 1)
+    shares = (weights / total_NT).transpose(1, 2)  # [parts, T, N]
+    out_TNH = (shares[..., None] * torch.stack(list(outs_TNH))).sum(0)
     return out_TNH, (peak_NT + total_NT.log()).masked_fill(blind_NT, -math.inf)

@@ -1,13 +1,14 @@
-"""Which blocks of the score matrix a kernel has to visit, and which of them need no mask.
+"""Which blocks of the score matrix a kernel visits, and which of them need no mask (FlexAttention's BlockMask).
 
-The score matrix of T queries and S keys is cut into blocks of `rows` x `cols`. A block without a visible pair is absent
-from the lists, a block with only visible pairs is full, any other block is partial. The classes are exact, yet no T x S
-matrix is made: queries and keys are cut into *pieces* (at block borders, and where their description stops being
-constant or counting up by one), and whether any or all pairs of two pieces are visible is a comparison of intervals.
+The score matrix of T queries and S keys is cut into blocks of `rows` x `cols`. A block without a visible pair is empty
+and absent from the lists, a block of visible pairs only is full, any other block is partial and needs the mask.
 
-Tokens may lie in any order; the more neighbours differ, the more pieces, up to one per token.
+The classes are exact, although no T x S matrix is made (FlexAttention's `create_block_mask` evaluates the mask for
+every pair; measured in docs/kernels.md). Queries and keys are cut into *pieces*: runs of tokens within a block whose
+ranges or codes are constant or count up by one. Whether any or all pairs of two pieces are visible is then a comparison
+of a few integers. Tokens may be in any order; the more neighbours differ, the more pieces, up to one per token.
 
-Letters: T queries, S keys, P pieces of queries, R pieces of keys, B blocks of queries, C blocks of keys.
+Letters: T queries, S keys. Shapes in words: [query blocks, key blocks], [query pieces], [key pieces].
 """
 
 from collections.abc import Iterator
@@ -16,15 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megabagel_kernels.attention.mask import PRIVATE, AttentionCodes
+from megabagel_kernels.attention.mask import PRIVATE, AttentionRanges
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 PARTIAL_COST = 1.3
-"""Time of a partial block, in full blocks; only the processing order depends on it."""
+"""Time of a partial block in full blocks, an estimate; only the order of processing depends on it."""
 
 PAIRS_AT_ONCE = 2**22
-"""Pairs of pieces compared in one step: bounds the memory for tokens in random order."""
+"""Pairs of pieces that are compared at once: bounds the memory for tokens in random order."""
 
 Index = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -34,20 +35,20 @@ Kinds = npt.NDArray[np.int8]
 
 @dataclass(frozen=True, eq=False)
 class BlockLists:
-    """What each block of one side visits on the other side.
+    """For each block of one side (queries or keys), the blocks of the other side that it visits.
 
-    `work[i] = (block, full_start, full_stop, partial_start, partial_stop)`, heaviest block first: `block` visits the
-    full blocks `blocks[full_start:full_stop]` and the partial blocks `blocks[partial_start:partial_stop]`. Every block
-    has a row, also one that visits nothing. `blocks` ends with an entry that belongs to no list, because kernels read
-    one entry ahead.
+    `work[i] = (block, full_start, full_stop, partial_start, partial_stop)`: `block` visits the full blocks
+    `blocks[full_start:full_stop]` and the partial blocks `blocks[partial_start:partial_stop]`. Rows of `work` are
+    sorted heaviest block first, so that the last programs of a launch are short. A block that visits nothing has a row
+    too: its output has to be written. `blocks` ends with one unused entry, because kernels read one entry ahead.
     """
 
-    work: Int32  # [B, 5]
+    work: Int32  # [blocks, 5]
     blocks: Int32  # [visited + 1]
 
     @staticmethod
     def of(kinds: Kinds) -> "BlockLists":
-        """Lists of the rows of [B, C] kinds; of the columns for the transposed matrix."""
+        """Lists of the rows of a matrix of kinds; pass the transposed matrix for those of its columns."""
         full, partial = kinds == FULL, kinds == PARTIAL
         _, blocks = np.nonzero(np.concatenate([full, partial], axis=1))
         full_count, partial_count = full.sum(1), partial.sum(1)
@@ -60,65 +61,67 @@ class BlockLists:
         return BlockLists(work[heaviest_first].astype(np.int32), padded.astype(np.int32))
 
 
-def classify(codes: AttentionCodes, rows: int, cols: int) -> Kinds:
+def classify(ranges: AttentionRanges, rows: int, cols: int) -> Kinds:
     """EMPTY, PARTIAL or FULL for each block of `rows` queries x `cols` keys: int8 [ceil(T / rows), ceil(S / cols)].
 
-    A last block that is cut short by T or S is never FULL: the kernel needs the mask to leave out what lies beyond.
+    A last block that is cut short by T or S is never FULL: the kernel needs the mask to exclude what is beyond the end.
     """
-    kinds = np.zeros((-(-codes.queries // rows), -(-codes.keys // cols)), np.int8)
+    kinds = np.zeros((-(-ranges.queries // rows), -(-ranges.keys // cols)), np.int8)
     if kinds.size == 0:
         return kinds
-    queries, keys = _QueryPieces.of(codes, rows), _KeyPieces.of(codes, cols)
-    for first, last in _batches(queries.block_start, len(queries.a0), len(keys.first)):
+    queries, keys = _QueryPieces.of(ranges, rows), _KeyPieces.of(ranges, cols)
+    for first, last in _batches(queries.block_start, len(queries.public_start), len(keys.first)):
         some, every = _compare(queries, keys, first, last)
         blocks = slice(first, last)
         kinds[blocks] = np.where(every, FULL, np.where(some, PARTIAL, EMPTY))
-    if codes.queries % rows:
+    if ranges.queries % rows:
         kinds[-1] = np.minimum(kinds[-1], PARTIAL)
-    if codes.keys % cols:
+    if ranges.keys % cols:
         kinds[:, -1] = np.minimum(kinds[:, -1], PARTIAL)
     return kinds
 
 
 def visited_pairs(kinds: Kinds, rows: int, cols: int) -> int:
-    """(query, key) pairs inside the visited blocks: what a kernel computes, against `mask.visible_pairs`."""
+    """(query, key) pairs inside visited blocks, which a kernel computes; `mask.visible_pairs` are the useful ones."""
     return int(np.count_nonzero(kinds)) * rows * cols
 
 
 @dataclass(frozen=True)
 class _QueryPieces:
-    """Runs of queries of one block with equal a0, b0 and b1, and with a1 constant or counting up by one."""
+    """Runs of queries of one block with equal ranges, except that public_stop may count up by one (causal text)."""
 
-    block_start: Index  # [B] first piece of each block
-    a0: Int32  # [P]
-    a1_least: Int32  # [P]
-    a1_most: Int32  # [P]
-    b0: Int32  # [P]
-    b1: Int32  # [P]
+    block_start: Index  # [query blocks] first piece of each
+    public_start: Int32  # [query pieces], as all below
+    least_public_stop: Int32
+    most_public_stop: Int32
+    private_start: Int32
+    private_stop: Int32
 
     @staticmethod
-    def of(codes: AttentionCodes, rows: int) -> "_QueryPieces":
-        start, last = _runs([codes.a0, codes.b0, codes.b1], codes.a1, rows)
-        a0, a1_least, b0, b1 = (bound[start] for bound in (codes.a0, codes.a1, codes.b0, codes.b1))
-        return _QueryPieces(_first_of_blocks(start, rows), a0, a1_least, codes.a1[last], b0, b1)
+    def of(ranges: AttentionRanges, rows: int) -> "_QueryPieces":
+        constant = [ranges.public_start, ranges.private_start, ranges.private_stop]
+        first, last = _runs(constant, ranges.public_stop, rows)
+        start, stop, private_start, private_stop = (bound[first] for bound in ranges.of_queries)
+        most = ranges.public_stop[last]
+        return _QueryPieces(_first_of_blocks(first, rows), start, stop, most, private_start, private_stop)
 
 
 @dataclass(frozen=True)
 class _KeyPieces:
     """Runs of keys of one block, all public or all private, with codes constant or counting up by one."""
 
-    block_start: Index  # [C] first piece of each block
-    first: Int32  # [R] lowest code
-    stop: Int32  # [R] highest code + 1
+    block_start: Index  # [key blocks] first piece of each
+    first: Int32  # [key pieces] lowest code
+    stop: Int32  # [key pieces] highest code + 1
 
     @staticmethod
-    def of(codes: AttentionCodes, cols: int) -> "_KeyPieces":
-        start, last = _runs([codes.key_code >= PRIVATE], codes.key_code, cols)
-        return _KeyPieces(_first_of_blocks(start, cols), codes.key_code[start], codes.key_code[last] + 1)
+    def of(ranges: AttentionRanges, cols: int) -> "_KeyPieces":
+        start, last = _runs([ranges.key_code >= PRIVATE], ranges.key_code, cols)
+        return _KeyPieces(_first_of_blocks(start, cols), ranges.key_code[start], ranges.key_code[last] + 1)
 
 
 def _runs(constant: list[npt.NDArray], ramp: Int32, block: int) -> tuple[Index, Index]:
-    """First and last index of the pieces: `constant` vectors do not change in them, and `ramp` has one step, 0 or 1."""
+    """First and last index of each piece: `constant` vectors do not change in it, `ramp` has one step, 0 or 1."""
     cut = np.zeros(len(ramp), bool)
     cut[::block] = True
     step = np.diff(ramp)
@@ -135,7 +138,7 @@ def _first_of_blocks(start: Index, block: int) -> Index:
 
 
 def _batches(block_start: Index, pieces: int, other_pieces: int) -> Iterator[tuple[int, int]]:
-    """Ranges of query blocks with about `PAIRS_AT_ONCE` pairs of pieces each."""
+    """Ranges [first, last) of query blocks with about `PAIRS_AT_ONCE` pairs of pieces each."""
     stop = np.append(block_start[1:], pieces)
     batch = stop * other_pieces // PAIRS_AT_ONCE
     borders = np.flatnonzero(np.diff(batch, prepend=-1, append=batch[-1] + 1))
@@ -143,20 +146,21 @@ def _batches(block_start: Index, pieces: int, other_pieces: int) -> Iterator[tup
 
 
 def _compare(queries: _QueryPieces, keys: _KeyPieces, first: int, last: int) -> tuple[Bool, Bool]:
-    """Whether any and whether all pairs of a block are visible, bool [last - first, C] each, for some query blocks.
+    """Whether any and whether all pairs of a block are visible, bool [last - first, key blocks] each.
 
-    A covers public and B private codes, so the keys of a piece are all seen through A or all seen through B.
+    Keys of a piece are all public or all private, so a query sees all of them through one of its two ranges.
     """
     starts = queries.block_start[first:last]
-    stop = queries.block_start[last] if last < len(queries.block_start) else len(queries.a0)
+    stop = queries.block_start[last] if last < len(queries.block_start) else len(queries.public_start)
     pieces = slice(starts[0], stop)
-    a0, a1_least, a1_most, b0, b1 = (
-        bound[pieces, None] for bound in (queries.a0, queries.a1_least, queries.a1_most, queries.b0, queries.b1)
+    start, least_stop, most_stop = (
+        bound[pieces, None] for bound in (queries.public_start, queries.least_public_stop, queries.most_public_stop)
     )
-    some = np.maximum(a0, keys.first) < np.minimum(a1_most, keys.stop)
-    some |= np.maximum(b0, keys.first) < np.minimum(b1, keys.stop)
-    every = (a0 <= keys.first) & (keys.stop <= a1_least)
-    every |= (b0 <= keys.first) & (keys.stop <= b1)
+    private_start, private_stop = queries.private_start[pieces, None], queries.private_stop[pieces, None]
+    some = np.maximum(start, keys.first) < np.minimum(most_stop, keys.stop)
+    some |= np.maximum(private_start, keys.first) < np.minimum(private_stop, keys.stop)
+    every = (start <= keys.first) & (keys.stop <= least_stop)
+    every |= (private_start <= keys.first) & (keys.stop <= private_stop)
     some = np.logical_or.reduceat(some, keys.block_start, axis=1)
     every = np.logical_and.reduceat(every, keys.block_start, axis=1)
     inside = starts - starts[0]

@@ -1,13 +1,13 @@
-"""Cuts a mask into tiles: runs of queries on one or two slices of the sorted keys. Numbers only, no tensors.
+"""Cut of a mask into tiles, the calls of the CPU engine: runs of queries on one or two slices of the sorted keys.
 
-With keys sorted by code, what a query sees is one slice of public and one of private keys. With queries sorted by their
-intervals, segments and samples become runs of rows whose slices agree or grow slowly. A tile takes some neighbouring
-rows and the union of their slices; rows that see less than the union need a mask. Wide tiles waste masked pairs, narrow
-tiles waste the fixed cost of a call: the cheapest cut of the row order is found by dynamic programming. So an image is
-one tile without a mask, a long causal text a staircase, and a few tiny samples share one masked tile. Images of equal
-size that see themselves alone and lie side by side (those of a vision tower) make one tile, computed as a batch.
+With keys sorted by code, a query sees one slice of the public and one slice of the private keys. With queries sorted by
+their ranges, segments and samples become runs of rows whose slices agree or grow slowly. A tile takes some neighbouring
+rows and the union of their slices; rows that see less than the union need a mask. Large tiles waste masked pairs, small
+tiles waste the fixed cost of a call, so dynamic programming finds the cheapest cut. An image becomes one tile without a
+mask, a long causal text a staircase, and several tiny samples share one masked tile. Neighbouring images of equal size
+that see only themselves (as in a vision tower) become one tile that is computed as a batch.
 
-Letters: T queries, S keys, R rows and K keys of a tile.
+NumPy only, no tensors. Letters: T queries, S keys, t and s those of a tile.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from megabagel_kernels.attention.mask import AttentionCodes
+from megabagel_kernels.attention.mask import AttentionRanges
 
-# Cost of a tile in units of one visible pair, forward and backward together; from a least-squares fit of a CPU's times
-# over R = 8 ... 400 and K = 16 ... 1600, several head counts. Only the cut depends on it, never the result.
-CALL_COST = 2048  # a call without arithmetic
-KEY_COST = 4  # per key, beside its R pairs: load, accumulate gradients
+# Cost of a tile in units of one visible pair, forward and backward together. Least-squares fit of times on one CPU for
+# t = 8 ... 400 queries, s = 16 ... 1600 keys and several head counts. Only the cut depends on it, never the result.
+CALL_COST = 2048  # fixed cost of a call
+KEY_COST = 4  # per key, beside its pairs: load, accumulate gradients
 MASK_COST = 1 / 16  # per pair: add the mask
 
-STEP = 16  # a causal run may be cut at every STEP-th row
-REACH = 24  # a tile joins at most this many indivisible blocks of rows
+STEP = 16  # a causal run may be cut at every STEP-th row: finer cuts would cost planning time
+REACH = 24  # a tile joins at most this many blocks of rows, which bounds the planning time
 
 Index = npt.NDArray[np.int64]
 
@@ -34,9 +34,9 @@ Index = npt.NDArray[np.int64]
 class Tile:
     """Rows [start, stop) of the query order on slices of the key order.
 
-    `batch` is 1, or the number of equal parts into which rows and keys fall so that part i sees part i alone.
-    `hidden_RK` is true where a row does not see a key; it leaves out the first `common` keys, which every row sees.
-    None if the rows are alike: each sees all keys of the tile (or of its part).
+    `batch` is 1, or the number of equal parts of rows and keys such that part i sees exactly part i.
+    `hidden_ts` is true where a row does not see a key; its columns start after the first `common` keys, which every row
+    sees. None if every row sees all keys of the tile (or of its part).
     """
 
     start: int
@@ -44,21 +44,24 @@ class Tile:
     batch: int
     keys: tuple[slice, ...]
     common: int
-    hidden_RK: npt.NDArray[np.bool_] | None
+    hidden_ts: npt.NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles that follow one another without gaps, and the orders that they refer to."""
+    """Tiles without gaps between them, and the orders of queries and keys that they refer to."""
 
-    rows: Index  # queries that see a key, by their intervals
-    keys: Index  # keys without padding, by code
+    rows: Index  # queries that see a key, sorted by their ranges
+    keys: Index  # keys without padding, sorted by code
     tiles: tuple[Tile, ...]
 
 
 @dataclass(frozen=True)
 class _Slices:
-    """Per row or block: slices [a0, a1) and [b0, b1) of the key order; [S, 0) if empty, which unions ignore."""
+    """Per row or block: slices [a0, a1) of public and [b0, b1) of private keys in the key order.
+
+    Empty slices are [S, 0), which minimum and maximum of a union ignore.
+    """
 
     a0: Index
     a1: Index
@@ -78,20 +81,20 @@ class _Slices:
         return np.maximum(self.a1 - self.a0, 0) + np.maximum(self.b1 - self.b0, 0)
 
 
-def cut_into_tiles(codes: AttentionCodes) -> Tiling:
+def cut_into_tiles(ranges: AttentionRanges) -> Tiling:
     """The cheapest tiling of a mask under the cost model above; exact for any order and any subset of tokens."""
-    keys = np.argsort(codes.key_code, kind="stable")
-    keys = keys[np.searchsorted(codes.key_code[keys], 0) :]
-    slices = _slices(codes, codes.key_code[keys])
-    rows = np.lexsort((codes.b1, codes.b0, codes.a1, codes.a0))
+    keys = np.argsort(ranges.key_code, kind="stable")
+    keys = keys[np.searchsorted(ranges.key_code[keys], 0) :]
+    slices = _slices(ranges, ranges.key_code[keys])
+    rows = np.lexsort(ranges.of_queries[::-1])
     rows = rows[slices.sizes()[rows] > 0]
     by_row = slices.of(rows)
     blocks = _join_equal(by_row, _blocks(by_row))
     return Tiling(rows, keys, tuple(_tile(by_row, blocks, i, j) for i, j in pairwise(_cheapest_cuts(by_row, blocks))))
 
 
-def _slices(codes: AttentionCodes, ordered: npt.NDArray[np.int32]) -> _Slices:
-    a0, a1, b0, b1 = (np.searchsorted(ordered, bound) for bound in (codes.a0, codes.a1, codes.b0, codes.b1))
+def _slices(ranges: AttentionRanges, ordered: npt.NDArray[np.int32]) -> _Slices:
+    a0, a1, b0, b1 = (np.searchsorted(ordered, bound) for bound in ranges.of_queries)
     for start, stop in ((a0, a1), (b0, b1)):
         empty = start >= stop
         start[empty], stop[empty] = len(ordered), 0
@@ -100,9 +103,10 @@ def _slices(codes: AttentionCodes, ordered: npt.NDArray[np.int32]) -> _Slices:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """What tiles are made of: rows `borders[i]` to `borders[i + 1]`, which see equal keys in `batch[i]` equal parts.
+    """Indivisible parts of tiles: block i has rows `borders[i]` to `borders[i + 1]`.
 
-    `batch` is 0 for rows of a causal run.
+    `batch[i]` is 0 if its rows see different keys (a causal run), 1 if they see the same keys, and more if there are
+    that many equal parts, each of which sees exactly itself.
     """
 
     borders: Index
@@ -140,7 +144,7 @@ def _join_equal(by_row: _Slices, blocks: _Blocks) -> _Blocks:
 
 
 def _cheapest_cuts(by_row: _Slices, blocks: _Blocks) -> list[int]:
-    """Numbers of the borders where the cut with the least total cost runs, first and last border included."""
+    """Indices of the borders at which the cheapest cut runs, first and last border included."""
     borders, count = blocks.borders, len(blocks.batch)
     if count == 0:
         return [0]
@@ -184,7 +188,7 @@ def _tile(by_row: _Slices, blocks: _Blocks, first: int, last: int) -> Tile:
         return Tile(start, stop, int(blocks.batch[first]), keys, 0, None)
     # Rows that begin at the same public key all see as many of the next keys as the row that stops first.
     common = max(first_a1 - a0, 0) if a0 == last_a0 else 0
-    position_K = np.concatenate([np.arange(part.start, part.stop) for part in keys])[common:]
-    in_a = (rows.a0[:, None] <= position_K) & (position_K < rows.a1[:, None])
-    in_b = (rows.b0[:, None] <= position_K) & (position_K < rows.b1[:, None])
+    position_s = np.concatenate([np.arange(part.start, part.stop) for part in keys])[common:]
+    in_a = (rows.a0[:, None] <= position_s) & (position_s < rows.a1[:, None])
+    in_b = (rows.b0[:, None] <= position_s) & (position_s < rows.b1[:, None])
     return Tile(start, stop, 1, keys, common, ~(in_a | in_b))

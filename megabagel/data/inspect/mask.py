@@ -57,7 +57,7 @@ def thumbnail(view: SampleView, colour_S: np.ndarray, edges: np.ndarray) -> np.n
     keys_before = np.zeros((len(colour_S) + 1, 3))
     picture = np.empty((len(first), len(first), 3), np.uint8)
     for row, (start, stop) in enumerate(zip(first, last, strict=True)):
-        a0, a1, b0, b1 = (bound[start:stop, None] for bound in (codes.a0, codes.a1, codes.b0, codes.b1))
+        a0, a1, b0, b1 = (bound[start:stop, None] for bound in codes.of_queries)
         sees = ((a0 <= codes.key_code) & (codes.key_code < a1)) | ((b0 <= codes.key_code) & (codes.key_code < b1))
         np.cumsum(sees.mean(0)[:, None] * paint_S, 0, out=keys_before[1:])
         mean = (keys_before[last] - keys_before[first]) / (last - first)[:, None]

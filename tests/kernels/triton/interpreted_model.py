@@ -15,8 +15,8 @@ from torch import Tensor
 from megabagel.model.inputs import Rope
 from megabagel.model.kernels import TORCH, Kernels, triton_kernels
 from megabagel.model.positions import rope_tables
+from tests.kernels.exactness import both_types, relative
 from tests.kernels.triton import bf16_shim
-from tests.kernels.triton.exactness import both_types, relative
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "Triton reads TRITON_INTERPRET when it is imported"
 bf16_shim.install()
@@ -88,9 +88,9 @@ def test_noised_rows():
     images = LatentImages(
         normal(3 * 8 + 3 * 12), torch.tensor([0, 24]), *sizes, torch.tensor([0.3, 1.0]), torch.tensor([5, -7]), 3, 2
     )
-    images.cells[30] = torch.nan
-    image_G, place_G = torch.tensor([0, -1, 0, 1, 1, -1]), torch.tensor([1, 0, 0, 2, 0, 9])
-    expected, found = (kernels.noised_rows(images, image_G, place_G) for kernels in (TORCH, TRITON))
+    images.latents[30] = torch.nan
+    image_G, patch_index_G = torch.tensor([0, -1, 0, 1, 1, -1]), torch.tensor([1, 0, 0, 2, 0, 9])
+    expected, found = (kernels.noised_rows(images, image_G, patch_index_G) for kernels in (TORCH, TRITON))
     assert expected.real_G.tolist() == found.real_G.tolist() and 2 <= expected.real_G.sum() < 4
     for a, b in zip(expected[:2], found[:2], strict=True):
         assert relative(b, a) <= 1e-6

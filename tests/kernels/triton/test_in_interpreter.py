@@ -1,10 +1,10 @@
-"""Runs the tests of kernel values in Triton's interpreter, in processes of their own.
+"""Run the `interpreted*.py` tests of kernel values in Triton's interpreter, in processes of their own.
 
 Triton decides when it is imported whether its functions compile or are interpreted. Another test of this process may
 have imported it already, and the variable would reach every process that a later test starts; so it is set for one
 child only. By hand:
 
-    TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/interpreted_glue.py
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/rms_norm/interpreted.py
 """
 
 import os
@@ -16,19 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 
-HERE = Path(__file__).parent
-OTHERS = tuple(f"interpreted_{name}.py" for name in ("flow", "glue", "cross_entropy", "ops", "model"))
+KERNELS = Path(__file__).parents[1]
+ATTENTION = (KERNELS / "attention" / "interpreted.py",)
+OTHERS = tuple(file for file in sorted(KERNELS.glob("*/interpreted*.py")) if file not in ATTENTION)
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
 @needs_triton
-@pytest.mark.parametrize("files", [("interpreted_attention.py",), OTHERS], ids=["attention", "the others"])
-def test_kernel_values(files: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / file) for file in files)]
+@pytest.mark.parametrize("files", [ATTENTION, OTHERS], ids=["attention", "the others"])
+def test_kernel_values(files: tuple[Path, ...]) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=HERE.parents[2], env=environment, capture_output=True, text=True, timeout=600, check=False
+        command, cwd=KERNELS.parents[1], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
@@ -36,7 +37,7 @@ def test_kernel_values(files: tuple[str, ...]) -> None:
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes any tensor")
 def test_compiled_kernels_refuse_a_cpu() -> None:
-    from megabagel_kernels.glue_triton_swiglu import swiglu
+    from megabagel_kernels.swiglu import swiglu
 
-    with pytest.raises(ValueError, match=r"run on cuda, the arguments lie on cpu: use the torch reference there"):
-        swiglu(torch.zeros(2, 8))
+    with pytest.raises(ValueError, match=r"run on cuda, the arguments are on cpu: use the torch engine there"):
+        swiglu(torch.zeros(2, 8), engine="triton")

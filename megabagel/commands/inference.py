@@ -200,12 +200,12 @@ def _repeated(args: argparse.Namespace, model: Any, images: list[Any]) -> tuple[
     given = iter(images)
     items: list[Any] = []
     for item in about["items"]:
-        image = item if isinstance(item, str) else next(given, None)
-        if image is None or (not isinstance(item, str) and image_digest(image) != item["sha256"]):
+        image = None if isinstance(item, str) else next(given, None)
+        if not isinstance(item, str) and (image is None or image_digest(image) != item["sha256"]):
             raise UserError(
                 f"{args.source}: was made from other input images; expected them, in the same order, and no instruction"
             )
-        items.append(image)
+        items.append(item if isinstance(item, str) else image)
     settings, guidance = about["settings"], about["settings"]["guidance"]
     options = {name: value for name, value in settings.items() if name != "guidance"} | guidance
     options["interval"] = tuple(options["interval"])

@@ -162,15 +162,15 @@ class Pipeline:
         """An RGB image. Raises UserError for what is none."""
         if isinstance(picture, Image.Image):
             return to_rgb(picture)
+        name = "the image" if isinstance(picture, bytes) else str(picture)
         try:
             blob = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
             image = open_image(blob)
             with damage_is_named():
                 return to_rgb(image)
         except OSError as error:
-            raise UserError(f"{picture}: cannot be read ({error.strerror}); expected an image file") from error
+            raise UserError(f"{name}: cannot be read ({error.strerror}); expected an image file") from error
         except DecodeError as error:
-            name = "the image" if isinstance(picture, bytes) else picture
             raise UserError(f"{name}: {error}; expected a readable PNG, JPEG or other image (docs/data.md)") from error
 
     def views(self, image: Image.Image, seed: int, number: int, both: bool) -> tuple[ImageContent, ...]:

@@ -54,8 +54,10 @@ class KVCache:
                 f"KV cache: {count * PAGE} rows wanted, {self.free_pages * PAGE} of {self.rows} are free; wait for "
                 "other requests to end, or load the model with more cache_tokens"
             )
-        run = np.flatnonzero(np.convolve(self._free, np.ones(count, int), "valid") == count) if count else []
-        found = run[0] + np.arange(count) if len(run) else np.flatnonzero(self._free)[:count]
+        runs: np.ndarray = np.zeros(0, np.int64)
+        if count:
+            runs = np.flatnonzero(np.convolve(self._free, np.ones(count, int), "valid") == count)
+        found = runs[0] + np.arange(count) if len(runs) else np.flatnonzero(self._free)[:count]
         self._free[found] = False
         return found.astype(np.int64)
 

@@ -41,12 +41,13 @@ class Chat:
         """Free the cache rows."""
         self.session.close()
 
-    def show(self, *items: str | Picture) -> None:
-        """Add texts and images to the dialogue without asking for anything."""
+    def show(self, *items: str | Picture) -> list[str | Image.Image]:
+        """Add texts and images to the dialogue without asking for anything; returns them as read."""
         opened = [item if isinstance(item, str) else self.model.open(item) for item in items]
         shown, _ = self.model.items(opened, seed64(self.settings.seed, "turn", self.turn), both=True)
         requests.show(self.session, shown)
         self.turn += 1
+        return opened
 
     def say(self, *items: str | Picture) -> str:
         """Add items and return the model's answer, which becomes part of the dialogue."""
@@ -62,7 +63,7 @@ class Chat:
     ) -> Generated:
         """Add items and return a picture, which becomes part of the dialogue; options as in `Pipeline.generate`."""
         model = self.model
-        self.show(*items)
+        opened = self.show(*items)
         chosen = preset(options.pop("preset", None) or EDIT)
         settings = adjusted(chosen.draw, **options)
         last = [
@@ -74,7 +75,7 @@ class Chat:
         noise = official_noise(seed, rows * cols, model.config.model.latent_dim)
         program = requests.draw(self.session, (rows, cols), [noise], settings, chosen, None, model.engine.most_tokens)
         drawn = model.engine.run(program, self.session, self._need(3 * (rows * cols + 2)), ends_session=False)
-        about = model.about(items, settings, rows, cols) if all(isinstance(i, str | Image.Image) for i in items) else {}
+        about = model.about(opened, settings, rows, cols)
         picture = Generated(model.pixels(drawn.tokens[0], rows, cols), {**about, "seed": seed})
         self.show(picture.image)
         return picture

@@ -110,13 +110,15 @@ class View:
 
 def prefill(session: Session, contexts: Sequence[Context], most_tokens: int = 1 << 30) -> Program[None]:
     """Run all ops of the contexts that have not run yet, any number of ops in a pass of at most `most_tokens`."""
-    log, group, images = session.log, [], []
+    log = session.log
+    group: list[Segment] = []
+    images: list[Tensor] = []
     for number in log.waiting(*contexts):
         op = log.ops[number]
         slots = log.slots[number] = session.arena.take(op.content.tokens)
         whole = segment(op.content, log.rows(op.on), slots, log.position(op.on), session.special.image)
         for part in _chunks(whole, most_tokens):
-            if group and sum(len(s.slots) for s in group) + len(part.slots) > most_tokens:
+            if group and sum(len(one.slots) for one in group) + len(part.slots) > most_tokens:
                 yield (Part(Layout(tuple(group)), tuple(images), (0.0,) * len(images)),)
                 group, images = [], []
             group.append(part)

@@ -4,7 +4,7 @@ Shape letters: docs/notation.md. A stage owns the layers it is given by their nu
 parameter's name does not depend on how the model is cut.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
@@ -99,7 +99,8 @@ class Heads(nn.Module):
 
         Requires rows that are not split over tensor-parallel ranks (`parallel.sp` false).
         """
-        return Predictions(self.lm_head.logits(self.norm.und(und_uD[row_Q])), self.velocity(gen_gD))
+        logits: Callable[[torch.Tensor], torch.Tensor] = self.lm_head.logits  # type: ignore[assignment]
+        return Predictions(logits(self.norm.und(und_uD[row_Q])), self.velocity(gen_gD))
 
     def velocity(self, gen_gD: torch.Tensor) -> torch.Tensor:
         """[g, I] hidden states of gen rows -> velocity [g, C]; [g, 0] for a model that generates nothing."""

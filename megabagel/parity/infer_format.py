@@ -23,7 +23,7 @@ def of_new_format(about: dict[str, Any], tensors: dict[str, Tensor], case: dict[
     """The first case of all, in the format of the later ones."""
     if "clean_contexts" not in about:
         return {"images": [], "texts": [], **about}
-    ops, before = [], 0
+    ops: list[dict[str, Any]] = []
     for op in about["ops"]:
         before = op["kv_before"][0]
         on = tuple(range(len(ops))) if before else ()

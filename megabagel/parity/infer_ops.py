@@ -10,7 +10,7 @@ from megabagel.config.schema import (
     ResizeConfig,
 )
 from megabagel.errors import UserError
-from megabagel.inference.contexts import Context, ImageContent
+from megabagel.inference.contexts import ImageContent
 from megabagel.inference.pictures import latent_tokens, patches_of, resized
 from megabagel.inference.programs import (
     prefill,
@@ -30,8 +30,8 @@ def replayed(sub: SubCase) -> list[Row]:
     sub.about = of_new_format(sub.about, sub.tensors, sub.case.about)
     count = max(len(op["kv_before"]) for op in sub.about["ops"])
     sub.sessions = [sub.engine.session() for _ in range(count)]
-    sub.pictures: list[np.ndarray] = []
-    sub.context_of: list[dict[Context, Context]] = [{(): ()} for _ in range(count)]
+    sub.pictures = []
+    sub.context_of = [{(): ()} for _ in range(count)]
     waiting = list(enumerate(sub.about["images"]))
     for number, op in enumerate(sub.about["ops"]):
         # A picture that a later op shows is made before that op.

@@ -84,7 +84,7 @@ class _ForcedChoice:
                 results = [replace(results[0], logits_QV=altered)]
             self.number += 1
         found = self.program.send(results)
-        return replace(found, logits_V=self.true) if isinstance(found, Token) else found
+        return replace(found, logits_V=self.true) if isinstance(found, Token) and self.true is not None else found
 
     def close(self) -> None:
         """End the program."""

@@ -4,8 +4,8 @@
     judge_edit       an edit, the page before and the picture after: change made, rest kept
     answer_matches   an expected answer and a reply
 
-Region and layout scores are in [-1, 1], as SRUM's judges give them (SRUM section 3.1): 1 where all that the prompt
-names is right, -1 where none of it is.
+Scores are in [-1, 1], as SRUM's judges give them (SRUM section 3.1). A region has 1 if all that the prompt names of it
+is right, else minus the share that is wrong.
 """
 
 import re
@@ -70,16 +70,20 @@ class _Slot:
     index: int
     found: Found | None
 
+    @property
+    def named(self) -> dict[str, str]:
+        """The attributes that the requirement names."""
+        wanted = self.requirement
+        values = {"shape": wanted.shape, "colour": wanted.colour, "place": wanted.place}
+        return {name: value for name, value in values.items() if value}
+
     def missing(self) -> list[str]:
         """The named attributes that the found figure lacks."""
-        wanted = self.requirement
-        named = {"shape": wanted.shape, "colour": wanted.colour, "place": wanted.place}
-        return [name for name, value in named.items() if value and getattr(self.found, name, None) != value]
+        return [name for name, value in self.named.items() if getattr(self.found, name, None) != value]
 
     def share(self) -> float:
         """Share of the named attributes that are right."""
-        named = 1 + (self.requirement.colour is not None) + (self.requirement.place is not None)
-        return 1 - len(self.missing()) / named
+        return 1 - len(self.missing()) / len(self.named)
 
 
 def judge_picture(prompt: Prompt, picture: np.ndarray) -> Judgement:
@@ -90,8 +94,10 @@ def judge_picture(prompt: Prompt, picture: np.ndarray) -> Judgement:
     """
     found = find_figures(picture)
     slots = _matched(prompt, found)
-    wrong_relations = _wrong_relations(slots)
-    faults, regions = [], []
+    complete = all(slot.found for slot in slots)
+    wrong_relations = _wrong_relations(slots) if complete else set()  # a figure is not wrong because another is missing
+    faults: list[str] = []
+    regions: list[Region] = []
     for slot in slots:
         lacks = slot.missing() + (["position"] if slot.index in wrong_relations else [])
         if lacks:
@@ -99,7 +105,8 @@ def judge_picture(prompt: Prompt, picture: np.ndarray) -> Judgement:
         place = slot.requirement.place
         if slot.found or place:
             box = slot.found.box if slot.found else _quarter(place or "", picture.shape)
-            score = 2 * slot.share() - 1 if slot.index not in wrong_relations else min(0.0, 2 * slot.share() - 1)
+            named = len(slot.named) + ("position" in lacks)
+            score = -len(lacks) / named if lacks else 1.0
             reason = f"wrong: {', '.join(lacks)}" if lacks else "as asked"
             regions.append(Region(str(slot.found or _one(slot.requirement)), box, score, reason))
     matched = {id(slot.found) for slot in slots}
@@ -150,7 +157,8 @@ def _layout(slots: Sequence[_Slot], found: int, wrong_relations: set[int]) -> fl
     places = {slot.found.place for slot in slots if slot.found}
     conditions = [found == len(slots)]
     conditions += [slot.requirement.place in places for slot in slots if slot.requirement.place]
-    conditions += [slot.index not in wrong_relations for slot in slots if slot.requirement.position]
+    complete = all(slot.found for slot in slots)
+    conditions += [complete and slot.index not in wrong_relations for slot in slots if slot.requirement.position]
     return 2 * sum(conditions) / len(conditions) - 1
 
 

@@ -126,6 +126,7 @@ WRONG = [
     (COUNT, [RED, at(RED, place="top right"), at(GREEN, place="bottom right", shape="circle")], "found green circle"),
     (ABOVE, [at(RED, place="bottom left"), at(BLUE, place="top left")], "found red circle at bottom left"),
     (ABOVE, [RED, at(BLUE, place="top right")], "found"),
+    (ABOVE, [RED], "blue square: missing"),
     (BINDING, [at(RED, colour="blue"), at(BLUE, colour="red")], "found"),
 ]
 
@@ -141,7 +142,8 @@ def test_right_pictures(prompt: Prompt, figures: list[Figure]) -> None:
 def test_wrong_pictures(prompt: Prompt, figures: list[Figure], fault: str) -> None:
     judgement = judge_picture(prompt, page(*figures))
     assert not judgement.correct and fault in " / ".join(judgement.faults)
-    assert all(region.score < 1 for region in judgement.regions if region.reason != "as asked")
+    assert all((region.score == 1) == (region.reason == "as asked") for region in judgement.regions)
+    assert all(region.score < 0 for region in judgement.regions if region.reason != "as asked")
 
 
 def test_regions_say_which_figure_is_wrong_and_where() -> None:
@@ -151,7 +153,7 @@ def test_regions_say_which_figure_is_wrong_and_where() -> None:
     scores = {region.name: region.score for region in judged.regions}
     assert scores == {
         "red circle at top left": 1,
-        "yellow square at bottom right": pytest.approx(1 / 3),  # shape and place right, colour wrong
+        "yellow square at bottom right": pytest.approx(-1 / 3),  # shape and place right, colour wrong
         "green triangle at top right": -1,
     }
     assert judged.layout == pytest.approx(1 / 3)  # both places are taken, the number of figures is wrong
@@ -162,9 +164,16 @@ def test_regions_say_which_figure_is_wrong_and_where() -> None:
     assert [(region.box, region.score) for region in missing.regions][1:] == [((32, 32, 64, 64), -1)]
 
 
-def test_a_relation_that_does_not_hold_is_neutral_at_best() -> None:
+def test_both_figures_of_a_wrong_relation_are_wrong() -> None:
+    """Shape and colour are right, the position is not."""
     judged = judge_picture(ABOVE, page(at(RED, place="bottom left"), at(BLUE, place="top left")))
-    assert [region.score for region in judged.regions] == [0, 0] and judged.layout == 0
+    assert [region.score for region in judged.regions] == pytest.approx([-1 / 3] * 2) and judged.layout == 0
+
+
+def test_a_figure_is_not_wrong_because_another_is_missing() -> None:
+    judged = judge_picture(ABOVE, page(RED))
+    assert [(region.name, region.score) for region in judged.regions] == [("red circle at top left", 1)]
+    assert not judged.correct and judged.layout == -1  # neither the number of figures nor the relation
 
 
 def test_many_specks_are_judged_in_time() -> None:

@@ -102,7 +102,7 @@ def two_step(scene: Scene, rng: np.random.Generator) -> Edit:
 def conceptual(scene: Scene, rng: np.random.Generator) -> Edit:
     """An edit that has to be understood before it can be made; the thought names the edits meant by it."""
     kinds = [_paint_like, _paint_described]
-    if 0 < sum(figure.shape == scene.figures[0].shape for figure in scene.figures) < len(scene.figures):
+    if len({figure.shape for figure in scene.figures}) > 1:
         kinds.append(_remove_described)
     if len({figure.colour for figure in scene.figures}) > 1:
         kinds.append(_match_colours)

@@ -233,3 +233,31 @@ def test_scripts_pass_shellcheck() -> None:
     scripts = [*SCRIPTS.iterdir(), *(ROOT / "tools").glob("*.sh"), ROOT / ".ci" / "run"]
     done = subprocess.run([str(SHELLCHECK), *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_failure_of_the_machine_is_requeued_a_few_times(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "megabagel"
+    broken.write_text('#!/bin/sh\n[ "$1" = doctor ] || exit 74\n')
+    broken.chmod(0o755)
+    job = cluster.submit(*TWO_NODES, SCRIPTS / "train.sbatch", config, MEGABAGEL=str(broken), RETRIES="1")
+    assert cluster.ended(job) == "FAILED"
+    log = cluster.log(job)
+    assert "start 1, 2 nodes" in log and "start 2" not in log
+    assert "code 74: the machine failed, failure 1 in a row; requeued" in log
+
+
+def test_two_steps_of_one_allocation_train_apart(cluster: Cluster, config: Path, tmp_path: Path) -> None:
+    """At the same time, on the same nodes, with one secret: two groups of ranks."""
+    script = tmp_path / "both.sbatch"
+    step = 'srun --overlap --label "$MEGABAGEL" train "$1" train.steps=4 parallel.pp=2'
+    script.write_text(
+        "#!/bin/bash\nexport MEGABAGEL_JOB_SECRET=x\n"
+        f'{step} run.dir="$2/one" & one=$!\n'
+        f'{step} run.dir="$2/other" train.seed=6 & other=$!\n'
+        "wait $one && wait $other\n"
+    )
+    job = cluster.submit(*TWO_NODES, "--output=logs/both-%j.log", script, config, tmp_path)
+    assert cluster.ended(job) == "COMPLETED", cluster.log(job)
+    one, other = computed(tmp_path / "one"), computed(tmp_path / "other")
+    assert len(one) == len(other) == 4
+    assert all(a["loss"] != b["loss"] for a, b in zip(one, other, strict=True)), "each by its own seed"

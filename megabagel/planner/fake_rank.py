@@ -132,7 +132,7 @@ def _gathering_alone() -> Iterator[None]:
     def gather(out: list[Any], mine: Any, group: Any = None) -> None:
         out[:] = [mine] * len(out)
 
-    real, dist.all_gather_object = dist.all_gather_object, gather  # type: ignore[assignment]
+    real, dist.all_gather_object = dist.all_gather_object, gather  # type: ignore[assignment] # torch's has no types
     try:
         yield
     finally:

@@ -105,7 +105,7 @@ def test_a_stopped_rank_is_named(jobs: Jobs, victim: int) -> None:
     ("fault", "where"),
     [
         ("hang_in_data", "in phase data after step 2 at megabagel/"),
-        ("wrong_collective", "in phase gradients after step 2, in recv at megabagel/"),
+        ("wrong_collective", "in phase train after step 2, in recv at megabagel/"),
     ],
 )
 def test_a_hung_rank_is_named_with_those_that_wait_for_it(jobs: Jobs, fault: str, where: str) -> None:
@@ -123,7 +123,7 @@ def test_a_rank_that_fails_is_named_with_its_error(jobs: Jobs) -> None:
     job = jobs.start(fault="bug")
     assert job.wait(SOON) == {0: RankLost.code, 1: 1}
     assert "Traceback" in job.texts[1] and STOP_PREFIX not in job.texts[1]
-    assert "rank 1 failed in phase data after step 2: ZeroDivisionError: a bug" in message(job.texts[0])
+    assert "rank 1 failed in phase train after step 2: ZeroDivisionError: a bug" in message(job.texts[0])
 
 
 def test_an_absent_rank_is_named(jobs: Jobs) -> None:

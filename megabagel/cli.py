@@ -5,11 +5,24 @@ stderr and exit code 2, a run that has to stop in one with a code of its own (er
 """
 
 import argparse
+import contextlib
+import io
+import logging
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from megabagel.commands import bench, checkpoint, convert, data, doctor, inference, parity, plan, train
-from megabagel.errors import ERROR_PREFIX, INTERRUPTED, STOP_PREFIX, Stopped, named
+from megabagel.errors import ERROR_PREFIX, INTERRUPTED, STOP_PREFIX, USER_ERROR, Stopped, named, printable
+from megabagel.log import PrintableFormatter
+
+NOBODY_READS, UNFORESEEN = 141, 1
+"""Exit codes; 141 is what a shell makes of SIGPIPE."""
+TRACEBACK = "MEGABAGEL_TRACEBACK"
+"""Environment variable: set, an error that nobody foresaw is shown with its traceback."""
+_RUNS = ("train", "bench")
+"""Commands whose errors always come with their traceback: what fails there is seldom a file."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,17 +34,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
+    words = list(sys.argv[1:] if argv is None else argv)
+    _prepare_streams()
     try:
-        return args.run(args)
+        code = args.run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk or a reader that is gone shows now at the latest
+        return code
     except KeyboardInterrupt:
-        print("megabagel: interrupted", file=sys.stderr)
+        _tell("megabagel: ", "interrupted")
         return INTERRUPTED
+    except BrokenPipeError:
+        _give_up_stdout()
+        return NOBODY_READS
     except Exception as error:
         end = named(error)
         if end is None:
-            raise
-        print(f"{STOP_PREFIX if isinstance(end, Stopped) else ERROR_PREFIX}{end}", file=sys.stderr)
+            return _unforeseen(words, error)
+        _tell(STOP_PREFIX if isinstance(end, Stopped) else ERROR_PREFIX, str(end))
         return end.code
+
+
+def _unforeseen(words: Sequence[str], error: Exception) -> int:
+    """One line for an error that nobody foresaw, with the command's words, which name the file that it was reading."""
+    _give_up_stdout()
+    if os.environ.get(TRACEBACK) or (words[:1] and words[0] in _RUNS):
+        traceback.print_exception(error)
+        return UNFORESEEN
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    _tell(ERROR_PREFIX, f"{' '.join(words)[:300]}: {reason}. Set {TRACEBACK}=1 to see where it comes from.")
+    return USER_ERROR if isinstance(error, OSError) else UNFORESEEN
+
+
+def _tell(prefix: str, message: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be gone, too
+        print(f"{prefix}{printable(message, keep=chr(10))}", file=sys.stderr, flush=True)
+
+
+def _prepare_streams() -> None:
+    """Characters that a stream's encoding lacks are escaped, and so are those in logs that command a terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PrintableFormatter())
+
+
+def _give_up_stdout() -> None:
+    """What is left in the buffer goes nowhere, so that the interpreter does not fail on it once more at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

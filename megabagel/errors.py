@@ -4,6 +4,7 @@
 """
 
 import errno
+import re
 from typing import NamedTuple
 
 ERROR_PREFIX = "megabagel: error: "
@@ -16,6 +17,29 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as a shell counts."""
 KILLED = 137
 """Exit code of a process that SIGKILL ended: 128 + 9."""
+
+
+_INVISIBLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufff9-\ufffb]"
+)
+"""Controls (ESC begins a command to the terminal), characters that turn or hide text, and halves of characters."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Foreign text for terminals, logs and HTML: control characters escaped, bytes that were no UTF-8 as \\xNN.
+
+    keep: control characters to leave alone, such as "\\n" in a message of several lines.
+    """
+
+    def escape(found: re.Match[str]) -> str:
+        character = found[0]
+        if character in keep:
+            return character
+        if "\udc80" <= character <= "\udcff":  # a byte, see PEP 383
+            return f"\\x{ord(character) - 0xDC00:02x}"
+        return character.encode("unicode_escape", "surrogatepass").decode()
+
+    return _INVISIBLE.sub(escape, text)
 
 
 class UserError(Exception):
@@ -129,11 +153,6 @@ TRANSIENT = frozenset(
     )
 )
 """Numbers of OSErrors that another start, perhaps on another node, need not meet: of a disk, network or memory."""
-
-
-def printable(text: str) -> str:
-    """Text from elsewhere, fit for a terminal: control characters, which may move the cursor or worse, become `?`."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def no_space(text: str) -> OSError:

@@ -136,4 +136,4 @@ def _owner(file: Path) -> str:
         text = "process {pid} on {host} since {since} ({command})".format_map(about)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process"
-    return printable(text)
+    return printable(text, keep="\n")

@@ -8,11 +8,21 @@ is marked where it is given:
 
 import logging
 
+from megabagel.errors import printable
+
 RANK0 = {"rank0": True}
 """`extra` of a line that all ranks have alike; rank 0 logs it for them."""
 
 
-class _Format(logging.Formatter):
+class PrintableFormatter(logging.Formatter):
+    """Escapes what could command a terminal: names and texts in records come from foreign files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record, with line breaks and tabs kept."""
+        return printable(super().format(record), keep="\n\t")
+
+
+class _Format(PrintableFormatter):
     """Level in front of warnings and errors, and the rank, except that of rank 0."""
 
     def __init__(self, rank: int) -> None:

@@ -207,7 +207,7 @@ def test_images_that_go_bad_in_use_are_lost_and_counted(ranks: RankPool, tmp_pat
         outcome = job(ranks, 2, config, "train.steps=40").succeeded()
     for text in outcome.errors:
         assert "source pairs, sample 000" in text
-        assert "image lost: not an image" in text
+        assert "image lost: changed since it was indexed" in text
     assert [record["lost_images"] > 0 for record in metrics(tmp_path / "run")][::39] == [False, True]
 
 

@@ -37,7 +37,7 @@ MODEL = (*BASE, "config", "sequence", "kernels", "runtime", "model", "parallel")
 
 ROOMS = {
     "errors": Room((), ()),
-    "log": Room((), ()),
+    "log": Room(("errors",), ()),
     "locks": Room(("errors",), ()),
     "kernels": Room((), (*TENSORS, "triton")),
     "config": Room(("errors",), ("yaml",)),

@@ -9,8 +9,8 @@ grids:                                   # ranks, then any keys of the config
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
+from megabagel.config.reading import read_file
+from megabagel.config.yaml_text import MOST_BYTES, YamlError, dump_yaml, load_yaml
 from megabagel.errors import UserError
 
 _EXPECTED = "expected `grids:` with a list such as - {nproc: 2, parallel.tp: 2}"
@@ -27,8 +27,8 @@ class Grid:
 def read_sweep(path: Path) -> list[Grid]:
     """The grids of a file. Raises UserError."""
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = load_yaml(read_file(path, MOST_BYTES).decode())
+    except (OSError, UnicodeDecodeError, YamlError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {_EXPECTED}") from error
     grids = tree.get("grids") if isinstance(tree, dict) else None
     if not isinstance(grids, list) or not grids:
@@ -48,4 +48,4 @@ def _grid(path: Path, number: int, entry: object) -> Grid:
 
 def _word(value: object) -> str:
     """A value as `section.key=value` takes it."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+    return dump_yaml(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")

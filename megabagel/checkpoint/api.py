@@ -15,6 +15,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from megabagel.checkpoint.checksums import ANOTHER
 from megabagel.checkpoint.manifest import KEYS, MANIFEST, STATE, Manifest, leaves, read_json, read_manifest
 from megabagel.checkpoint.megatron_strategy import LoadBoxes, NothingCommon
 from megabagel.checkpoint.reader import Stored, verify
@@ -71,23 +72,26 @@ def find(config: Config, mesh: Mesh) -> Path | None:
 def _candidates(root: Path) -> list[Path]:
     """Checkpoints in the order in which to try them: what `latest` names, then those before it, else all.
 
-    `latest` may name a lower step than another run left behind. A later step that was completed after `latest` was
-    written is this run's, which was ended before it could write `latest` again: it comes first.
+    `latest` may name a lower step than another run left behind. A later step that was written when `latest` named the
+    same folder as now is this run's, which was ended before it could write `latest` again: it comes first. What
+    `latest` named then is in its manifest; times of files are of no use, since those of a copy may be in any order.
     """
     folders = sorted((path for path in root.glob("step_*") if path.is_dir()), reverse=True)
     with suppress(OSError, ValueError):
         named, written = root / (root / LATEST).read_text().strip(), (root / LATEST).stat().st_mtime_ns
         if named in folders:
             place = folders.index(named)
-            return [folder for folder in folders[:place] if _completed(folder) > written] + folders[place:]
+            return [folder for folder in folders[:place] if _follows(folder, named.name, written)] + folders[place:]
     return folders
 
 
-def _completed(folder: Path) -> int:
-    """When the manifest was written, in nanoseconds; 0 without one."""
-    with suppress(OSError):
-        return (folder / MANIFEST).stat().st_mtime_ns
-    return 0
+def _follows(folder: Path, named: str, written: int) -> bool:
+    """Whether a checkpoint was written when `latest` named `named`; by its time where its manifest has no `after`."""
+    try:
+        after = read_manifest(folder).after
+        return after == named if after is not None else (folder / MANIFEST).stat().st_mtime_ns > written
+    except (OSError, UserError):
+        return False
 
 
 def _check(folder: Path, mesh: Mesh) -> None:
@@ -101,6 +105,9 @@ def read(folder: Path, config: Config) -> tuple[int, dict[str, Any]]:
     Raises UserError.
     """
     manifest = read_manifest(folder)
+    named = folder.name.removeprefix("step_")
+    if folder.name.startswith("step_") and named.isdecimal() and int(named) != manifest.step:
+        raise UserError(f"{folder / MANIFEST}: step is {manifest.step}, the folder is called {folder.name}. {ANOTHER}")
     state = read_json(folder, STATE, manifest)
     if manifest.seed is None:
         raise UserError(

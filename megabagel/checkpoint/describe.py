@@ -11,6 +11,7 @@ import torch
 
 from megabagel.checkpoint.index import NAMES
 from megabagel.checkpoint.reader import Stored
+from megabagel.errors import printable
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def as_text(about: dict[str, Any]) -> str:
         f"  {tensor['bytes']:>14,} bytes  {tensor['boxes']} {'box' if tensor['boxes'] == 1 else 'boxes'}"
         for key, tensor in about["tensors"].items()
     ]
-    return "\n".join(lines)
+    return printable("\n".join(lines), keep="\n")
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,20 @@ number is in exactly one. Every file is a safetensors file of its own, whose hea
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import combinations, product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megabagel.checkpoint.checksums import ANOTHER, Sums
-from megabagel.errors import UserError
+from megabagel.config.typed_json import Count, Positive, WrongValue, read_as
+from megabagel.errors import UserError, printable
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that weights may have, by their name in safetensors files."""
@@ -92,10 +96,8 @@ def from_plain(content: Mapping[str, Any]) -> Index:
 
 
 def _entry(about: Any) -> Entry:
-    boxes = tuple(
-        StoredSlice(file, _sizes(at, 0), _sizes(shape, 1), start) for file, at, shape, start in about["boxes"]
-    )
-    return Entry(TYPES[about["dtype"]], _sizes(about["shape"], 1), boxes)
+    boxes = tuple(StoredSlice(file, tuple(at), tuple(shape), start) for file, at, shape, start in about["boxes"])
+    return Entry(TYPES[about["dtype"]], tuple(about["shape"]), boxes)
 
 
 def to_json(index: Index) -> str:
@@ -111,27 +113,38 @@ def from_json(path: Path, content: Any, files: Mapping[str, Sums]) -> Index:
     index = {}
     for key, about in content.items():
         try:
-            entry = index[key] = _entry(about)
-            boxes = entry.boxes
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: its entry of {key} cannot be understood ({error!r}). {ANOTHER}") from error
+            written = read_as(_Written, about)
+            if not _KEY.fullmatch(key):
+                raise WrongValue("its name is none of a tensor")
+        except WrongValue as error:
+            raise UserError(
+                f"{path}: its entry of {printable(key)[:200]} cannot be understood ({error}). {ANOTHER}"
+            ) from error
+        boxes = tuple(StoredSlice(*box) for box in written.boxes)
+        entry = index[key] = Entry(TYPES[written.dtype], written.shape, boxes)
         problem = next((p for box in boxes if (p := _misplaced(entry, box, files))), None) or untiled(entry)
         if problem:
             raise UserError(f"{path}: tensor {key} {list(entry.shape)}: {problem}. {ANOTHER}")
     return index
 
 
-def _sizes(values: Any, least: int) -> tuple[int, ...]:
-    if not isinstance(values, list) or not values or not all(type(v) is int and v >= least for v in values):
-        raise ValueError(f"{values!r} are no whole numbers of at least {least}")
-    return tuple(values)
+_KEY = re.compile(r"(?:weight|exp_avg|exp_avg_sq|ema)/[\w.]+")
+
+
+@dataclass(frozen=True)
+class _Written:
+    """An entry as the file has it."""
+
+    dtype: Literal["F64", "F32", "F16", "BF16"]
+    shape: tuple[Positive, ...]
+    boxes: tuple[tuple[str, tuple[Count, ...], tuple[Positive, ...], Count], ...]
 
 
 def _misplaced(entry: Entry, box: StoredSlice, files: Mapping[str, Sums]) -> str | None:
     """What is wrong with a box by itself."""
-    if not isinstance(box.file, str) or box.file not in files:
+    if box.file not in files:
         return f"a box lies in {box.file!r}, which the manifest does not list"
-    if type(box.start) is not int or box.start < 0 or box.start + entry.nbytes(box) > files[box.file].size:
+    if box.start + entry.nbytes(box) > files[box.file].size:
         return f"a box lies at bytes {box.start!r} and following of {box.file}, which has {files[box.file].size:,}"
     if not len(box.offset) == len(box.shape) == len(entry.shape):
         return f"a box at {list(box.offset)} has shape {list(box.shape)}"
@@ -141,16 +154,37 @@ def _misplaced(entry: Entry, box: StoredSlice, files: Mapping[str, Sums]) -> str
 
 
 def untiled(entry: Entry) -> str | None:
-    """Why the boxes of a tensor do not tile it, if so; each is known to lie inside."""
-    active: list[StoredSlice] = []
-    for box in sorted(entry.boxes, key=lambda box: box.offset):
-        active = [other for other in active if other.offset[0] + other.shape[0] > box.offset[0]]
-        for other in active:
-            if overlap(other.offset, other.shape, box.offset, box.shape):
-                return f"the boxes at {list(other.offset)} and {list(box.offset)} overlap"
-        active.append(box)
+    """Why the boxes of a tensor do not tile it, if so; each is known to lie inside.
+
+    Boxes tile the whole if and only if their corners, counted +1 or -1 by the parity of their upper sides, cancel but
+    for those of the whole: a sum of boxes is known by its mixed differences. Comparing pairs took minutes for an index
+    of 20,000 boxes; this is linear in their number.
+    """
+    if not entry.shape or len(entry.shape) > MAX_DIMENSIONS:
+        return f"{len(entry.shape)} dimensions; expected 1 to {MAX_DIMENSIONS}"
+    corners: Counter[tuple[int, ...]] = Counter()
+    for box in entry.boxes:
+        _add_corners(corners, box.offset, box.shape, 1)
+    _add_corners(corners, (0,) * len(entry.shape), entry.shape, -1)
+    if not any(corners.values()):
+        return None
+    for box, other in combinations(sorted(entry.boxes, key=lambda box: box.offset)[:_COMPARED], 2):
+        if overlap(other.offset, other.shape, box.offset, box.shape):
+            return f"the boxes at {list(box.offset)} and {list(other.offset)} overlap"
     held, whole = sum(prod(box.shape) for box in entry.boxes), prod(entry.shape)
-    return None if held == whole else f"its boxes hold {held:,} numbers of {whole:,}"
+    return f"its boxes hold {held:,} numbers of {whole:,}" if held != whole else "its boxes overlap"
+
+
+MAX_DIMENSIONS = 8
+_COMPARED = 500
+"""Boxes among which a pair that overlaps is looked for, for the message."""
+
+
+def _add_corners(corners: Counter[tuple[int, ...]], offset: tuple[int, ...], shape: tuple[int, ...], sign: int) -> None:
+    """Count the corners of a box, those with an odd number of upper sides negative."""
+    sides = [((at, 1), (at + size, -1)) for at, size in zip(offset, shape, strict=True)]
+    for corner in product(*sides):
+        corners[tuple(at for at, _ in corner)] += sign * prod(parity for _, parity in corner)
 
 
 RENAMED = {"embed.words.weight": "embed.tokens.weight"}

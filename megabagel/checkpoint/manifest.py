@@ -16,12 +16,16 @@ import subprocess
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from megabagel.checkpoint.checksums import ANOTHER, BLOCK, SummedReader, Sums, checksum, sums_of_file
-from megabagel.config.schema import ModelConfig
+from megabagel.config.ranges import out_of_range
+from megabagel.config.reading import read_file
+from megabagel.config.schema import Config, ModelConfig
 from megabagel.config.typed import Problems, build
+from megabagel.config.typed_json import Bounds, Count, Share, WrongValue, is_file_name, parse, read_as
 from megabagel.errors import UserError
 
 FORMAT = 2
@@ -35,6 +39,7 @@ MANIFEST, STATE, INDEX, CONFIG, METADATA = (
 )
 KEYS = 1
 """Version of what sequence/keys.py derives from a seed: the same seed means the same draws only with the same one."""
+_MOST_JSON = 2**30
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".distcp", ".ckpt")
 
 
@@ -59,6 +64,8 @@ class Manifest:
     """Of this package, its commit and its libraries."""
     files: dict[str, Sums]
     """Every other file, by path in the folder."""
+    after: str | None = None
+    """What `latest` named when this was written, empty if nothing; None in older files and imports."""
 
 
 def write_manifest(folder: Path, model: ModelConfig, sums: dict[str, Sums], **about: Any) -> None:
@@ -99,37 +106,72 @@ def read_manifest(folder: Path) -> Manifest:
         )
     content = parse_json(folder / MANIFEST, _text(folder / MANIFEST))
     written = content.get("format") if isinstance(content, dict) else None
-    if isinstance(written, int) and written != FORMAT:
+    if type(written) is int and written != FORMAT:
         raise UserError(f"{folder}: checkpoint format {written}, this version reads {FORMAT}. {ANOTHER}")
     try:
-        expected = content.pop("checksum")
-        model = leaves(asdict(ModelConfig())) | leaves(content["model"])  # fields that are younger than the file
-        found = Manifest(
-            int(content["step"]),
-            {axis: int(size) for axis, size in content["grid"].items()},
-            float(content["ema"]),
-            tuple(content["freeze"]),
-            content["seed"],
-            int(content["keys"]),
-            model,
-            dict(content["versions"]),
-            {name: _sums(of) for name, of in content["files"].items()},
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / MANIFEST}: no manifest of a checkpoint ({error!r}). {ANOTHER}") from error
+        found = read_as(_Written, content)
+        _check_written(found)
+    except WrongValue as error:
+        raise UserError(f"{folder / MANIFEST}: no manifest of a checkpoint ({error}). {ANOTHER}") from error
+    expected = content.pop("checksum")
     if expected != own_checksum(content):
         raise UserError(f"{folder / MANIFEST}: was changed: it does not fit its own checksum. {ANOTHER}")
     for name, sums in found.files.items():
         _check_there(folder, name, sums.size)
-    return found
+    manifest = Manifest(
+        found.step,
+        found.grid,
+        found.ema,
+        found.freeze,
+        found.seed,
+        found.keys,
+        leaves(asdict(ModelConfig())) | leaves(found.model),  # fields that are younger than the file
+        found.versions,
+        found.files,
+        found.after,
+    )
+    model_of(folder, manifest)
+    return manifest
 
 
-def _sums(about: dict[str, Any]) -> Sums:
-    """Size and checksums of a file. Raises ValueError unless there is one for every block."""
-    sums = Sums(int(about["size"]), tuple(about["blocks"]))
-    if len(sums.blocks) != -(-sums.size // BLOCK):
-        raise ValueError(f"{len(sums.blocks)} checksums for {sums.size} bytes")
-    return sums
+AXES = ("tp", "pp", "vpp", "cp", "dp")
+_MOST_RANKS = 2**20
+_RANKS_PER_FILE = 1024
+"""Ranks of a grid for each file that they wrote, at most: few ranks hold nothing of the model."""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The manifest as a file has it."""
+
+    format: Literal[2]
+    checksum: str
+    step: Count
+    grid: dict[str, Annotated[int, Bounds(1, _MOST_RANKS)]]
+    ema: Share
+    freeze: tuple[Literal["llm", "vit", "connector", "latent", "und"], ...]
+    seed: int | None
+    keys: Count
+    model: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, Sums]
+    after: str | None = None
+
+
+def _check_written(found: _Written) -> None:
+    """Raise WrongValue for parts of a manifest that do not go together."""
+    if found.grid and sorted(found.grid) != sorted(AXES):
+        raise WrongValue(f"grid has the axes {ascii(sorted(found.grid))[:80]}; expected {', '.join(AXES)}, or none")
+    wrote = sum(name.startswith("rank_") for name in found.files)
+    if found.grid and prod(found.grid.values()) // found.grid["vpp"] > min(_MOST_RANKS, _RANKS_PER_FILE * wrote):
+        raise WrongValue(f"grid {found.grid} is of more ranks than can have written {wrote} files")
+    if found.ema == 1:
+        raise WrongValue("ema is 1; expected a share below 1")
+    for name, sums in found.files.items():
+        if not is_file_name(name):
+            raise WrongValue(f"files names {ascii(name)[:80]}; expected files inside the folder")
+        if sums.size < 0 or len(sums.blocks) != -(-sums.size // BLOCK):
+            raise WrongValue(f"{name} has {len(sums.blocks)} checksums for {sums.size} bytes")
 
 
 def model_of(folder: Path, manifest: Manifest) -> ModelConfig:
@@ -143,14 +185,18 @@ def model_of(folder: Path, manifest: Manifest) -> ModelConfig:
         node[name] = list(value) if isinstance(value, tuple) else value
     problems = Problems()
     model = build(ModelConfig, tree, problems, "model")
-    if problems.found:
-        raise UserError("\n  ".join((f"{folder}: its model is not understood", *(text for _, text in problems.found))))
+    lines = [text for _, text in problems.found]
+    lines = lines or [line for key, line in out_of_range(Config(model=model)) if key.startswith("model.")]
+    if lines:
+        raise UserError("\n  ".join((f"{folder}: its model is not understood", *lines[:20])))
     return model
 
 
 def refuse_pickles(folder: Path) -> None:
     """Raise UserError if a file of the folder is a pickle by its name, as those of older formats are."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path}: neither a file nor a folder; expected a checkpoint of files. Remove it.")
         if path.name == ".metadata" or path.suffix in _PICKLES:
             raise UserError(
                 f"{path}: a pickle, which can run any code when it is opened, so this version opens none; expected a "
@@ -175,18 +221,14 @@ def read_json(folder: Path, name: str, manifest: Manifest) -> Any:
 def parse_json(path: Path, content: bytes) -> Any:
     """JSON as the standard has it, without NaN and infinities. Raises UserError."""
     try:
-        return json.loads(content, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+        return parse(content)
+    except WrongValue as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}). {ANOTHER}") from error
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _text(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path, _MOST_JSON)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). {ANOTHER}") from error
 

@@ -7,12 +7,14 @@ back), and for leaving out what is no longer needed.
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from megabagel.checkpoint.checksums import check_files
+from megabagel.checkpoint.checksums import ANOTHER, check_files
 from megabagel.checkpoint.hf.folder import new_folder
+from megabagel.checkpoint.hf.names import model_shapes
 from megabagel.checkpoint.lazy import Part, file_of, write_file, write_index
 from megabagel.checkpoint.manifest import INDEX, MANIFEST, METADATA, Manifest, model_of, write_manifest
 from megabagel.checkpoint.reader import Stored
@@ -21,6 +23,7 @@ from megabagel.config.checks import RULES
 from megabagel.config.schema import Config, ModelConfig, ParallelConfig
 from megabagel.errors import UserError
 from megabagel.model.bagel import Bagel
+from megabagel.model.freezing import is_frozen
 from megabagel.model.shapes_only import build_shapes
 from megabagel.model.sharding import pieces
 from megabagel.parallel.stages import layer_split
@@ -55,6 +58,7 @@ def reshard(source: Path, out: Path, changes: Mapping[str, int], drop: Collectio
     model = model_of(source, stored.manifest)
     grid = replace(Grid(**stored.manifest.grid), **changes)
     _check(model, grid)
+    _check_keys(stored, model)
     dropped = {kind for what in drop for kind in KINDS[what]}
     size = sum(entry.nbytes(box) for entry in stored.index.values() for box in entry.boxes)
     with new_folder(out, size + (1 << 20)) as folder:
@@ -78,6 +82,22 @@ def _check(model: ModelConfig, grid: Grid) -> None:
     lines = [line for rule in rules for line in rule.messages(config)]
     if lines:
         raise UserError("\n  ".join(("the checkpoint's model does not fit this grid", *lines)))
+
+
+def _check_keys(stored: Stored, model: ModelConfig) -> None:
+    """Raise UserError unless the checkpoint holds every weight of its model, and nothing that is none."""
+    manifest, shapes = stored.manifest, model_shapes(model)
+    resumable = manifest.seed is not None
+    for name, shape in shapes.items():
+        learns = not is_frozen(name, model, manifest.freeze)
+        kinds = ["weight", *(MOMENTS if resumable and learns else ()), *(["ema"] if manifest.ema and learns else ())]
+        for key in (f"{kind}/{name}" for kind in kinds):
+            if key not in stored or stored.shape(key) != shape:
+                found = f"is {list(stored.shape(key))}" if key in stored else "is missing"
+                raise UserError(f"{stored.folder}: tensor {key} {found}, expected {list(shape)}. {ANOTHER}")
+    for key in stored.index:
+        if key.partition("/")[2] not in shapes:
+            raise UserError(f"{stored.folder}: tensor {key} is none of the model. {ANOTHER}")
 
 
 def _about(manifest: Manifest, drop: Collection[str]) -> dict[str, object]:
@@ -125,6 +145,7 @@ def _parts(stored: Stored, model: ModelConfig, grid: Grid, rank: int, dropped: C
                     yield Part(key, piece.shape, offset, stored.part(key, offset, shape, stored.dtype(key)))
 
 
+@lru_cache(maxsize=2**12)
 def stages(model: ModelConfig, grid: Grid, tp: int, pp: int) -> list[Bagel]:
     """The model chunks of a rank, with shapes and no numbers."""
     split = layer_split(Config(model=model, parallel=ParallelConfig(pp=grid.pp, vpp=grid.vpp)))

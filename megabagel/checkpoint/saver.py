@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,9 @@ class Saver:
         with _writing(partial):
             axes = {name: getattr(self.mesh, name).size for name in ("tp", "pp", "cp", "dp")}
             grid = axes | {"vpp": self.config.parallel.vpp}
-            about = {"step": writer.step, "grid": grid, "ema": train.ema, "freeze": train.freeze}
+            about = {"step": writer.step, "grid": grid, "ema": train.ema, "freeze": train.freeze, "after": ""}
+            with suppress(OSError, ValueError):
+                about["after"] = (self.root / LATEST).read_text().strip()
             write_manifest(partial, self.config.model, writer.strategy.sums, **about, seed=train.seed)
             replaced = final.with_name(f".{final.name}{_REPLACED}")
             if final.exists():  # by a longer run before this one

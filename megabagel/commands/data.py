@@ -8,7 +8,7 @@ from megabagel.commands.words import positive
 from megabagel.config.load import load
 from megabagel.config.schema import Config, DataConfig, SourceConfig
 from megabagel.data.documents import Task
-from megabagel.errors import UserError
+from megabagel.errors import UserError, printable
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -68,7 +68,8 @@ def _index(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(data.tokenizer)
     for source in data.sources:
         index = index_source(data, source, tokenizer, check=args.check)
-        print(survey(index, f"{source.name} ({source.task}): {source.path}", None if args.all else 20))
+        told = survey(index, f"{source.name} ({source.task}): {source.path}", None if args.all else 20)
+        print(printable(told, keep="\n"))
     return 0
 
 
@@ -91,7 +92,7 @@ def _add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _inspect(args: argparse.Namespace) -> int:
     from megabagel.data.inspect.show import show
 
-    print(show(_config(args), args.entry, args.sample, args.out))
+    print(printable(show(_config(args), args.entry, args.sample, args.out), keep="\n"))
     return 0
 
 

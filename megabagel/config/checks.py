@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from megabagel.config import data_rules, model_rules
+from megabagel.config.paths import unexpanded
 from megabagel.config.ranges import out_of_range
 from megabagel.config.rules import Rule, nearest_multiples
 from megabagel.config.schema import Config
@@ -20,10 +21,11 @@ def violations(config: Config, doubtful: Collection[str] = ()) -> list[str]:
     """
     lines = []
     wrong = {pattern(key) for key in doubtful}
-    for key, line in out_of_range(config):
+    found = [*out_of_range(config), *unexpanded(config)]
+    for key, line in found:
         if not _touches(pattern(key), wrong):
             lines.append(line)
-    wrong |= {pattern(key) for key, _ in out_of_range(config)}
+    wrong |= {pattern(key) for key, _ in found}
     for rule in RULES:
         if not any(_touches(key, wrong) for key in rule.keys):
             lines += rule.messages(config)

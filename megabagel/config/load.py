@@ -8,17 +8,19 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megabagel.config.checks import violations
+from megabagel.config.reading import read_file
 from megabagel.config.schema import Config
 from megabagel.config.typed import Problems, add_unknown, build, known_keys, pattern, show
+from megabagel.config.yaml_text import MOST_BYTES, YamlError, dump_yaml, load_word, load_yaml
 from megabagel.errors import UserError
 
 _COMMAND_LINE = "command line"
 
-_NO_YAML = (yaml.YAMLError, ValueError, OverflowError)
-"""What PyYAML raises on a faulty text; the last two where an escape such as "\\U00110000" names no character."""
+_MOST_LINES = 50
+"""Problems that one message lists."""
+_DEEPEST_BASE = 32
+"""Files in a row that are each based on the next."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -51,6 +53,7 @@ def _resolve(tree: dict[str, Any], origins: dict[str, str], overrides: Sequence[
     lines += violations(config, problems.doubtful)
     if lines:
         count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        lines[_MOST_LINES:] = [f"... and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
         raise UserError("\n  ".join((f"{name}: {count} in the configuration", *lines)))
     return config
 
@@ -74,34 +77,16 @@ def dump(config: Config, path: str | Path) -> None:
 
 def write_yaml(tree: dict[str, Any], path: str | Path) -> None:
     """Write plain dicts, lists and scalars, a whole config or some sections of it, as YAML."""
-    Path(path).write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key may be given only once (the plain loader silently keeps the last)."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return node
-
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """The value of a node. What int() and datetime() say of 0b_ or of 30 February gets a place in the text."""
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, OverflowError) as error:
-            problem = f"{show(node.value)} is no value ({error}); put quotes around it if it is a text"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+    Path(path).write_text(dump_yaml(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """(file name, content) of `path` and of the files it is based on, the outermost base first."""
+    if "\0" in str(path):
+        raise UserError(f"{above[-1] if above else path}: base = {show(str(path))}: expected the name of a file")
     chain = (*above, path.resolve())
+    if len(chain) > _DEEPEST_BASE:
+        raise UserError(f"{path}: 'base' of {_DEEPEST_BASE} files in a row; expected fewer")
     if path.resolve() in above:
         raise UserError(f"{path}: 'base' runs in a circle: {' -> '.join(map(str, chain))}; remove one of these")
     content = _read_yaml(path)
@@ -115,26 +100,18 @@ def _read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, di
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = load_yaml(read_file(path, MOST_BYTES).decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the config: {error.strerror}; expected a YAML file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8 text; expected a YAML file") from error
-    except _NO_YAML as error:
-        raise UserError(f"{path}: {_syntax(error)}") from error
+    except YamlError as error:
+        raise UserError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path}: holds {show(content)}; expected a mapping with sections {', '.join(to_dict(Config()))}"
         )
     return content
-
-
-def _syntax(error: Exception) -> str:
-    """One line for an error of the YAML parser."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return " ".join(str(error).split())
 
 
 def _merge(tree: dict[str, Any], layer: dict[str, Any], name: str, origins: dict[str, str], path: str = "") -> None:
@@ -156,9 +133,9 @@ def _apply(tree: dict[str, Any], override: str, problems: Problems, origins: dic
         problems.add(key, f"{override!r}: expected section.key=value")
         return
     try:
-        value = yaml.load(text, _Loader)
-    except _NO_YAML as error:
-        problems.add(key, f"{key} = {text!r}: {_syntax(error)}")
+        value = load_word(text)
+    except YamlError as error:
+        problems.add(key, f"{key} = {show(text)}: {error}")
         return
     if pattern(key) not in set(known_keys()):
         add_unknown(key, value, problems)

@@ -65,13 +65,55 @@ RANGES = (
 )
 
 
+MOST: dict[str, float] = {
+    "model.layers": 2**12,
+    "model.vit.layers": 2**12,
+    "model.latent_grid": 2**12,
+    "model.vit.grid": 2**12,
+    "model.latent_patch": 2**8,
+    "model.vit.patch": 2**10,
+    "model.hidden": 2**20,
+    "model.ffn": 2**22,
+    "model.vocab": 2**24,
+    "model.head_dim": 2**12,
+    "model.vit.hidden": 2**20,
+    "model.vit.ffn": 2**22,
+    "model.vae.res_blocks": 2**8,
+    "model.vae.channels": 2**16,
+    "model.vae.width": 2**16,
+    "parallel.tp": 2**20,
+    "parallel.pp": 2**20,
+    "parallel.cp": 2**20,
+    "parallel.vpp": 2**12,
+    "data.lookahead": 2**20,
+    "data.prefetch": 2**10,
+    "data.workers": 2**10,
+    "data.decode_threads": 2**10,
+    "data.sources.*.weight": 1e12,
+    "train.packs_per_step": 2**24,
+    "train.seed": 2**63 - 1,
+    "train.spike_window": 2**20,
+    "telemetry.sample_steps": 2**16,
+    "run.start_timeout": 1e7,
+    "run.timeout": 1e7,
+    "run.heartbeat_timeout": 1e7,
+    "data.worker_timeout": 1e7,
+}
+"""Upper bounds far beyond any run, so that a slip is named instead of filling memory or counting for ever."""
+MOST_OF_ALL = 2**40
+"""Upper bound of every other whole number."""
+
+
 def out_of_range(config: Config) -> Iterator[tuple[str, str]]:
     """Yield (dotted key, message) of every number outside its range."""
     for allowed in RANGES:
         for wanted in allowed.keys:
+            most = MOST.get(wanted, MOST_OF_ALL)
             for key, value in numbers(config, wanted):
                 if not allowed.holds(value):
                     yield key, f"{key} = {value}: expected {allowed.text}"
+                elif value > most and (isinstance(value, int) or wanted in MOST):
+                    yield key, f"{key} = {value}: expected {allowed.text} and at most {most}"
 
 
 def numbers(node: Any, wanted: str, path: str = "") -> Iterator[tuple[str, float]]:

@@ -1,5 +1,6 @@
 """What a rule between fields is: a reason, the keys it reads, and a check that says how to mend what it finds."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -44,7 +45,8 @@ def multiple_of(config: Config, whole: str, part: str) -> Iterator[str]:
     """Yield the nearest legal values unless the value at key `whole` is a multiple of the one at key `part`."""
     value, unit = value_at(config, whole), value_at(config, part)
     if value % unit:
-        smaller = max(d for d in range(1, unit) if value % d == 0)
+        small = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
+        smaller = max(d for d in [*small, *(value // d for d in small)] if d < unit)
         yield f"Set {whole} to {nearest_multiples(value, unit)}, or {part} to {smaller}."
 
 

@@ -2,12 +2,14 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from megabagel.config.schema import Config
+from megabagel.errors import printable
 
 T = TypeVar("T")
 
@@ -25,6 +27,10 @@ class Problems:
         """Note a problem at `key`; `related` keys become doubtful as well."""
         self.found.append((key, text))
         self.doubtful.update((key, *related))
+
+
+_EXPLAINED = 20
+"""Unknown keys of one file for which similar ones are looked up."""
 
 
 class _Mismatch(Exception):
@@ -68,6 +74,10 @@ def _read(kind: Any, value: Any, problems: Problems, path: str) -> Any:
     if kind is float:
         return _read_float(value)
     if type(value) is not kind:  # not isinstance: to Python a bool is an int
+        raise _Mismatch
+    if kind is int and abs(value) > LARGEST:
+        raise _Mismatch
+    if kind is str and _NO_TEXT.search(value):
         raise _Mismatch
     return value
 
@@ -117,13 +127,23 @@ def describe(kind: Any) -> str:
     return _WORDS[kind]
 
 
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text (put quotes around it)"}
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text (put quotes around it) without control characters",
+}
+LARGEST = 2**63 - 1
+_NO_TEXT = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f\\ud800-\\udfff]")
+"""Characters that no name and no prompt has; a NUL byte ends every path."""
 _PLURALS = {int: "integers", float: "numbers", str: "texts"}
 
 
 def show(value: Any) -> str:
     """`repr`, cut to the length that a line of a message bears."""
-    text = repr(value)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST:
+        return "a number of very many digits"  # its repr may be refused
+    text = printable(repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -148,13 +168,16 @@ def pattern(key: str) -> str:
 
 def add_unknown(key: str, value: Any, problems: Problems) -> None:
     """Note that `key` is no key of the tree, with the nearest right names."""
-    names = nearest(key)
-    if names:
+    # Looking for similar names takes milliseconds: not for the thousandth unknown key of a file.
+    names = nearest(key) if len(problems.found) < _EXPLAINED and len(key) < 200 else []
+    if len(problems.found) >= _EXPLAINED:
+        hint = "see the first ones"
+    elif names:
         hint = f"did you mean {' or '.join(names)}?"
     else:
         siblings = [known for known in known_keys() if _parent(known) == _parent(pattern(key))]
         hint = f"keys here are {', '.join(siblings or get_type_hints(Config))}"
-    problems.add(key, f"{key} = {show(value)}: unknown key; {hint}", *names)
+    problems.add(key, f"{printable(key)[:200]} = {show(value)}: unknown key; {hint}", *names)
 
 
 def nearest(key: str) -> list[str]:

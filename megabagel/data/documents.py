@@ -5,7 +5,7 @@ before anything is planned. Only sizes are known in this file: numbers of token 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Task = Literal["t2i", "i2t", "edit", "video", "text", "interleave"]
@@ -90,6 +90,8 @@ class TextItem:
     role: TextRole | None = None
     alternative: bool = False
     joined: int = 0
+    crc: int | None = field(default=None, compare=False)
+    """CRC-32 of the text in UTF-8 when it was indexed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ class ImageItem:
     member: Place
     role: ImageRole | None = None
     frame: bool = False
+    crc: int | None = field(default=None, compare=False)
+    """CRC-32 of the file's bytes when it was indexed."""
 
 
 Item = TextItem | ImageItem
@@ -133,7 +137,8 @@ def assign_roles(task: Task, document: Document) -> Document:
     t2i: caption (condition), image (target). i2t: image (look), caption (target), or a conversation as declared, whose
     images are looked at. edit: the first image is a condition, all others are targets; texts are conditions unless
     declared a target. video: texts (condition), then frames (target). text: texts are targets unless declared a
-    condition. interleave: roles as declared (docs/bagel.md#tasks). Assigning a task twice changes nothing.
+    condition. interleave: roles as declared (docs/bagel.md#tasks). t2i and i2t refuse items that declare another role:
+    a question is no caption. Assigning a task twice changes nothing.
 
     Raises:
         SampleError: the document does not suit the task; the reason starts with the task's name.
@@ -143,14 +148,14 @@ def assign_roles(task: Task, document: Document) -> Document:
 
 def _text_to_image(document: Document) -> tuple[Item, ...]:
     texts, image = _captions_and_image("t2i", document)
-    return *(replace(text, role="condition") for text in texts), replace(image, role="target")
+    return *(_text_as("t2i", "condition", text) for text in texts), _image_as("t2i", "target", image)
 
 
 def _image_to_text(document: Document) -> tuple[Item, ...]:
     if _is_conversation(document):
         return document.items
     texts, image = _captions_and_image("i2t", document)
-    return replace(image, role="look"), *(replace(text, role="target") for text in texts)
+    return _image_as("i2t", "look", image), *(_text_as("i2t", "target", text) for text in texts)
 
 
 def _is_conversation(document: Document) -> bool:
@@ -165,6 +170,20 @@ def _captions_and_image(task: Task, document: Document) -> tuple[list[TextItem],
     if sum(not text.alternative for text in texts) != 1 or len(images) != 1:
         raise _unsuitable(task, "not one text and one image", document)
     return texts, images[0]
+
+
+def _text_as(task: Task, role: TextRole, text: TextItem) -> TextItem:
+    """A text in the role that the task gives it, unless it declares another one: a question is no caption."""
+    if text.role not in (None, role):
+        raise SampleError(f"{task}: a declared role does not suit", f"a text is a {text.role}, wanted as {role}")
+    return replace(text, role=role)
+
+
+def _image_as(task: Task, role: ImageRole, image: ImageItem) -> ImageItem:
+    """The same of an image."""
+    if image.role not in (None, role):
+        raise SampleError(f"{task}: a declared role does not suit", f"an image is a {image.role}, wanted as {role}")
+    return replace(image, role=role)
 
 
 def _edit(document: Document) -> tuple[Item, ...]:

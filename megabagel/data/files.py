@@ -15,6 +15,13 @@ OPEN_FILES = 2**16
 """As many open files as a process asks for: some systems allow so many that a library that goes through all is slow."""
 
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_UNUSABLE = {
+    errno.EINVAL: "image is no regular file",
+    errno.EFBIG: "image file too large",
+    errno.ENXIO: "image is no regular file",
+}
+MAX_IMAGE_BYTES = 2**29
+"""An image file with more bytes is not read: 512 MiB hold MAX_PIXELS of decode/headers.py in 16 bits, uncompressed."""
 
 
 def allow_open_files() -> None:
@@ -35,6 +42,8 @@ def image_fault(path: Path, detail: str, error: OSError) -> SampleError | UserEr
     """
     if error.errno in _ABSENT:
         return SampleError("image is missing", detail)
+    if reason := _UNUSABLE.get(error.errno or 0):
+        return SampleError(reason, detail)
     return UserError(f"{path}: cannot be read ({error.strerror}). Mend its rights or its disk, and start again.")
 
 

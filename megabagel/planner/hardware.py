@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megabagel.config.reading import read_file
+from megabagel.config.yaml_text import MOST_BYTES, YamlError, load_yaml
 from megabagel.errors import UserError
 
 
@@ -78,8 +78,8 @@ def find_gpu(name: str) -> Gpu:
 
 def _from_file(path: Path) -> Gpu:
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content: Any = load_yaml(read_file(path, MOST_BYTES).decode("utf-8"))
+    except (OSError, UnicodeDecodeError, YamlError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--gpu {path}: cannot be read ({reason}); expected a YAML file with `base: h100`") from error
     if not isinstance(content, dict):

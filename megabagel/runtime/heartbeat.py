@@ -154,7 +154,7 @@ class _Heartbeat:
         if found:
             self._store.claim("verdict", found)
         if (verdict := self._store.get("verdict")) is not None:
-            self._end(printable(str(verdict)))
+            self._end(printable(str(verdict), keep="\n"))
 
     def _keep_time(self) -> None:
         """End this process when the store does not answer; forgive all when it was this process that stood still."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megabagel.config.schema import TrainConfig
+from megabagel.config.typed_json import read_as
 
 Action = Literal["record", "stop", "skip", "rollback"]
 
@@ -79,5 +80,6 @@ class LossSpikeDetector:
         return {name: list(past) for name, past in self._past.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state; it may come from a longer or a shorter window."""
-        self._past = {name: deque(state.get(name, ()), maxlen=self.config.spike_window) for name in self._past}
+        """Continue from a state, of a longer or a shorter window too. Raises WrongValue for none of its kind."""
+        past = read_as(dict[str, tuple[float, ...]], state, "judge")
+        self._past = {name: deque(past.get(name, ()), maxlen=self.config.spike_window) for name in self._past}

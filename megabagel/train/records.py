@@ -1,6 +1,7 @@
 """The files that telemetry leaves behind. Each write reaches the operating system before the call returns."""
 
 import json
+import logging
 import os
 import socket
 import time
@@ -13,6 +14,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megabagel.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -54,19 +57,28 @@ class MetricsFile:
 def _keep_lines(path: Path, step: int) -> None:
     """Keep the lines of steps up to `step`; at any moment the file is either the old or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with path.open(encoding="utf-8") as old, temporary.open("w", encoding="utf-8") as new:
-        new.writelines(line for line in old if _step_of(line) <= step)
+    odd = 0
+    with path.open("rb") as old, temporary.open("wb") as new:
+        for line in old:
+            number = _step_of(line)
+            odd += number is None and line.endswith(b"\n")
+            if number is not None and number <= step:
+                new.write(line)
         new.flush()
         os.fsync(new.fileno())
     temporary.replace(path)
+    if odd:
+        logger.warning("%s: %d lines that are no record of a step were dropped", path, odd)
 
 
-def _step_of(line: str) -> float:
-    """Step of a line; infinity for one that a crash cut off."""
+def _step_of(line: bytes) -> int | None:
+    """Step of a line; None for one that a crash cut off, or that is none of ours."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-    except ValueError:
-        return float("inf")
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if type(step) is int and step >= 0 else None
 
 
 class SampleFiles:

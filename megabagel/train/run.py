@@ -222,7 +222,19 @@ def _take_over(config: Config, folder: Path) -> None:
             checkpoints.rename(aside)
             checkpoints.mkdir()
             logger.warning("run.resume=none: the checkpoints of an earlier run are now in %s", aside, extra=RANK0)
+        _keep_other(folder / "config.yaml", config)
         dump(config, folder / "config.yaml")
+
+
+def _keep_other(path: Path, config: Config) -> None:
+    """The config file of an earlier start of this run stays beside, where it said something else."""
+    if path.is_file():
+        new = path.with_name(".config.new")
+        dump(config, new)
+        differs = new.read_bytes() != path.read_bytes()
+        new.unlink()
+        if differs:
+            path.rename(next(p for n in count(1) if not (p := path.with_name(f"config-{n}.yaml")).exists()))
 
 
 @contextmanager

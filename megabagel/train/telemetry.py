@@ -85,5 +85,6 @@ def _left_behind(folder: Path) -> list[str]:
         lines.append(f"samples      {pictures[-1]}")
     checkpoints = folder / "checkpoints"
     if (checkpoints / "latest").is_file():
-        lines.append(f"checkpoint   {checkpoints / (checkpoints / 'latest').read_text().strip()}")
+        newest = (checkpoints / "latest").read_text(errors="replace").strip()
+        lines.append(f"checkpoint   {checkpoints / newest}")
     return lines

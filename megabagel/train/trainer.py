@@ -1,17 +1,21 @@
 """Everything one rank needs to train, and what it does: a step, a checkpoint, going on from one, going back to one."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megabagel.checkpoint import api
+from megabagel.checkpoint.checksums import ANOTHER
 from megabagel.checkpoint.saver import Saver
 from megabagel.checkpoint.tensors import optimizer_shards, sharded_tensors
 from megabagel.config.schema import Config
+from megabagel.config.typed_json import Count, WrongValue, read_as
 from megabagel.data.load.loader import Loader, Step
 from megabagel.data.plan.global_plan import GlobalPlan
-from megabagel.errors import BadStep
+from megabagel.errors import BadStep, UserError
 from megabagel.generate.euler import EulerSampler
 from megabagel.log import RANK0
 from megabagel.parallel.inputs import InputBuilder
@@ -20,6 +24,7 @@ from megabagel.runtime.collective_errors import on_all_ranks
 from megabagel.runtime.phase import phase
 from megabagel.train.anomaly import LossSpikeDetector, StepAnomaly
 from megabagel.train.optimizer import Optimizer
+from megabagel.train.resume_changes import log_changes
 from megabagel.train.schedule import learning_rate
 from megabagel.train.step import Losses, StepRunner, denominators
 
@@ -33,6 +38,25 @@ class Outcome:
     losses: Losses
     norm: float
     anomaly: StepAnomaly | None
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The JSON state of a checkpoint."""
+
+    plan: dict[str, Any]
+    updates: Count
+    lost_images: Count
+    judge: dict[str, Any]
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Turns a value that does not belong in a checkpoint's state into an error that names file and value."""
+    try:
+        yield
+    except WrongValue as error:
+        raise UserError(f"{folder / api.STATE}: no state of a run ({error}). {ANOTHER}") from error
 
 
 @dataclass
@@ -96,8 +120,9 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint, whatever grid wrote it."""
         state = self._restore(folder)
-        on_all_ranks(lambda: self.plan.load_state(state["plan"]))
+        on_all_ranks(lambda: self._restore_plan(folder, state.plan))
         logger.info("resumed from %s at step %d", folder, self.step)
+        log_changes(folder, self.config)
 
     def roll_back(self, anomaly: StepAnomaly) -> None:
         """Go on from the newest checkpoint, with the data that follows: the samples before `anomaly` are not met again.
@@ -114,15 +139,30 @@ class Trainer:
         self.rollbacks += 1
         logger.warning("rolled back to %s, step %d; the data goes on", self.newest, self.step, extra=RANK0)
 
-    def _restore(self, folder: Path) -> dict[str, Any]:
+    def _restore(self, folder: Path) -> "RunState":
         """Fill everything but the data plan from a checkpoint; returns its JSON state."""
         with phase("load"):
-            self.step, state = on_all_ranks(lambda: api.read(folder, self.config))
+            self.step, state = on_all_ranks(lambda: self._read(folder))
             on_all_ranks(lambda: api.load(folder, self.tensors()))
-        self.updates, self.lost_images, self.newest = state["updates"], state["lost_images"], folder
-        self.detector.load_state(state["judge"])
+        self.updates, self.lost_images, self.newest = state.updates, state.lost_images, folder
+        self.detector.load_state(state.judge)
         self.optimizer.after_load(self.updates)
         return state
+
+    def _read(self, folder: Path) -> tuple[int, "RunState"]:
+        step, content = api.read(folder, self.config)
+        with _named(folder):
+            state = read_as(RunState, content)
+            LossSpikeDetector(self.config.train).load_state(state.judge)
+            if state.updates > step:
+                raise WrongValue(f"updates is {state.updates}; expected at most the {step} steps of {api.MANIFEST}")
+        return step, state
+
+    def _restore_plan(self, folder: Path, state: dict[str, Any]) -> None:
+        with _named(folder):
+            self.plan.load_state(state)
+            if self.plan.step < self.step:  # more after a rollback, which skips data
+                raise WrongValue(f"plan.step is {self.plan.step}; expected at least the {self.step} of {api.MANIFEST}")
 
     def start_from(self, folder: Path) -> None:
         """Take the weights of another run, or imported ones, for step 0; averages start from them."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megabagel.data.documents import ImageItem, Loose, Member, Passage, SampleError, TextItem
+from megabagel.data.formats import reader
 from megabagel.data.index import index as module
 from megabagel.data.index.index import Index, build_index
 from megabagel.errors import UserError
@@ -163,13 +164,13 @@ def test_an_image_that_is_lost_later_is_a_fault_of_its_sample(tmp_path: Path, pi
         index.read(place)
 
 
-@pytest.mark.parametrize("method", ["stat", "read_bytes"])
+@pytest.mark.parametrize("method", [(Path, "stat"), (reader, "read_file")])
 @pytest.mark.parametrize("fault", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
 def test_a_file_that_cannot_be_read_is_not_missing(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, fault: int, method: str
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, fault: int, method: tuple[Any, str]
 ) -> None:
     """The index ends with a message and keeps nothing; once the disk is back, the image is found."""
-    shard, real = write(tmp_path / "a.jsonl", picture("0.png"), picture("1.png")), getattr(Path, method)
+    shard, real = write(tmp_path / "a.jsonl", picture("0.png"), picture("1.png")), getattr(*method)
 
     def failing(path: Path, *args: Any, **options: Any) -> Any:
         if path.name == "1.png":
@@ -177,7 +178,7 @@ def test_a_file_that_cannot_be_read_is_not_missing(
         return real(path, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, method, failing)
+        patch.setattr(*method, failing)
         with pytest.raises(UserError, match=rf"1\.png: cannot be read \({os.strerror(fault)}\)\. Mend"):
             build_index([shard], BYTES, "t2i", images=pictures)
     assert len(build_index([shard], BYTES, "t2i", images=pictures).documents) == 2

@@ -39,6 +39,7 @@ from tests.support.small_run import small_config, sources_of
 BOS, EOS, SOI, EOI = range(4)
 """Ids of the special tokens in the data set's tokenizer."""
 PATCHES, LATENTS = -1, -2
+CHANGED = "changed since it was indexed (`megabagel data index --check` finds such shards and indexes them again)"
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +266,7 @@ def test_a_damaged_target_becomes_nan(config: Config, own: Path) -> None:
     assert token_ids(before) == token_ids(after)
     key = after.pack.samples[1].key
     assert (image.key, image.slot) == (key, 1)
-    assert image.message == f"source draw, sample {made.plan.document(key).key}: image lost: not an image"
+    assert image.message == f"source draw, sample {made.plan.document(key).key}: image lost: {CHANGED}"
 
 
 def test_a_damaged_image_to_look_at_becomes_grey(config: Config, own: Path) -> None:
@@ -289,7 +290,7 @@ def test_the_run_goes_on_past_damaged_images(
         damage(made, visit.key, slot=1)
     steps = list(made.steps(3))
     assert [len(step.lost) for step in steps] == [1, 0, 1]
-    assert caplog.text.count("image lost: not an image") == 2
+    assert caplog.text.count("image lost: changed since it was indexed") == 2
     batches = [batch for step in steps for batch in step.batches]
     broken = [
         (number, place)
@@ -388,6 +389,37 @@ def test_long_captions_are_read_from_their_shard(config: Config, tokenizer: Text
     outside = loader(made.config)
     outside.plan.sources["notes"] = replace(source, index=replace(source.index, documents=tuple(documents)))
     assert inside == [token_ids(batch) for step in outside.steps(2) for batch in step.batches]
+
+
+@pytest.mark.parametrize("task", ["notes", "draw"])
+def test_a_text_that_changed_silences_its_sample(
+    config: Config, own: Path, tokenizer: TextTokenizer, task: str
+) -> None:
+    """Its words become eos, its rows lose their losses, its image is lost; the other samples stay as they were."""
+    made = loader(only(config, own, task))
+    (source,) = made.plan.sources.values()
+    planned = made.plan.task(made.plan.next_step(), 0)
+    before = made.filler(planned).batch
+    key = planned.plan.visits[1].key
+    document = source.index.documents[key.sample]
+    slot = next(slot for slot, item in enumerate(document.items) if isinstance(item, TextItem))
+    item = document.items[slot]
+    assert isinstance(item, TextItem) and isinstance(item.source, str) and item.crc is not None
+    shard = source.index.reader.shards[0].read_bytes()
+    member = Member(0, shard.index(item.source.encode()), len(item.source.encode()))
+    other = replace(item, source=member, crc=item.crc ^ 1)
+    documents = list(planned.documents)
+    documents[1] = replace(document, items=(*document.items[:slot], other, *document.items[slot + 1 :]))
+    filled = made.filler(replace(planned, documents=tuple(documents)))
+    mine_S = before.pack.sample_S == 1
+    assert not filled.batch.pack.ce_S[mine_S].any()
+    assert np.array_equal(filled.batch.pack.ce_S[~mine_S], before.pack.ce_S[~mine_S])
+    words = read(filled.batch)
+    assert np.array_equal(words[~mine_S], read(before)[~mine_S])
+    assert (words[mine_S] == EOS).sum() >= item.n_ids
+    assert _differing(before.pixels, filled.batch.pixels) == ([1] if task == "draw" else [])
+    texts = [image for image in filled.lost if "text lost: changed since it was indexed" in image.message]
+    assert [(image.key, image.slot) for image in texts] == [(key, slot)]
 
 
 def test_writer_brackets_every_item(tokenizer: TextTokenizer) -> None:

@@ -156,7 +156,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "unknown layout": (
         {"images": [], "caption": "a"},
         "unknown layout (fields ['caption', 'images']; expected one of items, conversations, image+captions, "
-        "image_list+instruction_list, text)",
+        "image_list+instruction_list, text, messages, ",
     ),
     "text": ({"text": 7}, "invalid record (text: expected a text, got 7)"),
     "half a character": ({"text": "a\ud800"}, r"invalid record (text: expected a text, got 'a\ud800')"),

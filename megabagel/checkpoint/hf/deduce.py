@@ -6,6 +6,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
+from megabagel.checkpoint.hf.allowed import check_allowed
 from megabagel.checkpoint.hf.config import VIT_LAYERS_LEFT_OUT, llm_fields, variant, vit_config
 from megabagel.checkpoint.hf.folder import LLM_CONFIG, VIT_CONFIG, read_json
 from megabagel.checkpoint.hf.names import LATENT_TABLE, LLM, TOWER, VIT_TABLE
@@ -15,13 +16,9 @@ from megabagel.config.schema import Config, ModelConfig, VaeConfig, VitConfig
 from megabagel.config.typed import Problems, build
 from megabagel.errors import UserError
 
-Shapes = Mapping[str, tuple[int, ...]]
+HEAD = f"{LLM.removesuffix('model.')}lm_head.weight"
 
-FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
-    LLM_CONFIG: {"hidden_act": ("silu",), "rope_scaling": (None,), "use_sliding_window": (False,)},
-    VIT_CONFIG: {"hidden_act": ("gelu_pytorch_tanh",), "rope": (False,), "num_channels": (3,)},
-}
-"""What our model computes in one way only: entries that, where given, must have one of these values."""
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def deduce(folder: Path, shapes: Shapes, vae: VaeConfig) -> ModelConfig:
@@ -31,7 +28,12 @@ def deduce(folder: Path, shapes: Shapes, vae: VaeConfig) -> ModelConfig:
     """
     where = folder / LLM_CONFIG
     llm = read_json(where)
-    check_fixed(llm, LLM_CONFIG, where)
+    check_allowed(llm, LLM_CONFIG, where)
+    if llm.get("tie_word_embeddings") and HEAD in shapes:
+        raise UserError(
+            f"{where}: tie_word_embeddings = true, but there is a tensor {HEAD} beside the word embedding; expected "
+            "false. Check that config and weights belong together."
+        )
     first = f"{LLM}layers.0."
     model = ModelConfig(
         **with_entries(where, lambda: llm_fields(llm)),
@@ -65,23 +67,13 @@ def checked(model: ModelConfig, where: Path) -> ModelConfig:
     return model
 
 
-def check_fixed(config: dict[str, Any], kind: str, where: Path) -> None:
-    """Raise UserError for an entry that asks for another computation than ours."""
-    for key, allowed in FIXED[kind].items():
-        if key in config and config[key] not in allowed:
-            raise UserError(
-                f"{where}: {key} = {config[key]!r}, expected {allowed[0]!r}: BAGEL has no other, and with another its "
-                "weights mean something else. Check that this is the model's own file."
-            )
-
-
 def with_entries(where: Path, read: Any) -> Any:
     """The result of `read`; an entry that it misses is a UserError."""
     try:
         return read()
     except KeyError as error:
         raise UserError(f"{where}: has no entry {error}; expected the config of the published model") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: cannot be understood ({error}); expected the published model's config") from error
 
 
@@ -102,7 +94,7 @@ def _variant(llm: dict[str, Any], shapes: Shapes, where: Path) -> Literal["dense
 def _vit(where: Path, shapes: Shapes) -> VitConfig:
     """The tower: as many layers as the tensors have, which `vit_config.json` counts with or without the last one."""
     config = read_json(where)
-    check_fixed(config, VIT_CONFIG, where)
+    check_allowed(config, VIT_CONFIG, where)
     prefix = f"{TOWER}encoder.layers."
     built = len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
     grid = _side(VIT_TABLE, shapes, default=_side(f"{TOWER}embeddings.position_embedding.weight", shapes, default=70))

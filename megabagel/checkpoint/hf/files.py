@@ -4,8 +4,7 @@ The format: 8 bytes with the length of a JSON header, the header with type, shap
 the numbers of all tensors, row-major and little-endian. A sharded checkpoint has an index naming each tensor's file.
 """
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,9 +12,12 @@ from typing import Any
 
 import torch
 
+from megabagel.checkpoint.hf.folder import MOST_JSON
 from megabagel.checkpoint.index import TYPES
 from megabagel.checkpoint.lazy import LazyTensor, row_ranges
-from megabagel.errors import UserError
+from megabagel.config.reading import read_file
+from megabagel.config.typed_json import Count, WrongValue, is_file_name, parse, read_as
+from megabagel.errors import UserError, printable
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # the library's own limit
@@ -103,14 +105,22 @@ class TensorFiles:
         return LazyTensor(shape, dtype, lambda: (self.rows(name, *rows) for rows in row_ranges(shape, dtype)))
 
 
+@dataclass(frozen=True)
+class _ShardIndex:
+    weight_map: dict[str, str]
+
+
 def _shards(index: Path) -> list[Path]:
     """Files that an index names, each checked to hold what the index says."""
     try:
-        placed: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        placed = read_as(_ShardIndex, parse(read_file(index, MOST_JSON))).weight_map
         places = sorted(set(placed.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for place in places:
+            if not is_file_name(place):
+                raise WrongValue(f"{place!a:.80} is no name of a file")
+    except (OSError, WrongValue) as error:
         raise UserError(
-            f"{index}: cannot be read as an index of shards ({error!r}); expected `weight_map` with a file for every "
+            f"{index}: cannot be read as an index of shards ({error}); expected `weight_map` with a file for every "
             f"tensor. {_AGAIN}"
         ) from error
     held = {}
@@ -128,28 +138,66 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / place for place in places]
 
 
+@dataclass(frozen=True)
+class _Written:
+    """An entry of a header."""
+
+    dtype: str
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, Count]
+
+
 def _entries(path: Path) -> Iterator[tuple[str, _Entry]]:
-    """(name, entry) of every tensor of a file, whose size is checked."""
+    """(name, entry) of every tensor of a file. Together they fill it: no gap, no overlap, nothing behind the last one.
+
+    What the safetensors library refuses is refused here, since the bytes are read without it.
+    """
     header, begin, size = _header(path)
+    written: dict[str, _Written] = {}
     for name, about in header.items():
         if name == "__metadata__":
             continue
         try:
-            kind, shape, (start, stop) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
-            length = stop - start
-            fits = kind not in TYPES or length == prod(shape) * TYPES[kind].itemsize
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: no safetensors file: entry {name} reads {about!r}. {_AGAIN}") from error
-        if not fits:
+            written[name] = entry = read_as(_Written, about)
+            if len(entry.shape) > _MOST_DIMENSIONS:
+                raise WrongValue(f"it has {len(entry.shape)} dimensions")
+        except WrongValue as error:
+            raise UserError(f"{path}: no safetensors file: entry {name!a:.200}: {error}. {_AGAIN}") from error
+        start, stop = entry.data_offsets
+        length, expected = stop - start, prod(entry.shape) * _itemsize(entry.dtype)
+        if length < 0 or (expected and length != expected):
             raise UserError(
-                f"{path}: tensor {name} of type {kind} and shape {list(shape)} takes {length} bytes by the "
-                f"header, expected {prod(shape) * TYPES[kind].itemsize}. {_AGAIN}"
+                f"{path}: tensor {printable(name)} of type {printable(entry.dtype)}, shape {list(entry.shape)}, takes "
+                f"{length} bytes by the header, expected {expected}. {_AGAIN}"
             )
         if begin + stop > size:
-            raise UserError(
-                f"{path}: truncated: tensor {name} ends at byte {begin + stop:,}, the file at {size:,}. {_AGAIN}"
-            )
-        yield name, _Entry(path, kind, shape, begin + start)
+            end = f"ends at byte {begin + stop:,}, the file at {size:,}"
+            raise UserError(f"{path}: truncated: tensor {printable(name)} {end}. {_AGAIN}")
+    _check_filled(path, written, size - begin)
+    for name, entry in written.items():
+        yield name, _Entry(path, entry.dtype, entry.shape, begin + entry.data_offsets[0])
+
+
+_MOST_DIMENSIONS = 64
+
+
+def _itemsize(kind: str) -> int:
+    """Bytes of a number; 0 for a type that weights do not have, which is refused later, by name."""
+    return TYPES[kind].itemsize if kind in TYPES else 0
+
+
+def _check_filled(path: Path, written: Mapping[str, _Written], size: int) -> None:
+    """Raise UserError unless each tensor begins where the one before ends, and the last one ends with the file."""
+    at, before = 0, "the header"
+    for name, entry in sorted(written.items(), key=lambda item: item[1].data_offsets):
+        start, stop = entry.data_offsets
+        if start != at:
+            problem = "overlaps" if start < at else f"is {start - at:,} bytes behind"
+            what = f"tensor {printable(name)} {problem} {printable(before)}"
+            raise UserError(f"{path}: no safetensors file: {what}. {_AGAIN}")
+        at, before = stop, f"tensor {name}"
+    if at != size:
+        raise UserError(f"{path}: no safetensors file: {size - at:,} bytes follow {printable(before)}. {_AGAIN}")
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -164,9 +212,9 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     if size < 8 or len(text) < length <= _LONGEST_HEADER:
         raise UserError(f"{path}: truncated: the file ends at byte {size:,}, inside the header. {_AGAIN}")
     try:
-        header = json.loads(text)
-    except ValueError:
-        header = None
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: no safetensors file: it does not start with a JSON header. {_AGAIN}")
+        header = read_as(dict[str, Any], parse(text) if length <= _LONGEST_HEADER else None)
+    except WrongValue as error:
+        raise UserError(
+            f"{path}: no safetensors file: it does not start with a JSON header ({str(error)[:100]}). {_AGAIN}"
+        ) from error
     return header, 8 + length, size

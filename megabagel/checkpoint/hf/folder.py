@@ -7,11 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megabagel.config.reading import read_file
+from megabagel.config.typed_json import WrongValue, parse
 from megabagel.errors import UserError, no_space
 from megabagel.locks import beside, locked
 
 LLM_CONFIG, VIT_CONFIG, VAE_WEIGHTS = "llm_config.json", "vit_config.json", "ae.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
+MOST_JSON = 2**28
+"""Bytes of a JSON file: the longest are tokenizers, with some tens of megabytes."""
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
 
 
@@ -65,10 +69,10 @@ def copy_into(folder: Path, files: Mapping[str, Path]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError when there is none."""
     try:
-        content = json.loads(path.read_text())
+        content = parse(read_file(path, MOST_JSON))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a JSON file of the model") from error
-    except ValueError as error:
+    except WrongValue as error:
         raise UserError(f"{path}: no JSON ({error}). Copy the file again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}, expected a JSON object. Copy the file again.")

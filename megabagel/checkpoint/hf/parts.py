@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from megabagel.checkpoint.hf.allowed import check_allowed
 from megabagel.checkpoint.hf.config import VIT_LAYERS_LEFT_OUT, llm_fields, vit_config
-from megabagel.checkpoint.hf.deduce import check_fixed, checked, with_entries
+from megabagel.checkpoint.hf.deduce import checked, with_entries
 from megabagel.checkpoint.hf.files import TensorFiles
 from megabagel.checkpoint.hf.folder import (
     LLM_CONFIG,
@@ -134,15 +135,15 @@ def _model(
     llm_file, vit_file = llm / "config.json", vit / "config.json"
     llm_json, vit_json = read_json(llm_file), read_json(vit_file)
     vit_json = SIGLIP_DEFAULTS | with_entries(vit_file, lambda: dict(vit_json.get("vision_config", vit_json)))
-    check_fixed(llm_json, LLM_CONFIG, llm_file)
-    check_fixed(vit_json, VIT_CONFIG, vit_file)
+    check_allowed(llm_json, LLM_CONFIG, llm_file)
+    check_allowed(vit_json, VIT_CONFIG, vit_file)
     built = with_entries(vit_file, lambda: vit_json["num_hidden_layers"] - VIT_LAYERS_LEFT_OUT)
     model = ModelConfig(
         **with_entries(llm_file, lambda: llm_fields(llm_json)),
         variant=variant,
         qk_norm=True,
         qkv_bias="model.layers.0.self_attn.q_proj.bias" in words,
-        vit=vit_config(vit_json, built, vit_grid),
+        vit=with_entries(vit_file, lambda: vit_config(vit_json, built, vit_grid)),
         vae=vae_config(vae),
         latent_grid=latent_grid,
     )

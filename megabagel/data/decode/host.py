@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 from megabagel.data.decode.contract import DecodeError, Request, Views, unit_range
-from megabagel.data.decode.headers import damage_is_named, open_image
-from megabagel.data.decode.transforms import to_rgb
+from megabagel.data.decode.headers import decode
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,7 @@ class HostEngine:
 def decode_image(request: Request) -> Views | DecodeError:
     """The views of one file."""
     try:
-        image = open_image(request.blob)
-        with damage_is_named():
-            image = to_rgb(image)
+        image = decode(request.blob)
     except DecodeError as error:
         return error
     return [_view(image, height, width) for height, width in request.sizes]

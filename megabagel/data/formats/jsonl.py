@@ -1,18 +1,22 @@
 """JSONL files: one record per line, found again by the byte offset of its line; images lie in a folder beside."""
 
+import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from megabagel.data.documents import Loose, Member, SampleError
 from megabagel.data.files import image_fault
-from megabagel.data.formats.records import Declared, Locate, declare, invalid, parse
+from megabagel.data.formats.records import MAX_RECORD_BYTES, Declared, Locate, declare, invalid, parse
 from megabagel.errors import UserError
 
 
-def lines(path: Path, shard: int, images: Path) -> Iterator[tuple[str, Callable[[], list[Declared]]]]:
-    """(key, its items when called) for every line that is not blank, in order.
+def lines(
+    path: Path, shard: int, images: Path, unused: Counter[str]
+) -> Iterator[tuple[str, Callable[[], list[Declared]]]]:
+    """(key, its items when called) for every line that is not blank, in order; fields without a use are counted.
 
     Raises:
         UserError: the file cannot be read.
@@ -20,15 +24,31 @@ def lines(path: Path, shard: int, images: Path) -> Iterator[tuple[str, Callable[
     try:
         with path.open("rb") as file:
             offset = 0
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    place = Member(shard, offset, len(line))
-                    yield f"line {number}", partial(_declare, line, place, in_folder(images))
-                offset += len(line)
+            for number, (line, length) in enumerate(_pieces(file), 1):
+                if length > MAX_RECORD_BYTES:
+                    yield f"line {number}", partial(_refuse, length)
+                elif line.strip():
+                    place = Member(shard, offset, length)
+                    yield f"line {number}", partial(_declare, line, place, in_folder(images), unused)
+                offset += length
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error}). Bring the file back, or remove it from data.sources."
         ) from error
+
+
+def _pieces(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """(line, its bytes); of a line beyond MAX_RECORD_BYTES only the beginning is held."""
+    while line := file.readline(MAX_RECORD_BYTES + 1):
+        length, piece = len(line), line
+        while len(piece) > MAX_RECORD_BYTES and not piece.endswith(b"\n"):
+            piece = file.readline(MAX_RECORD_BYTES + 1)
+            length += len(piece)
+        yield line, length
+
+
+def _refuse(length: int) -> list[Declared]:
+    raise SampleError("record too long", f"{length:,} bytes; at most {MAX_RECORD_BYTES:,} are read")
 
 
 def in_folder(folder: Path) -> Locate:
@@ -43,14 +63,19 @@ def in_folder(folder: Path) -> Locate:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             raise SampleError("path leaves the image folder", f"{where}: {name!r:.80} in {folder}")
         try:
-            return Loose(name, (folder / name).stat().st_size)
+            about = (folder / name).stat()
         except OSError as error:
             raise image_fault(folder / name, f"{where}: {name!r:.80} in {folder}", error) from error
         except ValueError as error:  # a name that no file can have
             raise SampleError("image is missing", f"{where}: {name!r:.80} in {folder}") from error
+        if stat.S_ISDIR(about.st_mode):
+            raise SampleError("image is missing", f"{where}: {name!r:.80} in {folder} is a folder")
+        if not stat.S_ISREG(about.st_mode):  # reading a FIFO or a device may never end
+            raise SampleError("image is no regular file", f"{where}: {name!r:.80} in {folder}")
+        return Loose(name, about.st_size)
 
     return locate
 
 
-def _declare(line: bytes, place: Member, locate: Locate) -> list[Declared]:
-    return declare(parse(line), locate, place)
+def _declare(line: bytes, place: Member, locate: Locate, unused: Counter[str]) -> list[Declared]:
+    return declare(parse(line), locate, place, unused)

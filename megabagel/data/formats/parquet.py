@@ -6,7 +6,7 @@ should be small (tens of MB) where samples are drawn in random order.
 
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megabagel.data.documents import Cell, SampleError
-from megabagel.data.formats.records import Declared, declare, invalid
+from megabagel.data.formats.records import PAIRS, Declared, declare, invalid, layout_of, left_over, named_layouts
 from megabagel.data.formats.shards import OPEN_SHARDS
 from megabagel.errors import UserError
 
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 HELD_BYTES = 2**29
 """Most bytes of columns that a reader holds; the column in use is held whatever its size."""
 
-_LAYOUTS = {
+_LAYOUTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("image", "captions"): ("binary", "string"),
     ("image_list", "instruction_list"): ("list<binary>", "list<list<string>>"),
     ("text",): ("string",),
+    **{pair: ("binary", "string") for pair in PAIRS if pair[0] == "image"},
 }
 """Columns of a layout, images first and texts last, and their types."""
 
@@ -96,46 +97,65 @@ class ParquetReader:
         Raises:
             UserError: the layout is none of those that are understood.
         """
-        schema = self._metadata(shard).schema.to_arrow_schema()
-        for layout, kinds in _LAYOUTS.items():
-            if all(name in schema.names for name in layout):
-                for name, kind in zip(layout, kinds, strict=True):
-                    if _kind(schema.field(name).type) != kind:
-                        raise UserError(
-                            f"{self.shards[shard]}: column {name!r} has type {schema.field(name).type}; expected {kind}"
-                        )
-                return schema.names
-        raise UserError(
-            f"{self.shards[shard]}: columns {', '.join(schema.names)}; expected"
-            f" {' or '.join('+'.join(layout) for layout in _LAYOUTS)}. Rename the columns, or convert the file."
-        )
+        schema = self._schema(shard)
+        doubled = sorted({name for name in schema.names if schema.names.count(name) > 1})
+        if doubled:
+            raise UserError(
+                f"{self.shards[shard]}: {len(doubled)} columns are there twice: {', '.join(doubled)}. Rename them."
+            )
+        layout = layout_of(schema.names, _LAYOUTS)
+        if layout is None:
+            raise UserError(
+                f"{self.shards[shard]}: columns {', '.join(schema.names)}; expected"
+                f" {named_layouts(_LAYOUTS)}. Rename the columns, or convert the file."
+            )
+        for name, kind in zip(layout, _LAYOUTS[layout], strict=True):
+            if _kind(schema.field(name).type) != kind:
+                raise UserError(
+                    f"{self.shards[shard]}: column {name!r} has type {schema.field(name).type}; expected {kind}"
+                )
+        return schema.names
+
+    def layout(self, shard: int) -> tuple[str, ...]:
+        """The columns that are read, images first; raises as `names` does."""
+        found = layout_of(self.names(shard), _LAYOUTS)
+        assert found is not None
+        return found
+
+    def _schema(self, shard: int) -> "pa.Schema":
+        return self._metadata(shard).schema.to_arrow_schema()
 
     def _read_metadata(self, shard: int) -> "pq.FileMetaData":
         with _named(self.shards[shard]) as parquet:
             return parquet.read_metadata(self.shards[shard])
 
     def _read_column(self, shard: int, group: int, column: int) -> "pa.ChunkedArray":
-        name = self._metadata(shard).schema.to_arrow_schema().names[column]
+        name = self._schema(shard).names[column]
         # A file of its own, so that threads do not share a position.
         with (
             _named(self.shards[shard]) as parquet,
             parquet.ParquetFile(self.shards[shard], metadata=self._metadata(shard)) as file,
         ):
-            return file.read_row_group(group, columns=[name]).column(0)
+            return _plain(file.read_row_group(group, columns=[name]).column(0))
 
 
-def rows(reader: ParquetReader, shard: int) -> Iterator[tuple[str, Callable[[], list[Declared]]]]:
-    """(key, its items when called) for every row of a shard, in order.
+def rows(
+    reader: ParquetReader, shard: int, unused: Counter[str] | None = None
+) -> Iterator[tuple[str, Callable[[], list[Declared]]]]:
+    """(key, its items when called) for every row of a shard, in order; `unused` counts the cells of other columns.
 
     Raises:
         UserError: the shard cannot be read, or its layout is unknown.
     """
     names = reader.names(shard)
-    layout = next(layout for layout in _LAYOUTS if all(name in names for name in layout))
+    layout = reader.layout(shard)
     *pictures, text = [names.index(name) for name in layout]
+    others = left_over(names, layout)
     for group in range(reader.row_groups(shard)):
         reader.forget()  # the group before: nobody comes back to it
         texts = reader.column(shard, group, text)  # held here: a large column of images may take its place there
+        if unused is not None:
+            unused.update(dict.fromkeys(others, len(texts)))
         for row in range(len(texts)):
             cells = {names[column]: Cell(shard, group, row, column, -1, 0) for column in pictures}
             place = Cell(shard, group, row, text, -1, 0)
@@ -157,10 +177,9 @@ def _declare(
 def texts_of(reader: ParquetReader, cell: Cell) -> dict[str, Any]:
     """A record of the texts of one row; its images are left open."""
     value = reader.value(cell)
-    name = reader.names(cell.shard)[cell.column]
-    layout = next(layout for layout in _LAYOUTS if layout[-1] == name)
+    *pictures, name = reader.layout(cell.shard)
     images = [None] * (len(value) + 1) if name == "instruction_list" else None
-    return {name: value} | dict.fromkeys(layout[:-1], images)
+    return {name: value} | dict.fromkeys(pictures, images)
 
 
 def _cells(reader: ParquetReader, cell: Cell) -> Any:
@@ -183,9 +202,29 @@ def _same(where: str, cell: Any) -> Cell:
 
 
 def _kind(kind: "pa.DataType") -> str:
-    """A type without its size and the names of its elements."""
-    text = str(kind).replace("large_", "")
-    return re.sub(r"<(?:item|element|array): ", "<", text)
+    """A type without its size and the names of its elements, as `_plain` makes it."""
+    text = str(kind).replace("large_", "").replace("string_view", "string").replace("binary_view", "binary")
+    text = re.sub(r"<(?:item|element|array): ", "<", text)
+    text = re.sub(r"dictionary<values=(\w+), [^>]*>", r"\1", text)
+    return re.sub(r"struct<(?:bytes: binary, path: string|path: string, bytes: binary)>", "binary", text)
+
+
+def _plain(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    """A column of texts or bytes: categories as their values, images of `datasets` (bytes and path) as their bytes."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return column.cast(kind.value_type)
+    if str(kind).endswith("_view"):
+        return column.cast(pa.large_string() if "string" in str(kind) else pa.large_binary())
+    if pa.types.is_struct(kind):
+        return pc.struct_field(column, "bytes")
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type):
+        bytes_of = [value and [image and image["bytes"] for image in value] for value in column.to_pylist()]
+        return pa.chunked_array([pa.array(bytes_of, pa.large_list(pa.large_binary()))])
+    return column
 
 
 @contextmanager

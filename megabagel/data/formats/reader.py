@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megabagel.config.reading import read_file
 from megabagel.data.documents import Cell, Loose, Member, Passage, Place, SampleError
-from megabagel.data.files import image_fault
+from megabagel.data.files import MAX_IMAGE_BYTES, image_fault
 from megabagel.data.formats.parquet import ParquetReader, texts_of
 from megabagel.data.formats.records import parse, passage
 from megabagel.data.formats.shards import ShardReader
@@ -34,6 +35,8 @@ class Reader:
             UserError: a shard is gone, or is not what it was when it was indexed; or a file there cannot be read.
             SampleError: an image that is a file of its own is gone or changed.
         """
+        if place.size > MAX_IMAGE_BYTES:
+            raise SampleError("image file too large", f"{place.size:,} bytes; at most {MAX_IMAGE_BYTES:,} are read")
         match place:
             case Member():
                 return self.files.read(place)
@@ -52,7 +55,7 @@ class Reader:
 
     def _file(self, path: Path, size: int) -> bytes:
         try:
-            data = path.read_bytes()
+            data = read_file(path, MAX_IMAGE_BYTES)
         except OSError as error:
             raise image_fault(path, f"{path}: {error.strerror}", error) from error
         if len(data) != size:

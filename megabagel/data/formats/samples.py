@@ -6,33 +6,85 @@
         {"items": [{"type": "text", "text": "make it blue", "role": "condition"},
                    {"type": "image", "name": "0.png", "role": "target"}, ...]}
 
-Images of a record are named by their extension. Other files of a sample are ignored.
+Images of a record are named by their extension. Whether a file is an image is decided by its extension or, where that
+is unknown, by its first bytes. Files without a use are counted by extension.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megabagel.data.documents import Member, SampleError
-from megabagel.data.formats.records import Declared, DeclaredImage, DeclaredText, declare, invalid, parse
+from megabagel.data.formats.records import (
+    MAX_RECORD_BYTES,
+    MAX_TEXT_BYTES,
+    PAIRS,
+    Declared,
+    DeclaredImage,
+    DeclaredText,
+    declare,
+    invalid,
+    layout_of,
+    parse,
+)
 
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm"))
 
 
-def declared_items(files: Mapping[str, Member], read: Callable[[Member], bytes]) -> list[Declared]:
-    """The items of the sample whose files are {extension: member}.
+_SIGNATURES = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|RIFF....WEBP|BM....\x00\x00|II\*\x00|MM\x00\*|P[456]\s"
+    rb"|\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51|....ftyp(?:avif|avis|heic|heix|mif1|msf1|heif)|8BPS|\x00\x00\x01\x00",
+    re.DOTALL,
+)
+"""First bytes of image files, those that no engine here decodes (HEIC, PSD, ICO) included: they are named as such."""
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Whether the first 16 bytes of a file are those of an image."""
+    return _SIGNATURES.match(head) is not None
+
+
+def declared_items(
+    files: Mapping[str, Member], read: Callable[[Member], bytes], unused: Counter[str] | None = None
+) -> list[Declared]:
+    """The items of the sample whose files are {extension: member}; `unused` counts files that it has no use for.
 
     Raises:
         SampleError: what is wrong, with the extension of the file and the field.
     """
-    images = [extension for extension in files if extension in IMAGE_EXTENSIONS]
-    if len(images) > 1:
-        raise SampleError("several images under one key", ", ".join(images))
+    unused = Counter() if unused is None else unused
+    images = [name for name, member in files.items() if _is_image(name, member, read)]
+    plain = [name for name in images if "." not in name]
+    if "json" in files and "txt" not in files:
+        return _record(files, plain, read, unused)
+    if len(plain) > 1:
+        raise SampleError("several images under one key", ", ".join(plain))
     if "txt" in files:
-        caption = DeclaredText(caption_text(read(files["txt"])), place=files["txt"])
-        return [caption, *(DeclaredImage(extension, files[extension]) for extension in images)]
-    if "json" in files:
-        return _record(files, read)
-    raise SampleError("no caption" if images else "neither image nor text", ", ".join(files))
+        if images and not plain:
+            raise SampleError("images with unknown names", f"{', '.join(images)}: only a record (json) can name them")
+        unused.update(name for name in files if name != "txt" and name not in plain)
+        caption = DeclaredText(caption_text(_limited(files["txt"], read, MAX_TEXT_BYTES)), place=files["txt"])
+        return [caption, *(DeclaredImage(name, files[name]) for name in plain)]
+    dotted = ": the key of a sample ends at the first dot of a name" if any("." in name for name in files) else ""
+    raise SampleError("no caption" if plain else "neither image nor text", ", ".join(files) + dotted)
+
+
+_TEXTS = frozenset(("txt", "json", "cls", "id"))
+"""Files that are not looked into to find out whether they are images."""
+
+
+def _is_image(name: str, member: Member, read: Callable[[Member], bytes]) -> bool:
+    if name in IMAGE_EXTENSIONS or name in _TEXTS:
+        return name in IMAGE_EXTENSIONS
+    return looks_like_image(read(replace(member, size=min(member.size, 16))))
+
+
+def _limited(member: Member, read: Callable[[Member], bytes], most: int) -> bytes:
+    if member.size > most:
+        raise SampleError("text too long", f"{member.size:,} bytes; at most {most:,} are read")
+    return read(member)
 
 
 def caption_text(data: bytes) -> str:
@@ -50,15 +102,26 @@ def caption_text(data: bytes) -> str:
     return text
 
 
-def _record(files: Mapping[str, Member], read: Callable[[Member], bytes]) -> list[Declared]:
+def _record(
+    files: Mapping[str, Member], images: Sequence[str], read: Callable[[Member], bytes], unused: Counter[str]
+) -> list[Declared]:
+    """The items of a sample with a record; a caption in it is that of the one image of the sample."""
+    named = {"json"}
+
     def locate(where: str, name: Any) -> Member:
         if not isinstance(name, str):
             raise invalid(where, "the extension of a file", name)
         if name.lower() not in files:
             raise SampleError("image of a document is missing", f"{where}: no file with extension {name!r}")
+        named.add(name.lower())
         return files[name.lower()]
 
     try:
-        return declare(parse(read(files["json"])), locate, files["json"])
+        record = parse(_limited(files["json"], read, MAX_RECORD_BYTES))
+        if isinstance(record, dict) and len(images) == 1 and layout_of({*record, "image"}) in PAIRS:
+            record = {**record, "image": images[0]}
+        found = declare(record, locate, files["json"], unused)
     except SampleError as error:
         raise SampleError(error.reason, f"json: {error.detail}") from error
+    unused.update(files.keys() - named)
+    return found

@@ -7,25 +7,16 @@ import io
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
 from megabagel.data.documents import Member
+from megabagel.data.tar import NotTar, TarFile, walk
 from megabagel.errors import UserError
 
 OPEN_SHARDS = 256
 """Most shards that a process holds open, of all its sources: data sets have more shards than it may have open files."""
-
-
-@dataclass(frozen=True)
-class TarFile:
-    """One regular file of a shard: `size` bytes from byte `offset`."""
-
-    name: str
-    offset: int
-    size: int
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -40,27 +31,17 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def list_files(shard: Path) -> tuple[list[TarFile], str | None]:
-    """The files of a shard, and what is wrong with its end (None for a sound shard).
+    """The files of a shard, and what is wrong with its end (None for a sound shard); see `tar.walk`.
 
     The last file of a damaged shard may be cut off, and further files of its sample may be lost.
 
     Raises:
         UserError: the shard is missing, unreadable or not an uncompressed tar.
     """
-    files: list[TarFile] = []
     try:
-        with shard.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:", errors="replace") as tar:
-            try:
-                for info in tar:
-                    if info.isreg():
-                        files.append(TarFile(info.name, info.offset_data, info.size))
-            except tarfile.ReadError as error:
-                return files, str(error)
-            # tarfile takes a damaged header for the end of the archive; the true end is a block of zeros.
-            raw.seek(tar.offset)
-            sound = raw.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-            return files, None if sound else f"no end mark at byte {tar.offset}"
-    except (OSError, tarfile.ReadError) as error:
+        with shard.open("rb") as file:
+            return walk(file, shard.stat().st_size)
+    except (OSError, NotTar) as error:
         raise UserError(
             f"{shard}: cannot be read as a shard ({error}). Expected an uncompressed tar of samples;"
             " `megabagel data prepare` builds such shards."

@@ -45,6 +45,9 @@ MEANING = _CELL - 1
 _INLINE, _LOOSE = -1, -2
 _COLUMN_SHIFT, _GROUP_SHIFT = 20, 32
 
+_NAMES = "surrogateescape"
+"""Keys are names of files, whose bytes need not be UTF-8."""
+
 Row = tuple[int, int, int, int, int, int, int, int]
 """An item as plain numbers, in the order of `ITEM`."""
 
@@ -72,6 +75,21 @@ class Table:
         """[documents + 1] int64: the first byte of every key."""
         return _starts(self.documents["key_bytes"])
 
+    def problem(self) -> str | None:
+        """Why the columns do not belong together, if so: each length and place must be of a document, key or text."""
+        documents, items = self.documents, self.items
+        if (documents["items"] < 1).any() or documents["items"].sum(dtype=np.int64) != len(items):
+            return "documents do not have the items that are there"
+        if (documents["key_bytes"] < 0).any() or documents["key_bytes"].sum(dtype=np.int64) != len(self.keys):
+            return "documents do not have the keys that are there"
+        inside_I = (items["file"] >= _LOOSE) & (items["file"] <= 0) & (items["at"] >= 0) & (items["size"] >= 0)
+        length_I = np.where(items["file"] == _LOOSE, items["part"] - 1, items["size"])
+        held_I = items["file"] < 0
+        inside_I &= ~held_I | ((length_I >= 0) & (items["at"] + length_I <= len(self.texts)))
+        if not (inside_I & (items["high"] >= 0) & (items["wide"] >= 0)).all():
+            return "items lie outside of their shard"
+        return None
+
     def chosen(self, numbers: np.ndarray) -> "Table":
         """The table of some documents alone; `numbers`: int64, rising."""
         selected = np.zeros(len(self), bool)
@@ -90,11 +108,11 @@ class Table:
 
     def key(self, number: int) -> str:
         """The key of one document."""
-        return self.keys[self.key_at[number] : self.key_at[number + 1]].tobytes().decode()
+        return self.keys[self.key_at[number] : self.key_at[number + 1]].tobytes().decode(errors=_NAMES)
 
     def item(self, row: Row, role: Role | None) -> Item:
         """An item in a role."""
-        kind, high, wide, _, file, at, size, part = row
+        kind, high, wide, crc, file, at, size, part = row
         further = bool(kind & _FURTHER)
         number = (part & (1 << _COLUMN_SHIFT) - 1) - 1
         if kind & IMAGE:
@@ -103,7 +121,7 @@ class Table:
                 place = _cell(file, at, size, part, number)
             else:
                 place = Member(file, at, size) if file >= 0 else Loose(self._text(at, number), size)
-            return ImageItem(high, wide, place, role, further)
+            return ImageItem(high, wide, place, role, further, crc)
         source: str | Member | Passage
         if file == _INLINE:
             source = self._text(at, size)
@@ -111,7 +129,7 @@ class Table:
             source = Passage(_cell(file, at, size, part, -1), number)
         else:
             source = Member(file, at, size) if number < 0 else Passage(Member(file, at, size), number)
-        return TextItem(high, source, role, further, kind >> _JOINED_SHIFT & 3)  # type: ignore[arg-type]
+        return TextItem(high, source, role, further, kind >> _JOINED_SHIFT & 3, crc)  # type: ignore[arg-type]
 
     def _text(self, at: int, size: int) -> str:
         return self.texts[at : at + size].tobytes().decode()
@@ -137,7 +155,7 @@ class TableBuilder:
 
     def add(self, key: str, items: Sequence[Item], checksums: Iterable[int]) -> None:
         """Append a document; `checksums` holds the CRC-32 of every item."""
-        name = key.encode()
+        name = key.encode(errors=_NAMES)
         self._documents.append((len(items), len(name)))
         self._keys += name
         for item, checksum in zip(items, checksums, strict=True):

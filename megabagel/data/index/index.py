@@ -12,7 +12,7 @@ import time
 import zlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -41,13 +41,16 @@ from megabagel.data.index.documents_view import Documents, usable
 from megabagel.data.index.index_cache import Scan, Skip, State
 from megabagel.data.index.shard_files import SUFFIXES, find_shards, samples_of
 from megabagel.data.tokenize.tokenizer import TextTokenizer
-from megabagel.errors import UserError
+from megabagel.errors import UserError, printable
 from megabagel.log import RANK0
 
 logger = logging.getLogger(__name__)
 
 INLINE_BYTES = 1024
 """A text up to this size is held in the index; a longer one is read when it is needed."""
+_CHECK = "`megabagel data index --check` finds such shards and indexes them again"
+NAMED_UNUSED = 20
+"""Unused fields that a message names."""
 NAMED_SKIPS = 5
 """Skipped samples that a log message names; `Index.skipped` has all."""
 
@@ -64,26 +67,56 @@ class Index:
     skipped: tuple[Skip, ...]
     fingerprint: str
     reader: Reader = field(repr=False)
+    unused: Mapping[str, int] = field(default_factory=dict)
+    """Fields, columns and files for which samples have no use, and how many samples have each."""
 
     def read(self, place: Place) -> bytes:
         """The bytes of one image; raises UserError when its shard is gone or changed."""
         return self.reader.read(place)
 
+    def image(self, item: ImageItem) -> bytes:
+        """The bytes of one image, compared with the checksum of when it was indexed; raises as `read` does too.
+
+        A shard that was restored with other contents may have its old size and times, which is all that is looked at
+        when a run starts.
+
+        Raises:
+            SampleError: they are other bytes.
+        """
+        data = self.reader.read(item.member)
+        if item.crc is not None and zlib.crc32(data) != item.crc:
+            raise SampleError("changed since it was indexed", _CHECK)
+        return data
+
     def text(self, item: TextItem) -> str:
-        """The text of one item."""
+        """The text of one item.
+
+        Raises:
+            SampleError: it is another one than when it was indexed.
+        """
         match item.source:
             case str(text):
                 return text
             case Member() as file:
-                return caption_text(self.reader.files.read(file))
+                text = caption_text(self.reader.files.read(file))
             case Passage() as part:
-                return self.reader.text(part)
+                text = self.reader.text(part)
+        if item.crc is not None and zlib.crc32(text.encode()) != item.crc:
+            raise SampleError("changed since it was indexed", _CHECK)
+        return text
 
     def __str__(self) -> str:
         reasons = Counter(skip.reason for skip in self.skipped)
         counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
         line = f"samples: {len(self.documents)}, skipped: {len(self.skipped)}, shards: {len(self.reader.shards)}"
-        return f"{line}; {counts}" if counts else line
+        return "; ".join(filter(None, (line, counts, self.not_used())))
+
+    def not_used(self) -> str:
+        """The fields, columns and files without a use, in words; empty if there are none."""
+        most = Counter(self.unused).most_common()
+        named = ", ".join(f"{printable(name)} ({count})" for name, count in most[:NAMED_UNUSED])
+        more = f" and {len(most) - NAMED_UNUSED} more" if len(most) > NAMED_UNUSED else ""
+        return f"not used: {named}{more}" if most else ""
 
 
 def index_source(data: DataConfig, source: SourceConfig, tokenizer: TextTokenizer, *, check: bool = False) -> Index:
@@ -140,7 +173,8 @@ def build_index(
     for number, fault in unusable:
         skipped.append(Skip(shards[bisect_right(ends, number)].name, table.key(number), fault.reason, fault.detail))
     documents = Documents(table, numbers, task, tokenizer.fingerprint())
-    index = Index(documents, tuple(skipped), documents.fingerprint(), reader)
+    unused = sum((Counter(found.unused) for found in scans), Counter())
+    index = Index(documents, tuple(skipped), documents.fingerprint(), reader, unused)
     _report(index, task)
     return index
 
@@ -156,8 +190,8 @@ def _scan(reader: Reader, number: int, tokenizer: TextTokenizer) -> Scan:
     """Look into every sample of one shard."""
     shard, start = reader.shards[number], time.perf_counter()
     state = State.of(shard)
-    builder, skipped, count = TableBuilder(), [], 0
-    for found in samples_of(reader, number):
+    builder, skipped, count, unused = TableBuilder(), [], 0, Counter[str]()
+    for found in samples_of(reader, number, unused):
         if isinstance(found, Skip):
             skipped.append(found)
             continue
@@ -173,7 +207,7 @@ def _scan(reader: Reader, number: int, tokenizer: TextTokenizer) -> Scan:
             ) from error
     seconds = time.perf_counter() - start
     logger.info("indexed %s: samples: %d, skipped: %d (%.1f s)", shard, count, len(skipped), seconds)
-    return Scan(builder.table(), tuple(skipped), state)
+    return Scan(builder.table(), tuple(skipped), state, unused)
 
 
 def _measured(declared: Sequence[Declared], tokenizer: TextTokenizer, reader: Reader) -> Iterator[tuple[Item, int]]:
@@ -200,9 +234,10 @@ def _report(index: Index, task: Task) -> None:
     shards = index.reader.shards
     name = str(shards[0]) if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
     if not index.documents:
+        first = f" The first: {index.skipped[0]}." if index.skipped else ""
         raise UserError(
-            f"{name}: no sample is usable for task {task!r}: {index}. Expected per sample of a tar an image and a"
-            " KEY.txt caption, a KEY.txt alone, or a KEY.json with items; per row or line one of the layouts in"
+            f"{name}: no sample is usable for task {task!r}: {index}.{first} Expected per sample of a tar an image and"
+            " a KEY.txt caption, a KEY.txt alone, or a KEY.json with items; per row or line one of the layouts in"
             " docs/data.md. Choose another task or mend the shards."
         )
     named = "".join(f"\n  {skip}" for skip in index.skipped[:NAMED_SKIPS])

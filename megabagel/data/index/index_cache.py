@@ -12,25 +12,29 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megabagel.config.reading import read_file
+from megabagel.config.typed_json import Count, parse, read_as
 from megabagel.data.files import write_atomic
 from megabagel.data.index.document_table import TYPES, Table
-from megabagel.errors import UserError
+from megabagel.errors import UserError, printable
 from megabagel.log import RANK0
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever a scan of the same shard would find something else, or is written in another way."""
 ON_DISK = {"documents": "documents_D", "items": "items_I", "keys": "keys_B", "texts": "texts_B"}
 """Names of a table's arrays in the header of format 2."""
 
 FOLDER = ".index"
+MOST_BYTES = 2**36
+"""Of a cache file: 64 GiB are the index of more than a billion items."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class Skip:
 
     def __str__(self) -> str:
         detail = f" ({self.detail})" if self.detail else ""
-        return f"{self.shard}: {self.key or 'the end of the shard'}: {self.reason}{detail}"
+        return printable(f"{self.shard}: {self.key or 'the end of the shard'}: {self.reason}{detail}")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Scan:
     table: Table
     skipped: tuple[Skip, ...]
     state: State
+    unused: Mapping[str, int]
+    """Fields, columns and files for which samples have no use, and how many samples have each."""
 
 
 def file_of(shard: Path, folder: Path | None, how: Mapping[str, Any]) -> Path:
@@ -95,14 +101,14 @@ def load(path: Path, shard: Path, *, check: bool = False) -> Scan | None:
     """
     size, changed = _stat(shard)
     try:
-        head, body = path.read_bytes().split(b"\n", 1)
-        fields = json.loads(head)
-        if fields["sha256"] != hashlib.sha256(body).hexdigest():
+        head, body = _read(path).split(b"\n", 1)
+        fields = read_as(_Head, parse(head))
+        if fields.sha256 != hashlib.sha256(body).hexdigest():
             raise ValueError("the digest does not match")
         scan = _unpack(fields, body)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         logger.warning("index cache %s is damaged (%s): indexing %s again", path, error, shard, extra=RANK0)
         return None
     if size != scan.state.size:
@@ -114,7 +120,7 @@ def load(path: Path, shard: Path, *, check: bool = False) -> Scan | None:
         logger.warning(message, shard, extra=RANK0)
         return None
     if changed != scan.state.changed:
-        scan = Scan(scan.table, scan.skipped, State(size, changed, scan.state.digest))
+        scan = replace(scan, state=State(size, changed, scan.state.digest))
         save(path, scan)
     return scan
 
@@ -128,6 +134,7 @@ def save(path: Path, scan: Scan) -> None:
         "skipped": [astuple(skip) for skip in scan.skipped],
         "lengths": {ON_DISK[name]: len(column) for name, column in columns.items()},
         "sha256": hashlib.sha256(body).hexdigest(),
+        "unused": dict(scan.unused),
     }
     try:
         write_atomic(path, json.dumps(fields).encode() + b"\n" + body)
@@ -137,12 +144,34 @@ def save(path: Path, scan: Scan) -> None:
         )
 
 
-def _unpack(fields: Mapping[str, Any], body: bytes) -> Scan:
+@dataclass(frozen=True)
+class _Head:
+    """The first line of a cache file."""
+
+    state: tuple[Count, int, str]
+    skipped: tuple[tuple[str, str, str, str], ...]
+    lengths: dict[str, Count]
+    sha256: str
+    unused: dict[str, Count]
+
+
+def _read(path: Path) -> bytes:
+    """A cache file, which is as large as it has to be. Raises OSError, for what is no regular file too."""
+    return read_file(path, MOST_BYTES)
+
+
+def _unpack(fields: _Head, body: bytes) -> Scan:
     columns, offset = {}, 0
     for name, kind in TYPES.items():
-        columns[name] = np.frombuffer(body, kind, fields["lengths"][ON_DISK[name]], offset)
+        length = fields.lengths.get(name, -1)
+        if not 0 <= length * kind.itemsize <= len(body) - offset:
+            raise ValueError(f"{length} entries of {name} in {len(body)} bytes")
+        columns[name] = np.frombuffer(body, kind, length, offset)
         offset += columns[name].nbytes
-    return Scan(Table(**columns), tuple(Skip(*skip) for skip in fields["skipped"]), State(*fields["state"]))
+    table = Table(**columns)
+    if problem := table.problem():
+        raise ValueError(problem)
+    return Scan(table, tuple(Skip(*skip) for skip in fields.skipped), State(*fields.state), fields.unused)
 
 
 def _stat(shard: Path) -> tuple[int, int]:

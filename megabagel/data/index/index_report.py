@@ -19,6 +19,7 @@ def survey(index: Index, title: str, named: int | None) -> str:
     shards = index.reader.shards
     size = sum(shard.stat().st_size for shard in shards)
     lines.append(f"  shards: {len(shards)}, {size / 1e6:,.1f} MB; fingerprint {index.fingerprint}")
+    lines += [f"  {index.not_used()}"] if index.unused else []
     return "\n".join(lines + _skipped(index.skipped, named))
 
 

@@ -1,5 +1,6 @@
 """Formats of shards: which files of a folder are shards, what format a file has, and the samples in it."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from megabagel.data.formats.records import Declared
 from megabagel.data.formats.samples import declared_items
 from megabagel.data.formats.shards import list_files, split_name
 from megabagel.data.index.index_cache import Skip
+from megabagel.data.tar import BEHIND_THE_END
 from megabagel.errors import UserError
 
 Format = Literal["tar", "parquet", "jsonl"]
@@ -75,7 +77,12 @@ def format_of(shard: Path) -> Format:
         by_content: Format = "tar"  # whatever the name of its first file begins with
     elif start[:4] == b"PAR1":
         by_content = "parquet"
-    elif start.lstrip()[:1] in (b"{", b"["):
+    elif start.lstrip()[:1] == b"[" and by_name in (None, "jsonl"):
+        raise UserError(
+            f"{shard}: holds a JSON array, expected JSONL with an object per line. Convert it, for example with"
+            f" `jq -c '.[]' {shard.name} > {shard.stem}.jsonl`."
+        )
+    elif start.lstrip()[:1] == b"{":
         by_content = "jsonl"
     elif by_name == "jsonl" and not start.strip():
         by_content = "jsonl"  # without a record
@@ -89,8 +96,10 @@ def format_of(shard: Path) -> Format:
     return by_content
 
 
-def samples_of(reader: Reader, number: int) -> Iterator[Found | Skip]:
+def samples_of(reader: Reader, number: int, unused: Counter[str]) -> Iterator[Found | Skip]:
     """The samples of one shard in order, and those that are known to be unusable before one looks into them.
+
+    `unused` counts fields, columns and files for which their samples have no use, as these are looked into.
 
     Raises:
         UserError: the shard is missing, unreadable or of no known format.
@@ -98,14 +107,14 @@ def samples_of(reader: Reader, number: int) -> Iterator[Found | Skip]:
     shard = reader.shards[number]
     match format_of(shard):
         case "tar":
-            yield from _tar(reader, number)
+            yield from _tar(reader, number, unused)
         case "parquet":
-            yield from (Found(key, declare) for key, declare in parquet.rows(reader.parquet, number))
+            yield from (Found(key, declare) for key, declare in parquet.rows(reader.parquet, number, unused))
         case "jsonl":
-            yield from (Found(key, declare) for key, declare in jsonl.lines(shard, number, reader.images))
+            yield from (Found(key, declare) for key, declare in jsonl.lines(shard, number, reader.images, unused))
 
 
-def _tar(reader: Reader, number: int) -> Iterator[Found | Skip]:
+def _tar(reader: Reader, number: int, unused: Counter[str]) -> Iterator[Found | Skip]:
     shard = reader.shards[number]
     files, damage = list_files(shard)
     samples: dict[str, dict[str, Member]] = {}
@@ -114,13 +123,16 @@ def _tar(reader: Reader, number: int) -> Iterator[Found | Skip]:
         key, extension = split_name(file.name)
         if not key or key.endswith("/"):  # a hidden file
             continue
+        if file.fault:
+            faults[key] = Skip(shard.name, key, "no regular file", f"{file.name} is {file.fault}")
         if extension in samples.setdefault(key, {}):
             faults[key] = Skip(shard.name, key, "two files of one name", extension)
         samples[key][extension] = Member(number, file.offset, file.size)
     if damage:
-        last = split_name(files[-1].name)[0] if files else ""
+        # What follows an end mark belongs to no sample; any other damage may have cut the last one.
+        last = split_name(files[-1].name)[0] if files and not damage.startswith(BEHIND_THE_END) else ""
         faults[last] = Skip(shard.name, last, "damaged shard", damage)
     yield from faults.values()
     for key, sample in samples.items():
         if key not in faults:
-            yield Found(key, partial(declared_items, sample, reader.files.read))
+            yield Found(key, partial(declared_items, sample, reader.files.read, unused))

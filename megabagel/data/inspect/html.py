@@ -1,14 +1,21 @@
 """A sample as one HTML page that needs no other file: images and the mask lie in it as PNG."""
 
 import base64
+import html
 import io
-from html import escape
 
 from PIL import Image
 
 from megabagel.data.inspect.mask import COLOURS, HIDDEN, LOSS, Colour, draw_mask
 from megabagel.data.inspect.table import HEADER, NUMERIC, cells, heading, summary
 from megabagel.data.inspect.view import ImageView, Kind, SampleView, TextView
+from megabagel.errors import printable
+
+
+def escape(text: str) -> str:
+    """Foreign text for HTML: markup and invisible characters escaped."""
+    return html.escape(printable(text, keep="\n\t"))
+
 
 MASK = 720
 """Most pixels of a side of the mask."""

@@ -120,7 +120,7 @@ def view_sample(config: Config, source: Source, tokenizer: TextTokenizer, wanted
     shown = {slot for segment in segments for slot in segment.slots}
     images = _images(config, source, document, segments)
     texts = {
-        slot: TextView(slot, item.role or "", tuple(_written(tokenizer, source.index.text(item))))
+        slot: TextView(slot, item.role or "", tuple(_written(tokenizer, _text(source, document, slot, item))))
         for slot, item in enumerate(document.items)
         if isinstance(item, TextItem) and slot in shown
     }
@@ -188,6 +188,14 @@ def _written(tokenizer: TextTokenizer, text: str) -> Iterator[str]:
     return (tokenizer.decode([token]) for token in tokenizer.encode(text))
 
 
+def _text(source: Source, document: Document, slot: int, item: TextItem) -> str:
+    try:
+        return source.index.text(item)
+    except SampleError as error:
+        told = f"{source.name}, sample {document.key}, item {slot}: {error}. Choose another --sample."
+        raise UserError(told) from error
+
+
 def _images(
     config: Config, source: Source, document: Document, segments: tuple[SegmentView, ...]
 ) -> dict[int, ImageView]:
@@ -204,7 +212,7 @@ def _images(
         assert isinstance(item, ImageItem)
         sizes = tuple((rows * sides[name], cols * sides[name]) for name, (rows, cols) in wanted.items())
         try:
-            (outcome,) = choose_engine("host")([Request(source.index.read(item.member), sizes)])
+            (outcome,) = choose_engine("host")([Request(source.index.image(item), sizes)])
             if isinstance(outcome, DecodeError):
                 raise outcome
         except SampleError as error:

@@ -4,7 +4,7 @@ Nothing here decides an order: the plan does. An image that fails although the i
 latents by NaN, which the model side turns into rows without loss, ViT patches by grey.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,28 +88,40 @@ class Filler:
         encoded = vaes if self.latents is None else []
         for image in encoded:
             sizes.setdefault((image.sample, image.slot), []).append((image.rows * stride, image.cols * stride))
-        views, lost = self._views(task, sizes)
+        token_ids, unread = self._token_ids(task, rank.pack.samples)
+        views, lost = self._views(task, sizes, unread)
         patches = [patchify(torch.nan_to_num(next(views[sample, vit.slot])), patch) for sample, vit in vits]
         pixels = [next(views[image.sample, image.slot]) for image in encoded]
-        moments, missed = (None, ()) if self.latents is None else self._moments(task, vaes, self.latents)
-        token_ids = np.array(self._words(task, rank.pack.samples), np.int64)
-        return Filled(self.batches.build(rank, token_ids, patches, pixels, moments), lost + missed)
+        moments, missed = (None, ()) if self.latents is None else self._moments(task, vaes, self.latents, unread)
+        if unread:  # nothing is learned from a sample without its text
+            pack = rank.pack
+            rank = replace(rank, pack=replace(pack, ce_S=pack.ce_S & ~np.isin(pack.sample_S, list(unread))))
+        batch = self.batches.build(rank, np.array(token_ids, np.int64), patches, pixels, moments)
+        return Filled(batch, lost + missed + tuple(unread.values()))
 
-    def _words(self, task: Task, samples: tuple[SamplePlan, ...]) -> list[int]:
+    def _token_ids(self, task: Task, samples: tuple[SamplePlan, ...]) -> tuple[list[int], dict[int, LostImage]]:
+        """The token ids of all samples, and by number the samples of which a text cannot be had, written as `eos`."""
         writer = Writer(self.tokenizer)
         words: list[int] = []
-        for document, sample in zip(task.documents, samples, strict=True):
+        unread: dict[int, LostImage] = {}
+        for number, (document, sample) in enumerate(zip(task.documents, samples, strict=True)):
 
-            def ids(slot: int, document: Document = document, source: str = sample.key.source) -> list[int]:
+            def ids(
+                slot: int, number: int = number, document: Document = document, source: str = sample.key.source
+            ) -> list[int]:
                 item = document.items[slot]
                 assert isinstance(item, TextItem)
-                return self.tokenizer.encode(self.indexes[source].text(item))
+                try:
+                    return self.tokenizer.encode(self.indexes[source].text(item))
+                except SampleError as error:
+                    unread[number] = _lost(task, number, slot, error, "text")
+                    return [writer.eos] * item.n_ids
 
             words += writer.words(sample.items, ids)
-        return words
+        return words, unread
 
     def _views(
-        self, task: Task, sizes: Mapping[tuple[int, int], list[tuple[int, int]]]
+        self, task: Task, sizes: Mapping[tuple[int, int], list[tuple[int, int]]], unread: Collection[int]
     ) -> tuple[dict[tuple[int, int], Iterator[torch.Tensor]], tuple[LostImage, ...]]:
         """The views [3, height, width] in [-1, 1] of images (sample, slot), all decoded in one call; NaN for one that
         cannot be had."""
@@ -118,6 +130,7 @@ class Filler:
         requests: dict[tuple[int, int], Request] = {}
         for (sample, slot), wanted in sizes.items():
             try:
+                _refuse(sample, unread)
                 blob = self._file(keys[sample].source, task.documents[sample], slot)
                 requests[sample, slot] = Request(blob, tuple(wanted))
             except SampleError as error:
@@ -133,7 +146,7 @@ class Filler:
         return views, tuple(lost)
 
     def _moments(
-        self, task: Task, images: Sequence[VaeImage], cache: LatentCache
+        self, task: Task, images: Sequence[VaeImage], cache: LatentCache, unread: Collection[int]
     ) -> tuple[list[torch.Tensor], tuple[LostImage, ...]]:
         """The codec's moments of images [C, h, w]; NaN for one that cannot be had."""
         stride, cells = self.config.model.latent_stride, self.config.model.latent_patch
@@ -141,6 +154,7 @@ class Filler:
         for image in images:
             source, document = task.plan.visits[image.sample].key.source, task.documents[image.sample]
             try:
+                _refuse(image.sample, unread)
                 blob = self._file(source, document, image.slot)
                 moments.append(cache.read(blob, image.rows * stride, image.cols * stride))
             except SampleError as error:
@@ -151,9 +165,15 @@ class Filler:
     def _file(self, source: str, document: Document, slot: int) -> bytes:
         item = document.items[slot]
         assert isinstance(item, ImageItem)
-        return self.indexes[source].read(item.member)
+        return self.indexes[source].image(item)
 
 
-def _lost(task: Task, sample: int, slot: int, error: SampleError) -> LostImage:
+def _refuse(sample: int, unread: Collection[int]) -> None:
+    """Raise SampleError for an image of a sample whose text is lost: it would be learned with a wrong text."""
+    if sample in unread:
+        raise SampleError("its text is lost")
+
+
+def _lost(task: Task, sample: int, slot: int, error: SampleError, what: str = "image") -> LostImage:
     key, name = task.plan.visits[sample].key, task.documents[sample].key
-    return LostImage(key, slot, f"source {key.source}, sample {name}: image lost: {error}")
+    return LostImage(key, slot, f"source {key.source}, sample {name}: {what} lost: {error}")

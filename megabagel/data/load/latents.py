@@ -198,7 +198,7 @@ def _images(config: Config, sources: Sequence[Source]) -> Iterator[tuple[Callabl
         for number in range(len(source.index.documents)):
             for item in source.index.documents[number].items:
                 if isinstance(item, ImageItem) and item.role != "look":
-                    yield partial(source.index.read, item.member), expander.vae_size(item)
+                    yield partial(source.index.image, item), expander.vae_size(item)
 
 
 def _with_latents(sources: Sequence[Source]) -> list[Source]:

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from megabagel.config.schema import Config
+from megabagel.config.typed_json import WrongValue, read_as
 from megabagel.data.documents import Document
 from megabagel.data.index.index import Index, index_source
 from megabagel.data.plan.planned_sample import PackPlan, Rules, Task, Visit
 from megabagel.data.plan.resume_check import grown_sources
+from megabagel.data.plan_state import PlanState
 from megabagel.data.tokenize.tokenizer import TextTokenizer
 from megabagel.errors import UserError
 from megabagel.log import RANK0
@@ -159,20 +161,28 @@ class GlobalPlan:
 
         Raises:
             UserError: the sources have changed in another way since the state was made.
+            WrongValue: it is no state of a plan.
         """
-        grown = grown_sources({name: source.index for name, source in self.sources.items()}, state["fingerprint"])
+        saved = read_as(PlanState, state, "plan")
+        grown = grown_sources({name: source.index for name, source in self.sources.items()}, saved.fingerprint)
         seed = self.config.train.seed
-        if state["seed"] != seed:
+        if saved.seed != seed:
             raise UserError(
-                f"train.seed={seed}, but the checkpoint's place in the data was reached with {state['seed']}: set "
-                f"train.seed={state['seed']}, or start anew with run.resume=none"
+                f"train.seed={seed}, but the checkpoint's place in the data was reached with {saved.seed}: set "
+                f"train.seed={saved.seed}, or start anew with run.resume=none"
             )
-        self.step, self.draws = state["step"], state["draws"]
-        self.cursors = {name: list(cursor) for name, cursor in state["cursors"].items()}
-        self.begun = {name: [self.cursors[name][0], samples] for name, samples in grown.items()} | state["begun"]
+        samples = {name: len(source.index.documents) for name, source in self.sources.items()}
+        saved.check(samples)
+        self.step, self.draws = saved.step, saved.draws
+        self.cursors = {name: list(cursor) for name, cursor in saved.cursors.items()}
+        begun = {name: list(entry) for name, entry in saved.begun.items()}
+        self.begun = {name: [self.cursors[name][0], known] for name, known in grown.items()} | begun
+        for name, (epoch, place) in self.cursors.items():
+            if place >= self._samples(name, epoch):
+                raise WrongValue(f"plan.cursors.{name} is at sample {place} of {self._samples(name, epoch)}")
         self._orders = {}
-        self.skipped = Counter(state["skipped"])
-        window = (self._visit(SampleKey(seed, *entry)) for entry in state["window"])
+        self.skipped = Counter(saved.skipped)
+        window = (self._visit(SampleKey(seed, *entry)) for entry in saved.window)
         self.window = [visit for visit in window if self._fits(visit)]  # limits may have changed since
 
     def _next_pack(self) -> PackPlan:

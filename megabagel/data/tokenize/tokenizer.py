@@ -13,8 +13,12 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
+from megabagel.config.reading import read_file
 from megabagel.errors import UserError
 from megabagel.sequence.items import SPECIAL_TOKENS
+
+MOST_BYTES = 2**28
+"""Of a tokenizer's file; the largest published ones have some tens of megabytes."""
 
 
 class TextTokenizer(Protocol):
@@ -49,13 +53,16 @@ def load_tokenizer(spec: str) -> TextTokenizer:
     if path.is_dir():
         path /= "tokenizer.json"
     kind = _KINDS.get(path.suffix)
-    if kind is None or not path.is_file():
+    if kind is None or "\0" in spec or not path.is_file():
         raise UserError(
             f"data.tokenizer = {spec!r}: {'no such file: ' + str(path) if kind else 'unknown kind of tokenizer'}."
             " Expected `bytes`, a `tokenizer.json`, a folder with a `tokenizer.json`, or a sentencepiece `*.model`."
         )
     try:
-        tokenizer = kind(path.read_bytes())
+        data = read_file(path, MOST_BYTES)
+        if not data:
+            raise ValueError("it is empty")
+        tokenizer = kind(data)
     except Exception as error:  # both libraries raise bare Exception or RuntimeError
         raise UserError(
             f"data.tokenizer = {spec!r}: {path} is not a readable tokenizer ({error}). Copy or train the file again."
@@ -105,6 +112,8 @@ class JsonTokenizer:
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._model = tokenizers.Tokenizer.from_buffer(data)
+        if getattr(self._model.model, "dropout", None):  # of BPE: one text must always have the same ids
+            self._model.model.dropout = None
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         # Special or merely added: both are matched in text, unless they are special and this switch is on.
         self._model.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocabulary])
@@ -154,7 +163,9 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens are left out."""
-        return self._model.decode([number for number in ids if number not in self._special])
+        return self._model.decode(
+            [number for number in ids if 0 <= number < self.vocab_size and number not in self._special]
+        )
 
     def token_id(self, token: str) -> int:
         """Id of one special token; KeyError if the vocabulary has none of this name."""

@@ -104,7 +104,7 @@ def test_latent_table_of_another_size(tmp_path: Path) -> None:
         ({"layer_module": "Qwen2DecoderLayer"}, r"layer_module = 'Qwen2DecoderLayer', .*dense.*variant mot"),
         ({"hidden_act": "gelu"}, r"llm_config.json: hidden_act = 'gelu', expected 'silu'"),
         ({"num_attention_heads": 5}, r"model.hidden = 24, model.heads = 5"),
-        ({"hidden_size": "24"}, r"model.hidden = '24': expected an integer"),
+        ({"hidden_size": "24"}, r"hidden_size is '24'; expected a whole number"),
         ({"rope_theta": "many"}, r"llm_config.json: cannot be understood"),
         ({"intermediate_size": 22}, r"mlp.down_proj.weight: \[24, 20\] in .*, expected \[24, 22\]"),
     ],

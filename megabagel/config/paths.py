@@ -1,0 +1,28 @@
+"""Paths are taken as they stand: what a shell would have replaced in one is refused by name."""
+
+import re
+from collections.abc import Iterator
+
+from megabagel.config.rules import value_at
+from megabagel.config.schema import Config
+
+PATHS = (
+    *("run.dir", "run.resume", "run.init_from", "model.vae.path"),
+    *("data.root", "data.index_dir", "data.tokenizer", "data.latents"),
+)
+
+
+def unexpanded(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, message) of every path that begins with ~ or has a $NAME in it.
+
+    A shell leaves both alone where it does not recognise them: ~ in `run.dir=~/runs`, everything in a YAML file. A
+    folder called ~ or $SCRATCH in the current one is never what was meant.
+    """
+    paths = [(key, value_at(config, key)) for key in PATHS]
+    for i, source in enumerate(config.data.sources):
+        paths += [(f"data.sources.{i}.path", source.path), (f"data.sources.{i}.images", source.images)]
+    for key, path in paths:
+        if path and re.match(r"~[^/]*(/|$)", path):
+            yield key, f"{key} = {path!r}: ~ is not replaced here; write the home folder out (or ./~ for such a name)"
+        elif path and (name := re.search(r"\$(\w+|\{\w+\})", path)):
+            yield key, f"{key} = {path!r}: {name[0]} is not replaced here; write its value"

@@ -1,0 +1,63 @@
+"""What a run that goes on does differently from the one that wrote the checkpoint: every changed key, in the log."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megabagel.checkpoint.manifest import CONFIG
+from megabagel.config.load import to_dict
+from megabagel.config.reading import read_file
+from megabagel.config.schema import Config
+from megabagel.config.typed import show
+from megabagel.config.yaml_text import MOST_BYTES, YamlError, load_yaml
+
+logger = logging.getLogger(__name__)
+
+_SAME_NUMBERS = (
+    *("run.", "telemetry.", "checkpoint."),
+    *("data.root", "data.index_dir", "data.workers", "data.worker_timeout", "data.prefetch", "data.decode_threads"),
+)
+"""Beginnings of keys that change no number of a run."""
+
+
+def log_changes(folder: Path, config: Config) -> None:
+    """Log `key: old -> new` for every key that differs from the config in a checkpoint, and what follows from it."""
+    try:
+        old = load_yaml(read_file(folder / CONFIG, MOST_BYTES).decode())
+    except (OSError, UnicodeDecodeError, YamlError) as error:
+        logger.warning("the config of %s cannot be compared with this one: %s", folder, error)
+        return
+    changed = list(changes(old, to_dict(config)))
+    for key, before, now in changed:
+        logger.warning("changed since the checkpoint: %s: %s -> %s", key, _word(before), _word(now))
+    if any(not key.startswith(_SAME_NUMBERS) for key, _, _ in changed):
+        logger.warning("from here on the run is not bit for bit the one that wrote %s", folder.name)
+    if any(key == "train.ema" and before and not now for key, before, now in changed):
+        logger.warning("train.ema=0: the averaged weights of %s are dropped", folder.name)
+
+
+def changes(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of all that differs; an absent value is ABSENT."""
+    before, now = dict(_leaves(old)), dict(_leaves(new))
+    for key in dict.fromkeys((*before, *now)):
+        mine, theirs = before.get(key, ABSENT), now.get(key, ABSENT)
+        if mine != theirs or type(mine) is not type(theirs):
+            yield key, mine, theirs
+
+
+ABSENT = object()
+
+
+def _word(value: Any) -> str:
+    return "absent" if value is ABSENT else show(value)
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by dotted key, entries of lists by their numbers."""
+    entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if not entries:
+        yield path, tree
+        return
+    for key, value in entries:
+        yield from _leaves(value, f"{path}.{key}" if path else str(key))

@@ -81,19 +81,18 @@ def flow_losses(
     """
     check_engine(engine)
     keyed = target if isinstance(target, KeyedTarget) else None
-    target_GZ = target if isinstance(target, Tensor) else target.x0_GZ
     floats = ANY_FLOAT if engine == "torch" else FLOATS
+    weights = (torch.float32, torch.float64) if engine == "torch" else (torch.float32,)
     matrices = {
         "v_GZ": v_GZ,
-        "target_GZ": target_GZ,
-        "reference velocity_GZ": None if reference is None else reference.velocity_GZ,
+        "target_GZ": target if isinstance(target, Tensor) else target.x0_GZ,
+        "reference velocity_GZ": reference.velocity_GZ if reference else None,
     }
-    weights = (torch.float32, torch.float64) if engine == "torch" else (torch.float32,)
-    vectors = {
+    vectors: dict[str, tuple[Tensor | None, tuple[torch.dtype, ...]]] = {
         "weight_G": (weight_G, weights),
-        "reference weight_G": (None if reference is None else reference.weight_G, weights),
-        "seed_G": (None if keyed is None else keyed.seed_G, (torch.int64,)),
-        "patch_index_G": (None if keyed is None else keyed.patch_index_G, INTEGERS),
+        "reference weight_G": (reference.weight_G if reference else None, weights),
+        "seed_G": (keyed.seed_G if keyed else None, (torch.int64,)),
+        "patch_index_G": (keyed.patch_index_G if keyed else None, INTEGERS),
     }
     check_axes("v_GZ", v_GZ, "G, Z")
     for name, x in matrices.items():

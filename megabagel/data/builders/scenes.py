@@ -115,9 +115,11 @@ def _draw(rng: np.random.Generator, size: int) -> Files:
 
 
 def _ask(rng: np.random.Generator, size: int) -> Files:
-    """Questions in random order, of the yes/no pair only one; in one page of three a description instead, which needs
-    all of the picture and so teaches a model to look (without it, 2,200 pages left the loss where it is for a blind
-    guess)."""
+    """Questions in random order, of the yes/no pair only one; on one page of three a description instead.
+
+    Short answers can be guessed well without looking: a run on them alone stayed at a cross-entropy of 0.53 to 0.59
+    from step 40 to 110. A description needs every figure.
+    """
     scene = random_scene(rng)
     asked = questions(scene, rng)
     asked.pop(int(rng.integers(len(asked) - 2, len(asked))))

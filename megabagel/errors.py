@@ -122,6 +122,7 @@ EXITS = (
     Exit(BadStep.code, "a step that the config does not let pass (below)", "after looking at its samples", False),
     Exit(INTERRUPTED, "Ctrl-C; the message says what is saved", "as you like", False),
     Exit(KILLED, "a rank ended by SIGKILL, by the system for memory most often", "yes, with less memory in use", True),
+    Exit(141, "nobody reads the output any more (a closed pipe)", "as you like", False),
     Exit(1, "a bug, with its traceback", "after reporting it", False),
 )
 """Every exit code of `megabagel train`. 128 + n stands for signal n where no other row does."""

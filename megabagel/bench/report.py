@@ -112,7 +112,7 @@ def read(path: Path) -> list[Measurement]:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, expected {FORMAT}")
         return [Measurement(**entry) for entry in content["measurements"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: not a result of `megabagel bench` of this version ({error}); expected its .json file"
         ) from error

@@ -33,13 +33,15 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     prepare.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
     prepare.add_argument("--name", default="shards", help="shards are called NAME-000000.tar, ... (default: shards)")
     prepare.add_argument("--samples-per-shard", metavar="N", type=positive, default=1000, help="default: 1000")
+    prepare.add_argument("--all", action="store_true", help="name every image that was left out, not one per reason")
     prepare.set_defaults(run=_prepare)
 
 
 def _prepare(args: argparse.Namespace) -> int:
     from megabagel.data.builders.prepare import prepare
 
-    print(prepare(args.images, args.out, samples_per_shard=args.samples_per_shard, name=args.name))
+    report = prepare(args.images, args.out, samples_per_shard=args.samples_per_shard, name=args.name)
+    print(printable(report.text(args.all), keep="\n"))
     return 0
 
 

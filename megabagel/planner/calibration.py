@@ -69,7 +69,7 @@ def read_measurements(path: Path, config: Config, gpu: str) -> list[Run]:
             (entry["config"], entry["device"], entry["world"], entry["steps"]) for entry in content["measurements"]
         ]
         runs = [Run(_config(settings), _grid(settings, world), median(steps)) for settings, _, world, steps in entries]
-    except (OSError, ValueError, TypeError, KeyError, StatisticsError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StatisticsError) as error:
         raise UserError(
             f"--calibration {path}: not a result of `megabagel bench` ({type(error).__name__}: {error}); expected the "
             "bench.json that it writes"

@@ -24,6 +24,7 @@ from megabagel.runtime.collective_errors import on_all_ranks, on_rank0, require_
 from megabagel.runtime.device import current_device
 from megabagel.train.anomaly import LossSpikeDetector
 from megabagel.train.build_rank import Rank, build_rank
+from megabagel.train.memory_check import check_memory
 from megabagel.train.trainer import Trainer
 
 
@@ -56,6 +57,7 @@ def build_trainer(config: Config, mesh: Mesh, data: Data | None = None, draw: bo
 
     Without `draw` its weights are for a checkpoint to fill: none are drawn.
     """
+    on_all_ranks(lambda: check_memory(config, current_device(), mesh.dp.size * mesh.cp.size))
     data = data or open_data(config)
     plan = on_all_ranks(lambda: GlobalPlan(data.sources, config))
     codec = on_all_ranks(lambda: build_codec(config.model.vae, current_device()))

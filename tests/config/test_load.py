@@ -224,8 +224,11 @@ def test_rules_do_not_judge_what_was_not_understood(valid: Path) -> None:
         ("=3", "unknown key"),
         ("train.steps", "expected section.key=value"),
         ("train.steps={a: 1, a: 2}", "key 'a' is given twice"),
-        ("run.dir=2026-02-30", "'2026-02-30' is no value (day is out of range for month); put quotes around it"),
-        ("train.lr=0b_", "'0b_' is no value (invalid literal for int() with base 2"),
+        (
+            "run.dir=!!timestamp 2026-02-30",
+            "'2026-02-30' is no value (day is out of range for month); put quotes around it",
+        ),
+        ("train.lr=!!int 0b_", "'0b_' is no value (invalid literal for int() with base 10"),
         ('run.dir="\\U00110000"', "not in range"),
     ],
 )
@@ -278,8 +281,11 @@ def test_problems_name_the_file_they_come_from(write: Write) -> None:
         ("train:\n\tlr: 1\n", "line 2, column 1"),
         ("train: {lr: 1}\nmodel:\n  heads: 4\n  heads: 8\n", "line 4, column 3: key 'heads' is given twice"),
         ("train: *missing\n", "line 1, column 8: found undefined alias 'missing'"),
-        ("run:\n  dir: 2026-02-30\n", "line 2, column 8: '2026-02-30' is no value (day is out of range for month)"),
-        ("train: {lr: 0b_}\n", "line 1, column 13: '0b_' is no value (invalid literal for int() with base 2"),
+        (
+            "run:\n  dir: !!timestamp 2026-02-30\n",
+            "line 2, column 8: '2026-02-30' is no value (day is out of range for month)",
+        ),
+        ("train: {lr: !!int 0b_}\n", "line 1, column 13: '0b_' is no value (invalid literal for int() with base 10"),
         ('run: {dir: "\\U00110000"}\n', "chr() arg not in range(0x110000)"),
         ("a: 1\n---\nb: 2\n", "line 2"),
         ("", "holds None; expected a mapping with sections run, model"),

@@ -110,3 +110,30 @@ def test_users_mistakes(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "none" / "mute.png").write_bytes(PNG)
     with pytest.raises(UserError, match=r"(?s)no image can be used.*1 x no caption, first mute\.png"):
         prepare(tmp_path / "none", tmp_path / "out", samples_per_shard=2, name="a")
+
+
+def test_images_by_content_captions_in_capitals_and_hidden_folders(tmp_path: Path) -> None:
+    files = {
+        "a.JPG": JPEG,
+        "a.TXT": b"in capitals",
+        "b.jfif": JPEG,
+        "b.txt": b"by content",
+        "c.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+        "c.txt": b"not decoded here",
+        "d.psd": b"8BPS\0\1" + bytes(20),
+        "e.pdf": b"%PDF-1.4",
+        ".thumb/a.png": PNG,
+        ".thumb/a.txt": b"hidden",
+        ".f.png": PNG,
+    }
+    for name, data in files.items():
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(data)
+    report = prepare(tmp_path / "images", tmp_path / "out", samples_per_shard=9, name="a")
+    assert (report.images, report.samples) == (4, 2)
+    assert report.skipped == {"not an image": ["c.heic"], "no caption": ["d.psd"]}
+    assert [document.texts[0].source for document in build_index(report.shards, ByteTokenizer(), "t2i").documents] == [
+        "in capitals",
+        "by content",
+    ]
+    assert report.text(every=True).splitlines()[-2:] == ["  no caption: d.psd", "  not an image: c.heic"]

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megabagel.config.reading import read_file
 from megabagel.data.decode import measure
 from megabagel.data.documents import SampleError
-from megabagel.data.files import staging
-from megabagel.data.formats.samples import IMAGE_EXTENSIONS, caption_text
+from megabagel.data.files import MAX_IMAGE_BYTES, staging
+from megabagel.data.formats.records import MAX_TEXT_BYTES
+from megabagel.data.formats.samples import IMAGE_EXTENSIONS, caption_text, looks_like_image
 from megabagel.data.formats.shards import write_shards
 from megabagel.errors import UserError
 from megabagel.locks import inside, locked
@@ -32,6 +34,11 @@ class Report:
     shards: tuple[Path, ...]
     skipped: Mapping[str, Sequence[str]]
 
+    def text(self, every: bool) -> str:
+        """The report; with `every` all images that were left out are named, not the first of each reason."""
+        listed = [f"  {reason}: {name}" for reason, names in sorted(self.skipped.items()) for name in names]
+        return "\n".join([str(self), *listed]) if every else str(self)
+
     def __str__(self) -> str:
         lost = self.images - self.samples
         lines = [f"images: {self.images}, samples: {self.samples}, skipped: {lost}, shards: {len(self.shards)}"]
@@ -43,15 +50,16 @@ class Report:
 def prepare(images: Path, out: Path, *, samples_per_shard: int, name: str) -> Report:
     """Pack every image under `images` that has a caption `stem.txt` beside it into `out/name-000000.tar`, ...
 
-    Images go in the order of their paths and byte by byte as they are. One that cannot be decoded or has no caption is
-    counted. The shards appear all at once, when the last one is complete.
+    Images go in the order of their paths and byte by byte as they are. A file is an image by its extension or by its
+    first bytes. One that cannot be decoded or has no caption is counted. Hidden files and folders are left out. The
+    shards appear all at once, when the last one is complete.
 
     Raises:
         UserError: no such folder, no usable image in it, `out` holds shards of this name, or it cannot be written.
     """
     if not images.is_dir():
         raise UserError(f"{images}: no such folder. Expected a folder of images, each with a caption in stem.txt.")
-    paths = sorted(path for path in images.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
+    paths = sorted(path for path in images.rglob("*") if _is_image(path, images))
     if not paths:
         raise UserError(f"{images}: no image in it. Expected files ending in {', '.join(sorted(IMAGE_EXTENSIONS))}.")
     with locked(inside(out), str(out)):
@@ -93,15 +101,36 @@ def _pack(images: Path, paths: list[Path], out: Path, samples_per_shard: int, na
     return report
 
 
+def _is_image(path: Path, root: Path) -> bool:
+    """Whether a file is to be packed or counted."""
+    if any(part.startswith(".") for part in path.relative_to(root).parts):
+        return False
+    extension = path.suffix[1:].lower()
+    if extension in IMAGE_EXTENSIONS or extension == "txt" or not path.is_file():
+        return extension in IMAGE_EXTENSIONS
+    try:
+        with path.open("rb") as file:
+            return looks_like_image(file.read(16))
+    except OSError:
+        return False
+
+
 def _load(path: Path) -> Picture:
     try:
-        image = path.read_bytes()
-        caption = path.with_suffix(".txt").read_bytes()
+        image = read_file(path, MAX_IMAGE_BYTES)
+        caption = read_file(_caption_of(path), MAX_TEXT_BYTES)
     except FileNotFoundError as error:
         raise SampleError("no caption") from error
     except OSError as error:
         raise SampleError("cannot be read", str(error)) from error
-    return Picture(image, path.suffix[1:].lower(), caption_text(caption))
+    extension = path.suffix[1:].lower()
+    return Picture(image, extension if extension in IMAGE_EXTENSIONS else "jpg", caption_text(caption))
+
+
+def _caption_of(path: Path) -> Path:
+    """The file beside an image with its caption; its extension may be written in capitals, as cameras do."""
+    names = (path.with_suffix(extension) for extension in (".txt", ".TXT", ".Txt"))
+    return next((name for name in names if name.is_file()), path.with_suffix(".txt"))
 
 
 def _plain(stem: str) -> str:

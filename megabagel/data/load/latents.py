@@ -16,14 +16,16 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from megabagel.config.reading import read_file
 from megabagel.config.schema import Config
+from megabagel.config.typed_json import Bounds, Positive, WrongValue, parse, read_as
 from megabagel.data.decode import DecodeEngine, Request
 from megabagel.data.documents import ImageItem, SampleError
 from megabagel.data.files import write_atomic
@@ -218,20 +220,37 @@ def _validity(config: Config, codec: str) -> dict[str, Any]:
 
 def _check(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name, value in wanted.items():
-        if manifest[name] != value:
+        if manifest.get(name) != value:
             raise UserError(
-                f"{folder}: a latent cache with {name} = {manifest[name]}, but {value} is wanted. Write another one "
-                "with `megabagel data latents CONFIG OUT` into a folder of its own."
+                f"{folder}: a latent cache with {name} = {manifest.get(name)!a:.90}, but {value} is wanted. Write "
+                "another one with `megabagel data latents CONFIG OUT` into a folder of its own."
             )
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a manifest has in it, beside `data.vae_resize`."""
+
+    format: int
+    codec: str
+    stride: Positive
+    precision: Literal["fp32", "bf16"]
+    channels: Annotated[int, Bounds(1, 2**16)]
+    sources: tuple[str, ...]
+
+
+_MOST_MANIFEST = 2**24
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     try:
-        return json.loads(path.read_bytes())
+        content = parse(read_file(path, _MOST_MANIFEST))
+        read_as(_Written, content)
+        return content  # type: ignore[no-any-return]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, WrongValue) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove the folder and write the cache again") from error
 
 

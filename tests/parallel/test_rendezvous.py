@@ -146,7 +146,7 @@ def test_a_job_whose_ranks_differ_ends_before_it_trains(
     assert not (tmp_path / "run").exists()
 
 
-def test_environment_is_not_read_again() -> None:
+def test_the_secret_is_that_of_the_environment() -> None:
     """The tests above set secrets by hand: a store without one takes the environment's."""
     with mock.patch.dict(os.environ, {SECRET: "e"}):
         assert _RollCall(dist.HashStore(), "g", JOB, 0, 1).roll._secret == b"e"

@@ -11,27 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SUFFIX = re.compile(r"_([A-Z0-9ughw]*[A-Z][A-Z0-9ughw]*|[ughw]|hw3|3hw)$")
 """What follows the last underscore where it is written like a shape: `gD` of `gen_gD`."""
 
-KERNELS = ROOT / "kernels" / "megabagel_kernels"
-ALLOWED = {
-    KERNELS / "attention/flex_engine.py": "SMH",
-    KERNELS / "attention/host.py": "BMKH BNRH N1 NT RK RNH SMH",
-    KERNELS / "attention/merge.py": "NT PNT PTN",
-    KERNELS / "attention/reference.py": "NSH NT NTH NTS SMH TS",
-    KERNELS / "attention/tiling.py": "RK",
-    KERNELS / "attention/triton_engine.py": "SMH",
-    KERNELS / "flow.py": "C G1 GC",
-    KERNELS / "flow_triton.py": "GC",
-    KERNELS / "glue_triton.py": "PW",
-    KERNELS / "glue_triton_norm.py": "PW",
-    KERNELS / "glue_triton_rope.py": "PH PR",
-    KERNELS / "linear_cross_entropy.py": "K1 KI KS SI VI",
-    KERNELS / "linear_cross_entropy_triton.py": "KS",
-    KERNELS / "philox.py": "R",
-    KERNELS / "pointwise.py": "T1h",
-    KERNELS / "reference.py": "KI KV PR VI",
-    ROOT / "megabagel" / "parallel" / "inputs.py": "GC",
-}
-"""Shapes that are yet to be renamed, by file."""
+ALLOWED: dict[Path, str] = {}
+"""Shapes that are yet to be renamed, by file: none."""
 
 
 def tables() -> tuple[set[str], set[str]]:

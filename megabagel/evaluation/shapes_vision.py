@@ -54,15 +54,15 @@ def find_figures(picture: np.ndarray) -> list[Found]:
     """The figures of an RGB picture, uint8 [height, width, 3], in reading order of their centres' rows and columns."""
     height, width = picture.shape[:2]
     pixels_hw3 = _smooth(_reduced(picture))
-    label_HW, cover_HW = _nearest_lines(pixels_hw3)
+    label_hw, cover_hw = _nearest_lines(pixels_hw3)
     found = []
-    for mask_HW in _figures(label_HW, cover_HW >= 0.5):
-        colour = _colour(pixels_hw3, mask_HW)
-        shape, overlap = _shape(mask_HW)
-        x, y = _centre(mask_HW)
-        rows, columns = np.nonzero(mask_HW)
+    for mask_hw in _figures(label_hw, cover_hw >= 0.5):
+        colour = _colour(pixels_hw3, mask_hw)
+        shape, overlap = _shape(mask_hw)
+        x, y = _centre(mask_hw)
+        rows, columns = np.nonzero(mask_hw)
         box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-        scale = (width / mask_HW.shape[1], height / mask_HW.shape[0])
+        scale = (width / mask_hw.shape[1], height / mask_hw.shape[0])
         left, top, right, bottom = (round(float(edge) * scale[n % 2]) for n, edge in enumerate(box))
         found.append(Found(colour, shape, _place(x, y), (left, top, right, bottom), x, y, overlap))
     return sorted(found, key=lambda figure: (figure.y > 0.5, figure.x))
@@ -88,31 +88,31 @@ def _smooth(pixels_hw3: np.ndarray) -> np.ndarray:
 def _nearest_lines(pixels_hw3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Per pixel the colour whose line from the paper is nearest, and where on it the pixel lies (0 paper, 1 colour)."""
     paper_3 = np.array(PAPER, dtype=np.float64)
-    line_K3 = np.array(list(COLOURS.values())) - paper_3
+    lines = np.array(list(COLOURS.values())) - paper_3
     offset_hw3 = pixels_hw3 - paper_3
-    cover_HWK = np.clip(offset_hw3 @ line_K3.T / (line_K3**2).sum(axis=1), 0, 1)
-    distance_HWK = np.linalg.norm(offset_hw3[..., None, :] - cover_HWK[..., None] * line_K3, axis=-1)
-    label_HW = distance_HWK.argmin(axis=-1)
-    return label_HW, np.take_along_axis(cover_HWK, label_HW[..., None], axis=-1)[..., 0]
+    cover_by_colour = np.clip(offset_hw3 @ lines.T / (lines**2).sum(axis=1), 0, 1)
+    distance_by_colour = np.linalg.norm(offset_hw3[..., None, :] - cover_by_colour[..., None] * lines, axis=-1)
+    label_hw = distance_by_colour.argmin(axis=-1)
+    return label_hw, np.take_along_axis(cover_by_colour, label_hw[..., None], axis=-1)[..., 0]
 
 
-def _figures(label_HW: np.ndarray, covered_HW: np.ndarray) -> list[np.ndarray]:
+def _figures(label_hw: np.ndarray, covered_hw: np.ndarray) -> list[np.ndarray]:
     """Masks of the figures: connected components, cut where they have several colours of a figure's size."""
-    smallest = SMALLEST_SHARE * label_HW.size
+    smallest = SMALLEST_SHARE * label_hw.size
     masks: list[np.ndarray] = []
-    for whole_HW in _components(covered_HW):
-        if whole_HW.sum() < smallest:
+    for whole_hw in _components(covered_hw):
+        if whole_hw.sum() < smallest:
             continue
-        labels, counts = np.unique(label_HW[whole_HW], return_counts=True)
-        parts = [whole_HW & (label_HW == label) for label in labels[counts >= smallest]]
-        parts = [part_HW for part_HW in parts if _eroded(part_HW).sum() >= smallest]
-        masks += parts if len(parts) > 1 else [whole_HW]
+        labels, counts = np.unique(label_hw[whole_hw], return_counts=True)
+        parts = [whole_hw & (label_hw == label) for label in labels[counts >= smallest]]
+        parts = [part_hw for part_hw in parts if _eroded(part_hw).sum() >= smallest]
+        masks += parts if len(parts) > 1 else [whole_hw]
     return masks
 
 
-def _components(mask_HW: np.ndarray) -> list[np.ndarray]:
+def _components(mask_hw: np.ndarray) -> list[np.ndarray]:
     """The sets of pixels of the mask that touch by their sides: runs of each row, joined with those above them."""
-    padded = np.pad(mask_HW.astype(np.int8), ((0, 0), (1, 1)))
+    padded = np.pad(mask_hw.astype(np.int8), ((0, 0), (1, 1)))
     rows, starts = np.nonzero(np.diff(padded, axis=1) == 1)
     ends = np.nonzero(np.diff(padded, axis=1) == -1)[1]
     runs = list(zip(rows.tolist(), starts.tolist(), ends.tolist(), strict=True))
@@ -132,45 +132,45 @@ def _components(mask_HW: np.ndarray) -> list[np.ndarray]:
                 root[find(other)] = find(number)
     masks: dict[int, np.ndarray] = {}
     for number, (row, start, end) in enumerate(runs):
-        masks.setdefault(find(number), np.zeros(mask_HW.shape, bool))[row, start:end] = True
+        masks.setdefault(find(number), np.zeros(mask_hw.shape, bool))[row, start:end] = True
     return list(masks.values())
 
 
-def _eroded(mask_HW: np.ndarray) -> np.ndarray:
+def _eroded(mask_hw: np.ndarray) -> np.ndarray:
     """The mask without its outermost pixels."""
-    padded = np.pad(mask_HW, 1)
-    return mask_HW & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    padded = np.pad(mask_hw, 1)
+    return mask_hw & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
 
 
-def _colour(pixels_hw3: np.ndarray, mask_HW: np.ndarray) -> str | None:
+def _colour(pixels_hw3: np.ndarray, mask_hw: np.ndarray) -> str | None:
     """The name nearest to the median of the figure's inside."""
-    inside = _eroded(_eroded(mask_HW))
-    median_3 = np.median(pixels_hw3[inside if inside.any() else mask_HW], axis=0)
+    inside = _eroded(_eroded(mask_hw))
+    median_3 = np.median(pixels_hw3[inside if inside.any() else mask_hw], axis=0)
     distances = {name: float(np.linalg.norm(median_3 - levels)) for name, levels in COLOURS.items()}
     name = min(distances, key=distances.__getitem__)
     return name if distances[name] <= FARTHEST_COLOUR else None
 
 
-def _centre(mask_HW: np.ndarray) -> tuple[float, float]:
+def _centre(mask_hw: np.ndarray) -> tuple[float, float]:
     """Centre of mass (x, y) in shares of the page."""
-    rows, columns = np.nonzero(mask_HW)
-    return float(columns.mean() + 0.5) / mask_HW.shape[1], float(rows.mean() + 0.5) / mask_HW.shape[0]
+    rows, columns = np.nonzero(mask_hw)
+    return float(columns.mean() + 0.5) / mask_hw.shape[1], float(rows.mean() + 0.5) / mask_hw.shape[0]
 
 
-def _shape(mask_HW: np.ndarray) -> tuple[str | None, float]:
+def _shape(mask_hw: np.ndarray) -> tuple[str | None, float]:
     """The shape whose ideal of equal area and centre overlaps most with the mask, and the overlap."""
-    rows, columns = np.nonzero(mask_HW)
+    rows, columns = np.nonzero(mask_hw)
     y, x, area = rows.mean(), columns.mean(), len(rows)
-    down_HW, across_HW = np.ogrid[: mask_HW.shape[0], : mask_HW.shape[1]]
-    down_HW, across_HW = down_HW - y, across_HW - x
+    down_hw, across_hw = np.ogrid[: mask_hw.shape[0], : mask_hw.shape[1]]
+    down_hw, across_hw = down_hw - y, across_hw - x
     half = np.sqrt(area / 2)  # of a triangle: its box is 2 half wide and high, its centre of mass two thirds down
-    below_apex_HW = down_HW + 4 / 3 * half
+    below_apex_hw = down_hw + 4 / 3 * half
     ideal = {
-        "circle": down_HW**2 + across_HW**2 <= area / np.pi,
-        "square": np.maximum(abs(down_HW), abs(across_HW)) <= np.sqrt(area) / 2,
-        "triangle": (below_apex_HW >= 2 * abs(across_HW)) & (below_apex_HW <= 2 * half),
+        "circle": down_hw**2 + across_hw**2 <= area / np.pi,
+        "square": np.maximum(abs(down_hw), abs(across_hw)) <= np.sqrt(area) / 2,
+        "triangle": (below_apex_hw >= 2 * abs(across_hw)) & (below_apex_hw <= 2 * half),
     }
-    overlaps = {name: (mask_HW & ideal[name]).sum() / (mask_HW | ideal[name]).sum() for name in SHAPES}
+    overlaps = {name: (mask_hw & ideal[name]).sum() / (mask_hw | ideal[name]).sum() for name in SHAPES}
     best = max(overlaps, key=overlaps.__getitem__)
     return (best if overlaps[best] >= BEST_OVERLAP else None), float(overlaps[best])
 

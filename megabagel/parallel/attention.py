@@ -3,7 +3,7 @@
 Queries stay on their rank. With grouped queries K and V are small beside the hidden state, so those of all ranks are
 gathered in one collective; the mask's ranges, which carry the sequence order, make any placement of rows correct.
 
-Letters: T rows of this context-parallel rank, S rows of all of them; N query heads and M key/value heads of this
+Letters: T rows of this context-parallel rank, K rows of all of them; N query heads and M key/value heads of this
 tensor-parallel rank, H head dim.
 """
 
@@ -64,8 +64,8 @@ def attend_across(plan: PlanT, engine: AttentionEngine[PlanT], cp: Axis | None =
 
     def attend(q_TNH: torch.Tensor, k_TMH: torch.Tensor, v_TMH: torch.Tensor) -> torch.Tensor:
         if cp is not None and cp.size > 1:
-            k_SMH, v_SMH = join_over_cp(torch.cat([k_TMH, v_TMH], 1), cp).chunk(2, 1)
-            return engine.run(q_TNH, k_SMH, v_SMH, plan)
+            k_KMH, v_KMH = join_over_cp(torch.cat([k_TMH, v_TMH], 1), cp).chunk(2, 1)
+            return engine.run(q_TNH, k_KMH, v_KMH, plan)
         return engine.run(q_TNH, k_TMH, v_TMH, plan)
 
     return attend

@@ -3,11 +3,11 @@
     engine = make_engine("triton", torch.bfloat16, {"the model": 128}, torch.device("cuda"))
     plan = engine.plan(ranges, 128)              # once per batch, on the CPU, for example in a loader worker
     plan = engine.place(plan)                    # where `run` needs it
-    out_TNH = engine.run(q_TNH, k_SMH, v_SMH, plan)  # in every layer
+    out_TNH = engine.run(q_TNH, k_KMH, v_KMH, plan)  # in every layer
 
 All engines give the same result up to rounding.
 
-Letters: T queries, S keys, N query heads, M key/value heads, H head dim.
+Letters: T queries, K keys, N query heads, M key/value heads, H head dim.
 """
 
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ class AttentionEngine(Protocol[PlanT]):
     def place(self, plan: PlanT) -> PlanT:
         """The plan on the device where `run` needs it."""
 
-    def run(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: PlanT) -> Tensor:
+    def run(self, q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: PlanT) -> Tensor:
         """[T, N, H] attention under the plan's mask, 0 for queries that see nothing."""
 
 
@@ -86,9 +86,9 @@ class HostEngine:
         """Stays on the CPU."""
         return plan
 
-    def run(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: HostPlan) -> Tensor:
+    def run(self, q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: HostPlan) -> Tensor:
         """See `AttentionEngine`."""
-        return host_attention(q_TNH.cpu(), k_SMH.cpu(), v_SMH.cpu(), plan).to(q_TNH.device)
+        return host_attention(q_TNH.cpu(), k_KMH.cpu(), v_KMH.cpu(), plan).to(q_TNH.device)
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ class FlexEngine:
         """See `AttentionEngine`."""
         return plan.to(self.device)
 
-    def run(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: FlexPlan) -> Tensor:
+    def run(self, q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: FlexPlan) -> Tensor:
         """See `AttentionEngine`."""
-        return flex_attention_packed(q_TNH, k_SMH, v_SMH, plan)
+        return flex_attention_packed(q_TNH, k_KMH, v_KMH, plan)
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,9 @@ class Fa4Engine:
         """See `AttentionEngine`."""
         return plan.to(self.device)
 
-    def run(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: FlexPlan) -> Tensor:
+    def run(self, q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: FlexPlan) -> Tensor:
         """See `AttentionEngine`."""
-        return flex_attention_packed(q_TNH, k_SMH, v_SMH, plan, backend="FLASH")
+        return flex_attention_packed(q_TNH, k_KMH, v_KMH, plan, backend="FLASH")
 
 
 @dataclass(frozen=True)
@@ -180,9 +180,9 @@ class TritonEngine:
         """See `AttentionEngine`."""
         return plan.to(self.device)
 
-    def run(self, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: TritonPlan) -> Tensor:
+    def run(self, q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: TritonPlan) -> Tensor:
         """See `AttentionEngine`."""
-        return triton_attention(q_TNH, k_SMH, v_SMH, plan)
+        return triton_attention(q_TNH, k_KMH, v_KMH, plan)
 
 
 HOST = HostEngine()

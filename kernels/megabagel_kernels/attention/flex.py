@@ -4,7 +4,7 @@ The engine for GPUs that our Triton kernels have no configurations for, and the 
 FLASH torch passes the same mask and lists to FlashAttention-4 instead of its own Triton template. On a CPU torch
 computes all pairs and has no backward, which is enough to check the forward pass.
 
-Letters: T queries, S keys, N query heads, M key/value heads, H head dim.
+Letters: T queries, K keys, N query heads, M key/value heads, H head dim.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class FlexPlan:
     queries: int
     keys: int
     block: tuple[int, int]
-    ranges: tuple[Tensor, ...]  # int32: key_code [S]; the four bounds of `AttentionRanges.of_queries` [T]
+    ranges: tuple[Tensor, ...]  # int32: key_code [K]; the four bounds of `AttentionRanges.of_queries` [T]
     lists: tuple[Tensor, Tensor, Tensor, Tensor]  # int32: counts and indices of partial, then of full key blocks
 
     def to(self, device: torch.device | str) -> "FlexPlan":
@@ -85,15 +85,15 @@ def _lists(kinds: Kinds, kind: int) -> tuple[Tensor, Tensor]:
 
 
 def flex_attention_packed(
-    q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: FlexPlan, scale: float | None = None, backend: Backend = "AUTO"
+    q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: FlexPlan, scale: float | None = None, backend: Backend = "AUTO"
 ) -> Tensor:
     """Attention under the plan's mask.
 
     Args:
         q_TNH: [T, N, H] queries.
-        k_SMH: [S, M, H] keys; M divides N.
-        v_SMH: [S, M, H] values.
-        plan: of a mask with T queries and S keys, on the device of the inputs.
+        k_KMH: [K, M, H] keys; M divides N.
+        v_KMH: [K, M, H] values.
+        plan: of a mask with T queries and K keys, on the device of the inputs.
         scale: of the scores; default 1 / sqrt(H).
         backend: FLASH needs a process where `why_unavailable_fa4` is empty and a plan with `FA4_BLOCK_ROWS` rows.
 
@@ -103,13 +103,13 @@ def flex_attention_packed(
     Raises:
         ValueError: shapes do not fit the plan, or a gradient is needed on a CPU.
     """
-    for name, x, rows in (("q", q_TNH, plan.queries), ("k", k_SMH, plan.keys), ("v", v_SMH, plan.keys)):
+    for name, x, rows in (("q", q_TNH, plan.queries), ("k", k_KMH, plan.keys), ("v", v_KMH, plan.keys)):
         if x.dim() != 3 or len(x) != rows:
             raise ValueError(f"{name}: the plan is for [{rows}, heads, head dim], found {[*x.shape]}")
-    if not q_TNH.is_cuda and torch.is_grad_enabled() and (q_TNH.requires_grad or k_SMH.requires_grad):
+    if not q_TNH.is_cuda and torch.is_grad_enabled() and (q_TNH.requires_grad or k_KMH.requires_grad):
         raise ValueError("FlexAttention has no backward on a CPU; run without gradients, or use the host engine")
-    heads_first = (x.transpose(0, 1)[None] for x in (q_TNH, k_SMH, v_SMH))
-    gqa = q_TNH.shape[1] != k_SMH.shape[1]
+    heads_first = (x.transpose(0, 1)[None] for x in (q_TNH, k_KMH, v_KMH))
+    gqa = q_TNH.shape[1] != k_KMH.shape[1]
     options = None if backend == "AUTO" else {"BACKEND": backend}
     kernel = _kernel(q_TNH.is_cuda)
     out = kernel(*heads_first, block_mask=plan.mask, scale=scale, enable_gqa=gqa, kernel_options=options)

@@ -7,7 +7,7 @@ back. Dense attention with a mask would compute all T x S pairs, of which packs 
 Backward loops over the same tiles and adds the gradients of keys and values into their slices. Autograd through slices
 would instead fill a tensor of full size for each tile and add them up.
 
-Letters: T queries, S keys, t and s those of a tile, B its batch; N query heads, M key/value heads, H head dim.
+Letters: T queries, K keys, t and s those of a tile, B its batch; N query heads, M key/value heads, H head dim.
 """
 
 import math
@@ -69,16 +69,16 @@ class HostTile:
         """[B t, N, H] -> [B, N, t, H], the layout of torch's attention calls; a view."""
         return x_tNH.unflatten(0, (self.batch, len(x_tNH) // self.batch)).transpose(1, 2)
 
-    def pick(self, x_SMH: Tensor) -> Tensor:
+    def pick(self, x_KMH: Tensor) -> Tensor:
         """[B, M, s, H]: the tile's part of ordered keys or values; a view if it is one slice."""
-        parts = [x_SMH[part] for part in self.keys]
+        parts = [x_KMH[part] for part in self.keys]
         return self.heads_first(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def add(self, x_BMsH: Tensor, into_SMH: Tensor) -> None:
+    def add(self, x_BMsH: Tensor, into_KMH: Tensor) -> None:
         """Add gradients of the tile's keys to those of all ordered keys."""
         sizes = [part.stop - part.start for part in self.keys]
         for part, piece in zip(self.keys, _tokens_first(x_BMsH).split(sizes), strict=True):
-            into_SMH[part].add_(piece)
+            into_KMH[part].add_(piece)
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
         """The additive mask [t, s] of the flash call; None if all pairs are visible."""
@@ -119,14 +119,14 @@ def plan_host(ranges: AttentionRanges) -> HostPlan:
     )
 
 
-def host_attention(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: HostPlan, scale: float | None = None) -> Tensor:
+def host_attention(q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: HostPlan, scale: float | None = None) -> Tensor:
     """Attention under the plan's mask, computed in fp32 (fp64 for fp64). The same inputs give the same bits.
 
     Args:
         q_TNH: [T, N, H] queries on the CPU.
-        k_SMH: [S, M, H] keys; M divides N.
-        v_SMH: [S, M, H] values.
-        plan: of a mask with T queries and S keys.
+        k_KMH: [K, M, H] keys; M divides N.
+        v_KMH: [K, M, H] values.
+        plan: of a mask with T queries and K keys.
         scale: of the scores; default 1 / sqrt(H).
 
     Returns:
@@ -135,36 +135,36 @@ def host_attention(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: HostPlan, 
     Raises:
         ValueError: shapes or dtypes do not fit each other or the plan.
     """
-    return host_attention_lse(q_TNH, k_SMH, v_SMH, plan, scale)[0]
+    return host_attention_lse(q_TNH, k_KMH, v_KMH, plan, scale)[0]
 
 
 def host_attention_lse(
-    q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: HostPlan, scale: float | None = None
+    q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: HostPlan, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """`host_attention`, and the natural-log sum of exponentials [N, T], without gradient: -inf if nothing is seen."""
-    _check(q_TNH, k_SMH, v_SMH, plan)
-    return _HostAttention.apply(q_TNH, k_SMH, v_SMH, plan, q_TNH.shape[2] ** -0.5 if scale is None else scale)
+    _check(q_TNH, k_KMH, v_KMH, plan)
+    return _HostAttention.apply(q_TNH, k_KMH, v_KMH, plan, q_TNH.shape[2] ** -0.5 if scale is None else scale)
 
 
-def _check(q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: HostPlan) -> None:
-    for name, x, order in (("q", q_TNH, plan.queries), ("k", k_SMH, plan.keys), ("v", v_SMH, plan.keys)):
+def _check(q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: HostPlan) -> None:
+    for name, x, order in (("q", q_TNH, plan.queries), ("k", k_KMH, plan.keys), ("v", v_KMH, plan.keys)):
         if x.dim() != 3 or len(x) != len(order.back):
             raise ValueError(f"{name}: the plan is for [{len(order.back)}, heads, head dim], found {[*x.shape]}")
         if x.shape[2] != q_TNH.shape[2] or x.dtype != q_TNH.dtype:
             found = f"{q_TNH.dtype} {[*q_TNH.shape]} and {x.dtype} {[*x.shape]}"
             raise ValueError(f"q and {name}: expected one dtype and head dim, found {found}")
-    heads, kv_heads = q_TNH.shape[1], k_SMH.shape[1]
-    if heads % kv_heads or v_SMH.shape[1] != kv_heads:
-        found = f"{heads} query heads, {kv_heads} key heads, {v_SMH.shape[1]} value heads"
+    heads, kv_heads = q_TNH.shape[1], k_KMH.shape[1]
+    if heads % kv_heads or v_KMH.shape[1] != kv_heads:
+        found = f"{heads} query heads, {kv_heads} key heads, {v_KMH.shape[1]} value heads"
         raise ValueError(f"{found}: expected as many value as key heads, and a divisor of the query heads")
 
 
 class _HostAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: HostPlan, scale: float
+        ctx: Any, q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: HostPlan, scale: float
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = plan.queries.gather(q_TNH), plan.keys.gather(k_SMH), plan.keys.gather(v_SMH)
+        q, k, v = plan.queries.gather(q_TNH), plan.keys.gather(k_KMH), plan.keys.gather(v_KMH)
         outs, lses = [], []
         for tile, q_tNH in zip(plan.tiles, q.split(plan.rows), strict=True):
             qkv = tile.heads_first(q_tNH), tile.pick(k), tile.pick(v)

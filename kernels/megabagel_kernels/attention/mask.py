@@ -22,7 +22,7 @@ Because codes carry the sequence order, tokens may be stored in any order, and q
 pack: the [und | gen] layout, a context-parallel rank and a KV cache need no code of their own. The mask takes 20 bytes
 per token; no T x S matrix is made.
 
-Letters: T queries, S keys.
+Letters: T queries, K keys.
 """
 
 from dataclasses import dataclass
@@ -44,9 +44,9 @@ RANGES = ("public_start", "public_stop", "private_start", "private_stop")
 
 @dataclass(frozen=True, eq=False)
 class AttentionRanges:
-    """The mask between T queries and S keys; the rule is at the top of this file."""
+    """The mask between T queries and K keys; the rule is at the top of this file."""
 
-    key_code: Codes  # [S]
+    key_code: Codes  # [K]
     public_start: Codes  # [T]
     public_stop: Codes  # [T] exclusive
     private_start: Codes  # [T]

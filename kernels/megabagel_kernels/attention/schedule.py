@@ -1,6 +1,6 @@
 """Which blocks of the score matrix a kernel visits, and which of them need no mask (FlexAttention's BlockMask).
 
-The score matrix of T queries and S keys is cut into blocks of `rows` x `cols`. A block without a visible pair is empty
+The score matrix of T queries and K keys is cut into blocks of `rows` x `cols`. A block without a visible pair is empty
 and absent from the lists, a block of visible pairs only is full, any other block is partial and needs the mask.
 
 The classes are exact, although no T x S matrix is made (FlexAttention's `create_block_mask` evaluates the mask for
@@ -8,7 +8,7 @@ every pair; measured in docs/kernels.md). Queries and keys are cut into *pieces*
 ranges or codes are constant or count up by one. Whether any or all pairs of two pieces are visible is then a comparison
 of a few integers. Tokens may be in any order; the more neighbours differ, the more pieces, up to one per token.
 
-Letters: T queries, S keys. Shapes in words: [query blocks, key blocks], [query pieces], [key pieces].
+Letters: T queries, K keys. Shapes in words: [query blocks, key blocks], [query pieces], [key pieces].
 """
 
 from collections.abc import Iterator

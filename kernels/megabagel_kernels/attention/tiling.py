@@ -7,7 +7,7 @@ tiles waste the fixed cost of a call, so dynamic programming finds the cheapest 
 mask, a long causal text a staircase, and several tiny samples share one masked tile. Neighbouring images of equal size
 that see only themselves (as in a vision tower) become one tile that is computed as a batch.
 
-NumPy only, no tensors. Letters: T queries, S keys, t and s those of a tile.
+NumPy only, no tensors. Letters: T queries, K keys, t and s those of a tile.
 """
 
 from dataclasses import dataclass

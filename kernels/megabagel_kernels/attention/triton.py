@@ -3,13 +3,13 @@
 The plan is made on the CPU, once per batch, and serves every layer and any number of heads, forward and backward:
 
     plan = plan_triton(ranges, configs_for(triton.__version__, 90, torch.bfloat16, 128)).to("cuda")
-    out_TNH = triton_attention(q_TNH, k_SMH, v_SMH, plan)
+    out_TNH = triton_attention(q_TNH, k_KMH, v_KMH, plan)
 
 Subsets of queries and keys are expressed by the ranges, so a ViT (every image a full segment), a context-parallel rank
 (some keys at a time, joined by `merge.merge`) and a KV cache are the same call. Planning needs no Triton: it runs in
 loader workers, which may see no GPU.
 
-Letters: T queries, S keys, N query heads, M key/value heads, H head dim.
+Letters: T queries, K keys, N query heads, M key/value heads, H head dim.
 """
 
 import math
@@ -76,16 +76,16 @@ def _padded(vector: Codes, value: int) -> Codes:
 
 
 def triton_attention(
-    q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, plan: TritonPlan, scale: float | None = None
+    q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: TritonPlan, scale: float | None = None
 ) -> Tensor:
     """Attention under the plan's mask, with softmax and sums in fp32. The same inputs give the same bits.
 
     Args:
         q_TNH: [T, N, H] queries in bf16, fp16 or fp32; rows may have any stride, as slices of a fused projection have.
             Padding tokens must hold finite numbers: they are multiplied by 0.
-        k_SMH: [S, M, H] keys; M divides N.
-        v_SMH: [S, M, H] values.
-        plan: of a mask with T queries and S keys, on the device of the inputs.
+        k_KMH: [K, M, H] keys; M divides N.
+        v_KMH: [K, M, H] values.
+        plan: of a mask with T queries and K keys, on the device of the inputs.
         scale: of the scores; default 1 / sqrt(H).
 
     Returns:
@@ -94,13 +94,13 @@ def triton_attention(
     Raises:
         ValueError: inputs do not fit each other, the plan or the kernels. Raised before any launch.
     """
-    return triton_attention_lse(q_TNH, k_SMH, v_SMH, plan, scale)[0]
+    return triton_attention_lse(q_TNH, k_KMH, v_KMH, plan, scale)[0]
 
 
 def triton_attention_lse(
     q_TNH: Tensor,
-    k_SMH: Tensor,
-    v_SMH: Tensor,
+    k_KMH: Tensor,
+    v_KMH: Tensor,
     plan: TritonPlan,
     scale: float | None = None,
     out_dtype: torch.dtype | None = None,
@@ -110,20 +110,20 @@ def triton_attention_lse(
     Both results are differentiable, so results over parts of the keys can be merged (`merge.merge`).
 
     Args:
-        q_TNH: see `triton_attention`, as k_SMH, v_SMH, plan and scale.
-        k_SMH: [S, M, H] keys.
-        v_SMH: [S, M, H] values.
+        q_TNH: see `triton_attention`, as k_KMH, v_KMH, plan and scale.
+        k_KMH: [K, M, H] keys.
+        v_KMH: [K, M, H] values.
         plan: of the mask.
         scale: of the scores.
         out_dtype: of the first result; default that of the inputs. fp32 merges without rounding the parts first.
     """
     scale = q_TNH.shape[-1] ** -0.5 if scale is None else scale
-    _check(q_TNH, k_SMH, v_SMH, plan, scale)
+    _check(q_TNH, k_KMH, v_KMH, plan, scale)
     out_dtype = q_TNH.dtype if out_dtype is None else out_dtype
     if out_dtype not in (q_TNH.dtype, torch.float32):
         raise ValueError(f"out_dtype is {out_dtype}, expected {q_TNH.dtype} (as q) or torch.float32")
     numbers = plan.configs.numbers()
-    return attention_op(q_TNH, k_SMH, v_SMH, list(plan.tensors), numbers, plan.visible, scale, out_dtype)
+    return attention_op(q_TNH, k_KMH, v_KMH, list(plan.tensors), numbers, plan.visible, scale, out_dtype)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: TritonPlan, scale: float) -> None:

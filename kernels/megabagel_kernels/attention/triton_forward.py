@@ -6,11 +6,11 @@ A program of the forward kernel computes one block of queries of one head. It go
 (`schedule.BlockLists`), full blocks first, for which no mask is evaluated, with the online softmax of FlashAttention-2
 (arXiv 2307.08691, algorithm 1) in base 2. Nothing is accumulated across programs, so equal inputs give equal bits.
 
-Tensors: Q, OUT [T, N, H]; K, V [S, M, H]; LSE [N, T]. RANGES [4, T_pad] holds public_start, public_stop, private_start
+Tensors: Q, OUT [T, N, H]; K, V [K, M, H]; LSE [N, T]. RANGES [4, T_pad] holds public_start, public_stop, private_start
 and private_stop of the queries, CODE [S_pad] the key codes; both are padded to whole blocks with entries that see
 nothing. STATS [2 N, T_pad] holds lse in base 2 of each head, then delta of each head.
 
-Letters: T queries, S keys, N query heads, M key/value heads, GROUP = N / M, H head dim, HP the next power of two.
+Letters: T queries, K keys, N query heads, M key/value heads, GROUP = N / M, H head dim, HP the next power of two.
 """
 
 # mypy: allow-untyped-defs

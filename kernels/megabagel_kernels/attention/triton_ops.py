@@ -3,7 +3,7 @@
 `megabagel::attention` and `megabagel::attention_backward` take the tensors and integers of a `TritonPlan`, because an
 operator's arguments must be tensors and numbers; `triton.py` has checked them. Triton is imported by the first launch.
 
-Letters: T queries, S keys, N query heads, M key/value heads, H head dim.
+Letters: T queries, K keys, N query heads, M key/value heads, H head dim.
 """
 
 import math

@@ -151,19 +151,19 @@ def by_plain_torch(case: Case, dtype: torch.dtype) -> list[Tensor]:
 
 
 def plain_attention(
-    q_TNH: Tensor, k_SMH: Tensor, v_SMH: Tensor, ranges: AttentionRanges, scale: float | None = None
+    q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, ranges: AttentionRanges, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) as one would write it in torch with every tensor in the dtype of the inputs.
 
     Its error is the yardstick for rounding errors of a kernel.
     """
-    group = q_TNH.shape[1] // k_SMH.shape[1]
-    k_NSH, v_NSH = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k_SMH, v_SMH))
+    group = q_TNH.shape[1] // k_KMH.shape[1]
+    k_NKH, v_NKH = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k_KMH, v_KMH))
     hidden_TS = ~torch.from_numpy(dense_mask(ranges)).to(q_TNH.device)
     scale = q_TNH.shape[2] ** -0.5 if scale is None else scale
-    score_NTS = (q_TNH.transpose(0, 1) @ k_NSH.transpose(1, 2) * scale).masked_fill(hidden_TS, -math.inf)
-    weight_NTS = score_NTS.softmax(2).masked_fill(hidden_TS, 0)
-    return (weight_NTS @ v_NSH).transpose(0, 1), score_NTS.logsumexp(2)
+    score_NTK = (q_TNH.transpose(0, 1) @ k_NKH.transpose(1, 2) * scale).masked_fill(hidden_TS, -math.inf)
+    weight_NTK = score_NTK.softmax(2).masked_fill(hidden_TS, 0)
+    return (weight_NTK @ v_NKH).transpose(0, 1), score_NTK.logsumexp(2)
 
 
 def errors(found: list[Tensor], expected: list[Tensor]) -> dict[str, float]:

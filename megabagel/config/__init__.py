@@ -1,1 +1,1 @@
-"""The whole run as one typed tree: schema, loading, and the rules between fields."""
+"""Configuration of a run as one typed tree: schema, loading of YAML and overrides, checks."""

@@ -1,4 +1,4 @@
-"""Judges a whole config: first each number alone, then the rules between fields, then the grid against the world."""
+"""Checks of a complete config: range of each number, paths, rules between fields, grid against world size."""
 
 from collections.abc import Collection
 
@@ -14,11 +14,14 @@ RULES = tuple(item for room in (model_rules, data_rules) for item in vars(room).
 
 
 def violations(config: Config, doubtful: Collection[str] = ()) -> list[str]:
-    """Return one line for each thing wrong with `config`, naming keys, values and the next step.
+    """Return one line per problem of `config`, with keys, values and the next step.
 
-    Rules that read a number outside its range, or one of the `doubtful` dotted keys (values that were not understood),
-    are left out: what they would say about it is not what the user needs to mend.
+    Args:
+        config: the tree, complete.
+        doubtful: dotted keys whose value was not understood and replaced by the default.
     """
+    # Rules that read a doubtful key or a number outside its range are skipped: their messages would describe a
+    # consequence of the first mistake instead of the mistake.
     lines = []
     wrong = {pattern(key) for key in doubtful}
     found = [*out_of_range(config), *unexpanded(config)]
@@ -33,12 +36,16 @@ def violations(config: Config, doubtful: Collection[str] = ()) -> list[str]:
 
 
 def _touches(key: str, wrong: Collection[str]) -> bool:
-    """Whether `key`, a section around it or a part of it is among `wrong`."""
+    """Whether `key`, a section that contains it or a key inside it is among `wrong`."""
     return any(key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.") for other in wrong)
 
 
 def check_world(config: Config, world_size: int) -> int:
-    """Return the data-parallel size of `world_size` ranks, or raise `UserError` where the grid does not fit."""
+    """Return the data-parallel size of a job.
+
+    Raises:
+        UserError: `world_size` is no multiple of tp * pp * cp, or packs do not divide evenly over replicas.
+    """
     p, packs = config.parallel, config.train.packs_per_step
     grid = p.tp * p.pp * p.cp
     if world_size % grid:

@@ -1,4 +1,7 @@
-"""Rules about data, image sizes, the schedule and what a run reports."""
+"""Rules between fields: data sources, packing, image sizes, learning-rate schedule, start of a run, sample images.
+
+The docstring of a rule is the reason in the error message (see `config.rules`).
+"""
 
 import math
 from collections.abc import Iterator

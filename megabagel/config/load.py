@@ -1,6 +1,6 @@
-"""YAML file plus `section.key=value` overrides to one checked `Config`, and back.
+"""Loading of a `Config` from a YAML file and `section.key=value` overrides, and writing it as YAML.
 
-Every problem of the file, of the overrides and of the rules between fields is reported in one message.
+All problems of the file, the overrides and the rules between fields are reported together in one message.
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,25 @@ from megabagel.errors import UserError
 _COMMAND_LINE = "command line"
 
 _MOST_LINES = 50
-"""Problems that one message lists."""
+"""Most problems that one message lists."""
 _DEEPEST_BASE = 32
-"""Files in a row that are each based on the next."""
+"""Longest chain of files that name each other as `base`."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read `path`, apply `overrides` in order, check everything.
+    """Read a config file, apply overrides and check the result.
 
-    An override is `section.key=value` with the value in YAML; keys go as deep as the tree does, list indices included
-    (`data.sources.0.weight=2`). A file may name another one as `base: other.yaml` (relative to itself): mappings are
-    merged key by key, everything else, lists included, is replaced by the later file.
+    Args:
+        path: YAML file. It may name another one as `base: other.yaml` (relative to itself): mappings are merged key by
+            key, everything else, lists included, is replaced by the later file.
+        overrides: `section.key=value`, applied in order, with the value in YAML; keys may contain list indices
+            (`data.sources.0.weight=2`).
 
-    Raises `UserError`: one message with a line for each problem, naming key, value and expectation.
+    Raises:
+        UserError: one message with a line per problem: key, value, expectation and origin.
     """
     tree = to_dict(Config())
+    # Which file, or the command line, set each dotted key: messages name it.
     origins: dict[str, str] = {}
     for name, layer in _read_layers(Path(path)):
         _merge(tree, layer, name, origins)
@@ -40,7 +44,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def override(config: Config, overrides: Sequence[str], name: str) -> Config:
-    """Apply `overrides` to a config that comes from no file but from `name`, and check everything, as `load` does."""
+    """Apply overrides to a config that was not read from a file, and check the result as `load` does.
+
+    Args:
+        config: the config to start from.
+        overrides: `section.key=value`, as of `load`.
+        name: origin of `config` in messages.
+    """
     return _resolve(to_dict(config), {"": name}, overrides, name)
 
 
@@ -59,7 +69,7 @@ def _resolve(tree: dict[str, Any], origins: dict[str, str], overrides: Sequence[
 
 
 def to_dict(config: Any) -> Any:
-    """Return `config` (a whole tree or a part of it) as plain dicts, lists and scalars."""
+    """Return a config, or a part of one, as plain dicts, lists and scalars."""
     if is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in fields(config)}
     if isinstance(config, tuple):
@@ -68,7 +78,7 @@ def to_dict(config: Any) -> Any:
 
 
 def dump(config: Config, path: str | Path) -> None:
-    """Write the resolved tree as YAML; `load(path)` gives an equal `Config`."""
+    """Write the complete config as YAML; `load(path)` returns an equal one."""
     try:
         write_yaml(to_dict(config), path)
     except OSError as error:
@@ -76,12 +86,12 @@ def dump(config: Config, path: str | Path) -> None:
 
 
 def write_yaml(tree: dict[str, Any], path: str | Path) -> None:
-    """Write plain dicts, lists and scalars, a whole config or some sections of it, as YAML."""
+    """Write plain dicts, lists and scalars (a whole config or some sections of it) as YAML."""
     Path(path).write_text(dump_yaml(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """(file name, content) of `path` and of the files it is based on, the outermost base first."""
+    """Return (file name, content) of `path` and of the files in its chain of `base`, the last base first."""
     if "\0" in str(path):
         raise UserError(f"{above[-1] if above else path}: base = {show(str(path))}: expected the name of a file")
     chain = (*above, path.resolve())
@@ -115,18 +125,27 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _merge(tree: dict[str, Any], layer: dict[str, Any], name: str, origins: dict[str, str], path: str = "") -> None:
-    """Lay the content of file `name` over `tree`, noting for each key set which file it came from."""
+    """Merge `layer`, the content of file `name`, into `tree` and record in `origins` where each key was set.
+
+    Args:
+        tree: plain config, changed in place.
+        layer: keys to set.
+        name: file, or the command line.
+        origins: origin by dotted key, changed in place.
+        path: dotted key of `tree`, with a dot at its end.
+    """
     for key, value in layer.items():
         full = f"{path}{key}"
         if isinstance(tree.get(key), dict) and isinstance(value, dict):
             _merge(tree[key], value, name, origins, f"{full}.")
-        elif not (isinstance(tree.get(key), dict) and value is None):  # a section without keys changes nothing
+        # YAML reads a section header without keys below it as null; it leaves the section unchanged.
+        elif not (isinstance(tree.get(key), dict) and value is None):
             tree[key] = value
             origins[full] = name
 
 
 def _apply(tree: dict[str, Any], override: str, problems: Problems, origins: dict[str, str]) -> None:
-    """Set one `section.key=value` in `tree`."""
+    """Set one `section.key=value` in `tree`, or add a problem."""
     key, equals, text = override.partition("=")
     origins[key] = _COMMAND_LINE
     if not equals:
@@ -147,11 +166,11 @@ def _apply(tree: dict[str, Any], override: str, problems: Problems, origins: dic
 
 
 class _NoPlace(Exception):
-    """The tree has nothing at the place that an override names."""
+    """An override names a list entry or a section that the tree does not have."""
 
 
 def _set(tree: dict[str, Any], parts: list[str], value: Any, origins: dict[str, str]) -> None:
-    """Lay `value` over what is at the place `parts` of `tree`."""
+    """Merge `value` into `tree` at the dotted key `parts`."""
     node: Any = tree
     for depth, part in enumerate(parts):
         above = ".".join(parts[:depth])
@@ -168,11 +187,12 @@ def _set(tree: dict[str, Any], parts: list[str], value: Any, origins: dict[str, 
         _merge(parent, {parts[-1]: value}, _COMMAND_LINE, origins, "".join(f"{part}." for part in parts[:-1]))
     else:
         parent[place] = value
-        origins[".".join(parts[:-1])] = _COMMAND_LINE  # a list is judged as one value
+        # Origins are recorded per list, not per entry: the checks treat a list as one value.
+        origins[".".join(parts[:-1])] = _COMMAND_LINE
 
 
 def _origin(key: str, origins: dict[str, str]) -> str:
-    """Where the value at `key` came from: the longest key on the way to it that was set."""
+    """Return the origin of the value at `key`: that of the longest prefix of the key that was set."""
     while key not in origins:
         key = key.rpartition(".")[0]
     return origins[key]

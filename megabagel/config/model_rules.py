@@ -1,4 +1,7 @@
-"""Rules about the model's shapes and how they are spread over ranks."""
+"""Rules between fields: model sizes, their divisibility by parallel sizes, frozen parts, image codec.
+
+The docstring of a rule is the reason in the error message (see `config.rules`).
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

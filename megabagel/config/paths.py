@@ -1,4 +1,4 @@
-"""Paths are taken as they stand: what a shell would have replaced in one is refused by name."""
+"""Check of paths for `~` and `$NAME`, which are not expanded in a config."""
 
 import re
 from collections.abc import Iterator
@@ -13,11 +13,9 @@ PATHS = (
 
 
 def unexpanded(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, message) of every path that begins with ~ or has a $NAME in it.
-
-    A shell leaves both alone where it does not recognise them: ~ in `run.dir=~/runs`, everything in a YAML file. A
-    folder called ~ or $SCRATCH in the current one is never what was meant.
-    """
+    """Yield (dotted key, message) of every path that begins with `~` or contains `$NAME`."""
+    # A shell does not expand `run.dir=~/runs`, and nothing in a YAML file. Without this check the run would create a
+    # folder named ~ or $SCRATCH.
     paths = [(key, value_at(config, key)) for key in PATHS]
     for i, source in enumerate(config.data.sources):
         paths += [(f"data.sources.{i}.path", source.path), (f"data.sources.{i}.images", source.images)]

@@ -1,4 +1,4 @@
-"""Which numbers each field takes, judged alone. Every number of the tree is in exactly one row."""
+"""Allowed range of every number in the config, independent of other fields. Each numeric key is in exactly one row."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,11 +9,14 @@ from megabagel.config.schema import Config
 
 @dataclass(frozen=True)
 class Range:
-    """A set of numbers and the fields that take them; `*` in a key stands for every entry of a list."""
+    """A range of numbers and the keys that have it."""
 
     text: str
+    """Description of the range in messages."""
     holds: Callable[[float], bool]
+    """Whether a number is in the range."""
     keys: tuple[str, ...]
+    """Dotted keys; `*` stands for every entry of a list."""
 
 
 def _under(section: str, names: str) -> tuple[str, ...]:
@@ -99,9 +102,9 @@ MOST: dict[str, float] = {
     "run.heartbeat_timeout": 1e7,
     "data.worker_timeout": 1e7,
 }
-"""Upper bounds far beyond any run, so that a slip is named instead of filling memory or counting for ever."""
+"""Upper bounds far beyond any real run, so that a typing error gives a message instead of exhausting memory or time."""
 MOST_OF_ALL = 2**40
-"""Upper bound of every other whole number."""
+"""Upper bound of every other integer."""
 
 
 def out_of_range(config: Config) -> Iterator[tuple[str, str]]:
@@ -117,7 +120,13 @@ def out_of_range(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def numbers(node: Any, wanted: str, path: str = "") -> Iterator[tuple[str, float]]:
-    """Yield (dotted key, number) of what `wanted` names under `node`; unset optional fields give nothing."""
+    """Yield (dotted key, number) of every number that the key pattern `wanted` matches; optional fields may be unset.
+
+    Args:
+        node: a config, a section of it or a list in it.
+        wanted: dotted key relative to `node`; `*` stands for every entry of a list.
+        path: dotted key of `node`.
+    """
     name, _, rest = wanted.partition(".")
     entries = enumerate(node) if name == "*" else [(name, getattr(node, name))]
     for label, value in entries:

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote, read with limits: regular files only, up to a number of bytes."""
+"""Reading of files from outside, with limits: regular files only, up to a number of bytes."""
 
 import errno
 import os
@@ -9,14 +9,18 @@ from megabagel.errors import UserError
 
 
 def read_file(path: Path, most: int) -> bytes:
-    """The contents of a regular file, or of what a link to one stands for.
+    """Return the contents of a regular file; symbolic links are followed.
 
-    Opening a FIFO waits for a writer and /dev/zero never ends, so the kind of the file is looked at first.
+    Args:
+        path: the file.
+        most: size limit in bytes.
 
     Raises:
-        OSError: it cannot be read (ValueError of a name with a NUL byte included), is no regular file (EINVAL), or has
+        OSError: it cannot be read (also if its name has a NUL byte), is not a regular file (EISDIR, EINVAL), or has
             more than `most` bytes (EFBIG).
     """
+    # Opened with O_NONBLOCK and checked before reading: opening a FIFO would wait for a writer, and reading /dev/zero
+    # would never end. The check is on the open descriptor, so the file cannot be exchanged in between.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:
@@ -28,7 +32,8 @@ def read_file(path: Path, most: int) -> bytes:
             number = errno.EISDIR if is_folder else errno.EINVAL
             raise OSError(number, "is a folder" if is_folder else "is no regular file", str(path))
         data = file.read(min(about.st_size, most) + 1)
-        while len(data) <= most and (piece := file.read(2**20)):  # it grows, or is one of /proc without a size
+        # The file may grow while it is read, and files of /proc report size 0.
+        while len(data) <= most and (piece := file.read(2**20)):
             data += piece
     if len(data) > most:
         raise OSError(errno.EFBIG, f"has more than {most:,} bytes", str(path))
@@ -36,7 +41,16 @@ def read_file(path: Path, most: int) -> bytes:
 
 
 def read_own(path: Path, most: int, advice: str) -> bytes:
-    """The same for a file that is the user's to mend. Raises UserError that ends with `advice`."""
+    """Return the contents of a file that the user can correct.
+
+    Args:
+        path: the file.
+        most: size limit in bytes.
+        advice: next step, the end of the error message.
+
+    Raises:
+        UserError: for every error of `read_file`.
+    """
     try:
         return read_file(path, most)
     except OSError as error:

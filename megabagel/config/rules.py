@@ -1,4 +1,7 @@
-"""What a rule between fields is: a reason, the keys it reads, and a check that says how to mend what it finds."""
+"""Rules between config fields: a reason, the keys that it reads, and a check that yields how to correct a violation.
+
+`@rule(keys)` turns a check function into a `Rule`; the docstring of the function is the reason shown to the user.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +17,7 @@ Check = Callable[[Config], Iterator[str]]
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule. Its message is: the keys with their values, the reason, and the text that the check yields."""
+    """One rule. Its message is: the keys with their values, the reason, the next step that the check yields."""
 
     name: str
     why: str
@@ -22,17 +25,18 @@ class Rule:
     keys: tuple[str, ...]
     """Dotted keys that the check reads; `*` stands for every entry of a list."""
     check: Check
-    """Yields one next step for each thing wrong."""
+    """Yields one next step per violation."""
 
     def messages(self, config: Config) -> Iterator[str]:
-        """Yield one line for each thing wrong. Entries of lists are named by the check itself."""
+        """Return one line per violation."""
+        # A key with `*` has no single value; the check names the entry of the list in its own text.
         named = [f"{key} = {show(value_at(config, key))}" for key in self.keys if "*" not in key]
         opening = f"{', '.join(named)}: " if named else ""
         return (f"{opening}{self.why} {text}" for text in self.check(config))
 
 
 def rule(*keys: str) -> Callable[[Check], Rule]:
-    """Make a rule out of a check that reads `keys`; its docstring is the reason shown to the user."""
+    """Return a decorator that makes a rule of a check that reads `keys`; its docstring is the reason for the user."""
     return lambda check: Rule(check.__name__, " ".join((check.__doc__ or "").split()), keys, check)
 
 
@@ -42,7 +46,7 @@ def value_at(config: Config, key: str) -> Any:
 
 
 def multiple_of(config: Config, whole: str, part: str) -> Iterator[str]:
-    """Yield the nearest legal values unless the value at key `whole` is a multiple of the one at key `part`."""
+    """Yield the nearest legal values if the value at key `whole` is not a multiple of the value at key `part`."""
     value, unit = value_at(config, whole), value_at(config, part)
     if value % unit:
         small = [d for d in range(1, math.isqrt(value) + 1) if value % d == 0]
@@ -51,6 +55,6 @@ def multiple_of(config: Config, whole: str, part: str) -> Iterator[str]:
 
 
 def nearest_multiples(value: int, unit: int) -> str:
-    """Name the nearest positive multiples of `unit` on both sides of `value`."""
+    """Return text with the nearest positive multiples of `unit` below and above `value`."""
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else str(unit)

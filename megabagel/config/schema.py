@@ -1,7 +1,7 @@
-"""The whole run as one typed tree. Every field has a default, a meaning and, where it has one, a unit.
+"""Schema of the configuration: one tree of frozen dataclasses, with default, meaning and unit of every field.
 
-`load.py` reads YAML and overrides into this tree, `checks.py` holds the rules between fields. Classes are frozen: a
-config is a value, made once and handed down.
+`load.py` reads YAML and overrides into this tree; `checks.py` checks numbers and the rules between fields. The classes
+are frozen because a config is made once and then passed to all parts of a run.
 """
 
 from dataclasses import dataclass, field
@@ -10,28 +10,28 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and how it starts."""
+    """Folder of a run, its start, and its time limits."""
 
     dir: str = "runs/default"
     """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/."""
     resume: str = "auto"
     """`auto`: newest complete checkpoint under run.dir, else a fresh start; `none`: fresh; else a checkpoint folder."""
     init_from: str | None = None
-    """A fresh start takes its weights from this checkpoint (imported, or of an earlier stage): nothing else of it."""
+    """Checkpoint (imported, or of an earlier stage) whose weights a fresh start takes; optimizer state is not read."""
     init_weights: Literal["trained", "ema"] = "trained"
-    """Which weights of `init_from`: those in training, or the averaged ones (as fine-tuning from ema.safetensors)."""
+    """Which weights of `init_from`: the trained ones or their moving average (as fine-tuning from ema.safetensors)."""
     start_timeout: float = 300.0
-    """Seconds that ranks wait for each other at the start; then the absent ones are named."""
+    """Seconds that ranks wait for each other at the start; then the job ends and names the absent ranks."""
     timeout: float = 600.0
-    """Seconds without progress (a phase of a step, a checkpoint, the index at the start) after which the job ends,
-    naming the rank that the others wait for."""
+    """Seconds without progress (a phase of a step, a checkpoint, the index at the start) after which the job ends and
+    names the rank that the others wait for."""
     heartbeat_timeout: float = 60.0
-    """Seconds without a sign of life after which a rank counts as dead."""
+    """Seconds without a heartbeat after which a rank counts as dead."""
 
 
 @dataclass(frozen=True)
 class VitConfig:
-    """The NaViT tower (SigLIP layout; BAGEL section 2.2): native resolution, full attention inside each image."""
+    """ViT (SigLIP layout, NaViT packing; BAGEL section 2.2): native resolution, full attention inside each image."""
 
     layers: int = 2
     hidden: int = 96
@@ -40,7 +40,7 @@ class VitConfig:
     patch: int = 14
     """Pixels per patch side."""
     grid: int = 70
-    """Most patches per side; a patch at (row, col) has id row * grid + col."""
+    """Cells per side of the position tables, hence most patches per side; patch (row, col) has id row * grid + col."""
     norm_eps: float = 1e-6
 
     @property
@@ -51,7 +51,7 @@ class VitConfig:
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """The frozen image codec whose latents are generated."""
+    """Frozen image codec, whose latents the model generates."""
 
     codec: Literal["blocks", "flux"] = "blocks"
     """`blocks`: exact training-free block transform; `flux`: the FLUX autoencoder, weights from `path`."""
@@ -59,7 +59,7 @@ class VaeConfig:
     """`ae.safetensors` for codec `flux`."""
     channels: int = 16
     downsample: int = 8
-    """Pixels per latent side."""
+    """Pixels per latent cell side."""
     width: int = 128
     """flux: channels of the first level."""
     width_multipliers: tuple[int, ...] = (1, 2, 4, 4)
@@ -73,7 +73,7 @@ class VaeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shapes of the decoder-only Mixture-of-Transformers (BAGEL section 2; Qwen2.5 layout)."""
+    """Sizes of the decoder-only Mixture-of-Transformers (BAGEL section 2; Qwen2.5 layout)."""
 
     variant: Literal["dense", "moe", "mot"] = "mot"
     """What the generation expert owns: nothing, its MLP, or every weight of a layer (BAGEL section 2.4, figure 3)."""
@@ -85,27 +85,29 @@ class ModelConfig:
     """Default: hidden / heads."""
     ffn: int = 256
     vocab: int = 512
-    """Rows of the word embedding; at least the tokenizer's size."""
+    """Rows of the token embedding; at least the number of token ids of the tokenizer."""
     qk_norm: bool = True
     qkv_bias: bool = True
     norm_eps: float = 1e-6
     rope_base: float = 1e6
     rope_precision: Literal["fp32", "bf16"] = "fp32"
-    """Type of the rotary frequencies. bf16 is what FSDP's buffer cast makes of them in the released trainer: up to 1.15
-    rad of phase at position 1000 (docs/bagel.md#precision); its inference uses fp32. Angles are fp32 in both."""
+    """Type of the rotary frequencies. bf16 reproduces FSDP's buffer cast in the released trainer, an error of up to
+    1.15 rad of phase at position 1000 (docs/bagel.md#precision); its inference uses fp32. Angles are fp32 in both."""
     init_std: float = 0.02
     visual_und: bool = True
     """Build the ViT tower and connector."""
     visual_gen: bool = True
-    """Build the latent path: vae2llm, time embedder, llm2vae."""
+    """Build the modules of image generation: vae2llm, time embedder, llm2vae."""
     vit: VitConfig = field(default_factory=VitConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
     latent_patch: int = 2
-    """Latent cells per token side: one token covers latent_patch * vae.downsample pixels."""
+    """Latent cells per token side: one token covers latent_patch * vae.downsample pixels per side."""
     latent_grid: int = 64
-    """Most latent tokens per side; a token at (row, col) has id row * latent_grid + col."""
+    """Cells per side of the position table, hence most latent tokens per side; token (row, col) has id row *
+    latent_grid + col."""
     interpolate_pos: bool = False
-    """Stretch 2-D ids over the whole grid instead of using its top left corner."""
+    """Stretch an image's grid ids over the whole position table instead of its top left corner
+    (docs/bagel.md#position-tables)."""
 
     @property
     def kv_channels(self) -> int:
@@ -125,54 +127,62 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How one step is spread over ranks. Data-parallel size = world size / (tp * pp * cp)."""
+    """Parallel sizes and engines. Data-parallel size = world size / (tp * pp * cp)."""
 
     tp: int = 1
+    """Tensor-parallel size."""
     pp: int = 1
+    """Pipeline-parallel size."""
     vpp: int = 1
-    """Model chunks per pipeline rank (interleaved schedule when > 1)."""
+    """Model chunks per pipeline rank; above 1 the schedule is interleaved 1F1B."""
     cp: int = 1
+    """Context-parallel size."""
     sp: bool = True
-    """Sequence parallel: norms, residuals and the wire between stages hold 1/tp of the rows. No effect when tp = 1."""
+    """Sequence parallelism: norms, residuals and stage activations hold 1/tp of the rows. No effect when tp = 1."""
     chunk: int = 128
-    """Rows dealt to context-parallel ranks as a unit, and the multiple that each expert's rows are padded to."""
+    """Rows of a row block, the unit in which rows are assigned to context-parallel ranks; each expert's rows are padded
+    to a multiple of it."""
     layer_split: tuple[int, ...] | None = None
-    """Layers per stage, pp * vpp numbers; default: as even as can be."""
+    """Layers of each of the pp * vpp stages; default: as even as possible."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in backward: none, attention and SwiGLU, or whole layers."""
+    """Activations recomputed in backward: none, those of attention and SwiGLU, or those of whole layers."""
     attention: Literal["auto", "host", "triton", "flex", "fa4"] = "auto"
-    """Engine. `triton`: our kernels, for GPUs; `flex`: torch's FlexAttention, fused on a GPU, forward only on a CPU;
-    `fa4`: FlashAttention-4 through FlexAttention, where installed; `host`: exact attention on a CPU. `auto`: host on a
-    CPU, triton on a GPU that it has kernels for, else flex."""
+    """Attention engine (docs/kernels.md#attention). `triton`: our kernels, for GPUs; `flex`: torch's FlexAttention,
+    forward only on a CPU; `fa4`: FlashAttention-4 through FlexAttention, where installed; `host`: exact attention on
+    the CPU. `auto`: host on a CPU, triton on a GPU that it has kernels for, else flex."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """What computes norms, rotation, SwiGLU, noise and losses. `auto`: triton on a GPU that it has kernels for."""
+    """Engine of norms, RoPE, SwiGLU, noise and losses. `auto`: triton on a GPU that it has kernels for, else torch."""
 
     @property
     def row_shards(self) -> int:
-        """Ways that each expert's rows are split between the linears: tp under sequence parallelism, else 1."""
+        """Number of parts that each expert's rows are split into between linears: tp with sequence parallelism or 1."""
         return self.tp if self.sp else 1
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One entry of the mixture: shards read as one kind of task."""
+    """One data source of the mixture: a set of shards, all of one task."""
 
     name: str = ""
     path: str = ""
     """Glob of shards (WebDataset tars, parquet, JSONL) or a folder of them, relative to data.root."""
     task: Literal["t2i", "i2t", "edit", "video", "text", "interleave"] = "t2i"
     weight: float = 1.0
+    """Samples are drawn from sources in proportion to their weights."""
     images: str = ""
     """Folder of the images that JSONL files name, relative to data.root; default: the folder of the first file."""
 
 
 @dataclass(frozen=True)
 class ResizeConfig:
-    """Resize rule of one visual branch (docs/bagel.md#image-sizes): sides become multiples of the branch's stride."""
+    """Resize rule for ViT or VAE (docs/bagel.md#image-sizes): sides become multiples of the pixels per token side."""
 
     max_size: int = 1024
+    """Upper bound of the longer side, pixels."""
     min_size: int = 512
+    """Lower bound of the shorter side, pixels, unless the other two limits are in the way."""
     max_pixels: int = 14 * 14 * 9 * 1024
+    """Upper bound of width * height."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +192,7 @@ class DataConfig:
     root: str = "."
     """Folder that source paths are relative to."""
     index_dir: str | None = None
-    """Folder of cached indexes; default: `.index` beside the shards."""
+    """Folder of cached shard indexes; default: `.index` beside the shards."""
     builder: Literal["none", "shapes", "scenes"] = "none"
     """Write a drawn data set under data.root on first use. `shapes`: one figure per page; `scenes`: one to four, with
     questions, edits of one among several and thoughts."""
@@ -192,44 +202,45 @@ class DataConfig:
     min_tokens: int = 448
     """A pack is closed once it holds this many tokens."""
     max_tokens: int = 512
-    """A pack never holds more."""
+    """A pack never holds more tokens."""
     max_sample_tokens: int | None = None
-    """Longer samples are skipped and counted; default max_tokens."""
+    """Longer samples are skipped and counted; default: max_tokens."""
     lookahead: int = 64
-    """Samples the packer may choose from; the oldest comes first, so none is lost."""
+    """Window of samples that the packer chooses from; the oldest is always taken, so that none is lost."""
     drop_text: float = 0.1
     drop_vit: float = 0.5
     drop_latent: float = 0.1
-    """Conditioning dropout per item kind (BAGEL section 2.3)."""
+    """Conditioning dropout: probability of leaving out a droppable item, by kind (BAGEL section 2.3)."""
     dropped_images_advance: bool = True
-    """Whether an image that dropout leaves out still moves the RoPE counter by one, as in the released trainer (its
-    inference leaves no such gap; docs/bagel.md#rope, #contexts). Dropped text never does."""
+    """Whether a dropped image still advances the RoPE counter by one, as in the released trainer (its inference leaves
+    no such gap; docs/bagel.md#rope, #contexts). Dropped text never does."""
     vae_resize: ResizeConfig = field(default_factory=ResizeConfig)
     vit_resize: ResizeConfig = field(default_factory=lambda: ResizeConfig(max_size=518, min_size=224))
     decode: Literal["auto", "host", "dali"] = "auto"
-    """Engine. `host`: Pillow, the reference; `dali`: NVIDIA DALI, on the GPU if there is one and no `workers`, else on
-    the CPU. `auto`: dali when training on a GPU with DALI installed, else host."""
+    """Image decoder. `host`: Pillow, the reference; `dali`: NVIDIA DALI, on the GPU if there is one and no `workers`,
+    else on the CPU. `auto`: dali when training on a GPU with DALI installed, else host."""
     decode_threads: int = 1
-    """CPU threads of the engine, in every process that decodes."""
+    """CPU threads of the decoder, in every process that decodes."""
     latents: str | None = None
-    """Folder of `megabagel data latents`: the codec's view of every image, read instead of decoded and encoded."""
+    """Latent cache written by `megabagel data latents`: codec moments of every image, read instead of decoding and
+    encoding it."""
     prefetch: int = 2
-    """Steps prepared ahead; bounds the memory for them (docs/data.md)."""
+    """Steps prepared ahead of training; bounds the memory that they take (docs/data.md)."""
     workers: int = 0
-    """Processes of every rank that fill packs, beside one that plans; 0: a background thread does both."""
+    """Processes per rank that build packs, beside one that plans them; 0: a background thread does both."""
     worker_timeout: float = 120.0
-    """Seconds that training waits for a worker before a warning names what it is at."""
+    """Seconds that training waits for a worker before a warning names the worker's current task."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation (BAGEL table 3; docs/bagel.md#optimizer)."""
+    """Optimization, losses and handling of bad steps (BAGEL table 3; docs/bagel.md#optimizer, #losses)."""
 
     steps: int = 100
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     packs_per_step: int = 4
-    """Packs of one optimizer step over the whole job; divided by the data-parallel size: micro-batches per rank."""
+    """Packs of one optimizer step over all data-parallel ranks; each pack is one micro-batch of one replica."""
     lr: float = 1e-3
     min_lr: float = 1e-7
     schedule: Literal["constant", "cosine"] = "constant"
@@ -240,58 +251,59 @@ class TrainConfig:
     eps: float = 1e-15
     weight_decay: float = 0.0
     clip: float = 1.0
-    """Global L2 norm of the gradient."""
+    """Global L2 norm that gradients are clipped to."""
     ema: float = 0.9999
-    """Decay per step; 0 switches the averaged weights off."""
+    """Decay of the averaged weights per step; 0: no averaged weights."""
     ce_weight: float = 0.25
     mse_weight: float = 1.0
     timestep_shift: float = 1.0
     timestep_precision: Literal["fp32", "bf16"] = "fp32"
-    """Type in which timesteps are shifted. bf16 is what FSDP's casts make of them in the released code: t then has 8
-    significant bits (docs/bagel.md#precision)."""
+    """Type in which timesteps are shifted. bf16 reproduces FSDP's casts in the released code: t then has 8 significant
+    bits (docs/bagel.md#precision)."""
     loss_normalization: Literal["global_batch", "micro_step"] = "global_batch"
-    """What losses are divided by. `global_batch`: the loss tokens of the whole step, so that a step does not depend on
-    how its packs are spread over micro-batches and ranks. `micro_step`: as released, the loss tokens of one micro-batch
-    of all data-parallel ranks, then averaged over micro-batches (docs/bagel.md#losses): tokens weigh more in
-    micro-batches that have few, and the curve depends on the data-parallel size."""
+    """Denominator of the losses. `global_batch`: loss tokens of the whole step, so that a step does not depend on how
+    its packs are spread over micro-batches and ranks. `micro_step`: as released, loss tokens of one micro-batch of all
+    data-parallel ranks, then averaged over micro-batches (docs/bagel.md#losses); tokens weigh more in micro-batches
+    with few of them, and the loss curve depends on the data-parallel size."""
     freeze: tuple[Literal["llm", "vit", "connector", "latent", "und"], ...] = ()
-    """Weights that do not learn. `llm`: the language model with embedding and head, both experts (freeze_llm). `vit`:
-    the tower (freeze_vit). `connector`: between tower and language model. `latent`: vae2llm, time embedder, llm2vae.
-    `und`: the understanding stream from embedding, tower and connector to the final norm, so that only generation and
-    lm_head learn (freeze_und). The connector alone learns with [llm, vit, latent]. The VAE never learns."""
+    """Weights that are not trained (docs/bagel.md#freezing). `llm`: language model with embedding and head, both
+    experts (freeze_llm). `vit`: the ViT (freeze_vit). `connector`: between ViT and language model. `latent`: vae2llm,
+    time embedder, llm2vae. `und`: the understanding stream from embedding, ViT and connector to the final norm, so that
+    only generation and lm_head learn (freeze_und). [llm, vit, latent] trains the connector alone. The VAE is always
+    frozen."""
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    """What becomes of a step whose loss or gradient is NaN or infinite: the run ends, or it goes on without that
-    update, or from the newest checkpoint with the data after this step (docs/faults.md)."""
+    """Policy for a step whose loss or gradient is NaN or infinite (docs/faults.md). `stop`: end the run; `skip`: go on
+    without the update; `rollback`: go on from the newest checkpoint with the data after this step."""
     on_spike: Literal["record", "stop", "skip", "rollback"] = "record"
-    """Policy for a step whose loss or gradient norm is a spike: `record` dumps its samples and keeps going; the others
-    as above."""
+    """Policy for a step whose loss or gradient norm is a spike. `record`: dump its samples and go on; the others are as
+    above."""
     spike_sigma: float = 6.0
     """A spike is this many standard deviations above the mean of the `spike_window` steps before."""
     spike_window: int = 128
-    """Steps; until there are so many, nothing is a spike."""
+    """Steps of the statistics; no step is a spike before there are as many."""
     spike_warmup: int = 500
-    """Steps at the start of a run in which nothing is a spike: a fresh model's gradient norm still jumps."""
+    """Steps at the start of a run in which no step is a spike: a fresh model's gradient norm is still irregular."""
     max_rollbacks: int = 3
-    """Rollbacks to one checkpoint; the next one ends the run."""
+    """Most rollbacks to one checkpoint; a further one ends the run."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When state is written."""
+    """When checkpoints are written and which are kept."""
 
     every: int = 0
     """Steps between checkpoints; 0: only at the end of the run."""
     keep: int = 3
-    """Newest complete checkpoints kept; 0 keeps all."""
+    """Number of newest complete checkpoints to keep; 0: all."""
     keep_every: int = 0
-    """Checkpoints of steps that this divides are kept for good as well; 0: none."""
+    """Checkpoints of steps divisible by this are never deleted; 0: none."""
     async_save: bool = True
-    """Copy the state to host memory and write it beside the next steps; else training waits until it is written."""
+    """Copy the state to CPU memory and write it during the next steps; if false, training waits for the writing."""
 
 
 @dataclass(frozen=True)
 class TelemetryConfig:
-    """What a run says about itself."""
+    """Console lines, metrics, sample images and MFU."""
 
     log_every: int = 1
     """Steps between console lines; metrics.jsonl has every step."""
@@ -302,16 +314,16 @@ class TelemetryConfig:
     sample_size: tuple[int, int] = (64, 64)
     """Height and width of sample images, pixels."""
     sample_steps: int = 25
-    """Euler steps."""
+    """Euler steps per sample image."""
     sample_guidance: float = 1.0
-    """Classifier-free guidance on text; 1: none."""
+    """Scale of classifier-free guidance on text; 1: none."""
     peak_tflops: float | None = None
-    """Dense peak of one device for MFU; default: known for common GPUs, else measured by a matmul at start."""
+    """Dense peak of one device, TFLOP/s, for MFU; default: a table of common GPUs, else measured by a GEMM at start."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """The whole run."""
+    """Configuration of a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

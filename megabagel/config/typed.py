@@ -1,4 +1,4 @@
-"""Plain values, as YAML gives them, to the typed tree: strictly, noting every mismatch instead of stopping at one."""
+"""Conversion of plain YAML values to the typed config tree: strict, collecting every mismatch instead of stopping."""
 
 import difflib
 import math
@@ -16,21 +16,21 @@ T = TypeVar("T")
 
 @dataclass
 class Problems:
-    """What is wrong so far, in the order found."""
+    """Problems found so far, in order."""
 
     found: list[tuple[str, str]] = field(default_factory=list)
     """(dotted key, one line of text)."""
     doubtful: set[str] = field(default_factory=set)
-    """Keys whose value in the built tree is not what the user meant, so that no later rule should judge them."""
+    """Keys whose value in the built tree is not what the user meant; rules between fields skip them."""
 
     def add(self, key: str, text: str, *related: str) -> None:
-        """Note a problem at `key`; `related` keys become doubtful as well."""
+        """Add a problem at `key`; `related` keys become doubtful as well."""
         self.found.append((key, text))
         self.doubtful.update((key, *related))
 
 
 _EXPLAINED = 20
-"""Unknown keys of one file for which similar ones are looked up."""
+"""Unknown keys of one load for which similar keys are looked up."""
 
 
 class _Mismatch(Exception):
@@ -38,9 +38,13 @@ class _Mismatch(Exception):
 
 
 def build(kind: type[T], raw: Any, problems: Problems, path: str = "") -> T:
-    """Make the dataclass `kind` from the mapping `raw` found at dotted key `path`.
+    """Build a config dataclass from a mapping. A field with a problem keeps its default, so that checks can go on.
 
-    A field with a problem keeps its default, so that the rest of the tree can still be judged.
+    Args:
+        kind: dataclass of the schema.
+        raw: mapping read from YAML.
+        problems: collects mismatches.
+        path: dotted key of `raw`.
     """
     hints = get_type_hints(kind)
     if not isinstance(raw, dict):
@@ -73,7 +77,8 @@ def _read(kind: Any, value: Any, problems: Problems, path: str) -> Any:
         return _read_tuple(get_args(kind), value, problems, path)
     if kind is float:
         return _read_float(value)
-    if type(value) is not kind:  # not isinstance: to Python a bool is an int
+    # `type`, not `isinstance`: in Python a bool is an int.
+    if type(value) is not kind:
         raise _Mismatch
     if kind is int and abs(value) > LARGEST:
         raise _Mismatch
@@ -95,7 +100,8 @@ def _read_tuple(kinds: tuple[Any, ...], value: Any, problems: Problems, path: st
 
 
 def _read_float(value: Any) -> float:
-    """Finite numbers only; strings count because YAML 1.1 reads `1e-4` (no point) as text."""
+    """Return `value` as a finite float, or raise `_Mismatch`."""
+    # Texts are accepted because YAML 1.1 reads `1e-4`, without a point, as text.
     if type(value) not in (int, float, str):
         raise _Mismatch
     try:
@@ -113,7 +119,7 @@ def _without_none(kind: Any) -> Any:
 
 
 def describe(kind: Any) -> str:
-    """Say what values a field of type `kind` takes."""
+    """Return text that describes the values of type `kind`, for messages."""
     if get_origin(kind) in (Union, UnionType):
         return f"{describe(_without_none(kind))}, or null"
     if get_origin(kind) is Literal:
@@ -135,20 +141,21 @@ _WORDS = {
 }
 LARGEST = 2**63 - 1
 _NO_TEXT = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f\\ud800-\\udfff]")
-"""Characters that no name and no prompt has; a NUL byte ends every path."""
+"""Control characters and surrogates, refused in text; a NUL byte would end a path."""
 _PLURALS = {int: "integers", float: "numbers", str: "texts"}
 
 
 def show(value: Any) -> str:
-    """`repr`, cut to the length that a line of a message bears."""
+    """Return the `repr` of a value, escaped and cut to 80 characters, for messages."""
+    # Python refuses the repr of an integer of very many digits.
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST:
-        return "a number of very many digits"  # its repr may be refused
+        return "a number of very many digits"
     text = printable(repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def known_keys(kind: Any = Config, path: str = "") -> Iterator[str]:
-    """Every dotted key under `kind`, sections included; `*` stands for an index into a list."""
+    """Yield every dotted key under `kind`, sections included; `*` stands for a list index."""
     for name, hint in get_type_hints(kind).items():
         key = f"{path}.{name}" if path else name
         yield key
@@ -162,13 +169,13 @@ def known_keys(kind: Any = Config, path: str = "") -> Iterator[str]:
 
 
 def pattern(key: str) -> str:
-    """Replace the list indices of a dotted key by `*`."""
+    """Return a dotted key with list indices replaced by `*`."""
     return ".".join("*" if part.isdecimal() else part for part in key.split("."))
 
 
 def add_unknown(key: str, value: Any, problems: Problems) -> None:
-    """Note that `key` is no key of the tree, with the nearest right names."""
-    # Looking for similar names takes milliseconds: not for the thousandth unknown key of a file.
+    """Add the problem of an unknown key, with the nearest known keys."""
+    # Looking for similar keys takes milliseconds, too long for a file with thousands of unknown keys.
     names = nearest(key) if len(problems.found) < _EXPLAINED and len(key) < 200 else []
     if len(problems.found) >= _EXPLAINED:
         hint = "see the first ones"
@@ -181,9 +188,10 @@ def add_unknown(key: str, value: Any, problems: Problems) -> None:
 
 
 def nearest(key: str) -> list[str]:
-    """Return up to two right names for unknown `key`, the likeliest first.
+    """Return up to two known keys that an unknown `key` may stand for, the likeliest first.
 
-    In order: a very close name beside it, its own name in other sections, a close name beside it, any close key.
+    In order: a very similar name in the same section, the same name in other sections, a similar name in the same
+    section, any similar key.
     """
     wanted = pattern(key)
     parent, _, name = wanted.rpartition(".")

@@ -1,7 +1,7 @@
-"""JSON that is read back, whoever wrote it last: parsed strictly, checked against a type, every number by its range.
+"""Strict reading of JSON files that programs write, checked against a type and the range of each number.
 
-The counterpart of `typed.py` for files that programs write: state and manifest of a checkpoint, index caches, configs
-of Hugging Face folders. A wrong value stops at once, named by its place, since no person has to mend several at a time.
+Counterpart of `typed.py` for state and manifest of a checkpoint, index caches and configs of Hugging Face folders. The
+first wrong value raises, with its place in the file: unlike a config, nobody corrects such a file by hand.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 T = TypeVar("T")
 
 LARGEST = 2**63 - 1
-"""Whole numbers beyond it (and below its negative) are refused everywhere: no file of ours has one."""
+"""Integers above it, or below its negative, are refused: none of the files has one."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ Share = Annotated[float, Bounds(0, 1)]
 
 
 class WrongValue(ValueError):
-    """A value that is not what the file's format has there; the message names its place."""
+    """A value that does not fit the file's format; the message names its place."""
 
 
 def parse(content: bytes | str) -> Any:
-    """The value of a JSON text as the standard has it: no NaN, no infinity, no key twice, UTF-8.
+    """Parse JSON more strictly than the standard library: no NaN, no infinity, no key twice.
 
     Raises:
-        WrongValue: it is none, or is nested so deeply that it cannot be read.
+        WrongValue: `content` is not such JSON, not UTF-8, or nested too deeply.
     """
     try:
         return json.loads(content, parse_constant=_no_number, object_pairs_hook=_once)
@@ -68,17 +68,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_as(kind: type[T] | Any, value: Any, where: str = "") -> Any:
-    """A JSON value as the type `kind`.
+    """Convert a JSON value to a type.
 
     Args:
-        kind: a dataclass (fields without default must be there, others may be, keys beyond them are left alone),
-            `dict[str, X]`, `tuple[X, ...]`, `tuple[X, Y]`, `X | None`, `Literal`, `Annotated[number, Bounds]`, `int`,
-            `float` (whole numbers count, infinite ones don't), `bool`, `str`, or `Any`.
-        value: what `parse` gave.
+        kind: a dataclass (fields without default are required, unknown keys are ignored), `dict[str, X]`,
+            `tuple[X, ...]`, `tuple[X, Y]`, `X | None`, `Literal`, `Annotated[number, Bounds]`, `int`, `float` (integers
+            are accepted, infinities are not), `bool`, `str`, or `Any`.
+        value: result of `parse`, or a part of it.
         where: dotted place of the value, for the message.
 
     Raises:
-        WrongValue: it is something else; the message names place, value and expectation.
+        WrongValue: the value is not of the type; the message names place, value and expectation.
     """
     if kind is Any:
         return value
@@ -153,7 +153,8 @@ def _wrong(where: str, value: Any, kind: Any) -> WrongValue:
 
 
 def _show(value: Any) -> str:
-    """A value in a few words; the repr of a large or deep one is never made."""
+    """Return a short description of a value, for messages."""
+    # Containers are described by their length: the repr of a large or deep one takes memory or fails.
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if type(value) is int and abs(value) > LARGEST:
@@ -162,7 +163,7 @@ def _show(value: Any) -> str:
 
 
 def describe(kind: Any) -> str:
-    """What values a type takes."""
+    """Return text that describes the values of a type, for messages."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         least, most = args[1].least, args[1].most
@@ -184,7 +185,7 @@ _FILE = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff\\]+")
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a name is that of a file inside a folder: relative, without `..`, of usual characters and lengths."""
+    """Whether a name from a file is safe as a path inside a folder: relative, no `..`, usual characters and lengths."""
     parts = name.split("/")
     return (
         bool(_FILE.fullmatch(name))

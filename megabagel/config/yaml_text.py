@@ -1,7 +1,7 @@
-"""YAML as this program reads it: scalars of YAML 1.2, a key once, and limits on what a text may ask for.
+"""YAML reader and writer with the scalars of YAML 1.2, unique keys, and limits on size and nesting.
 
-PyYAML is a parser of YAML 1.1, in which 010 is 8, 1:30 is 90, `on` is true and 2026-01-01 a date: values that people
-who write them do not mean. Aliases make it possible to write billions of values in a few lines.
+PyYAML parses YAML 1.1, in which 010 is 8, 1:30 is 90, `on` is true and 2026-01-01 a date, values that hardly anyone
+means. Limits are needed because aliases can stand for billions of values in a few lines.
 """
 
 import re
@@ -10,23 +10,23 @@ from typing import Any
 import yaml
 
 MOST_BYTES = 2**20
-"""Of a config file; the longest recipe has some kB."""
+"""Size limit of a config file; the longest recipe has some kB."""
 MOST_VALUES = 100_000
-"""Keys and values of a file, those that aliases repeat included."""
+"""Most keys and values of a file, counting aliases as often as they are used."""
 DEEPEST = 64
-"""Levels of nesting; the config tree has four."""
+"""Most levels of nesting; the config tree has four."""
 LARGEST = 2**63 - 1
 
 
 class YamlError(ValueError):
-    """A text that is not read; the message is one line, with line and column where there is one."""
+    """A text that is not valid or too large; the message is one line, with line and column where known."""
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text.
+    """Parse a YAML text.
 
     Raises:
-        YamlError: it is no YAML, or asks for more than the limits.
+        YamlError: the text is not valid YAML, or exceeds the limits.
     """
     try:
         return _load(text)
@@ -36,15 +36,14 @@ def load_yaml(text: str) -> Any:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise YamlError(f"{where}{error.problem}") from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: an escape that names no character
+    # ValueError and OverflowError come from an escape such as \U that names no character.
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise YamlError(" ".join(str(error).split())) from error
 
 
 def load_word(text: str) -> Any:
-    """The value of a word of the command line: as `load_yaml`, but ` #` begins no comment in a plain word.
-
-    The shell has taken comments away already; what is left belongs to the word.
-    """
+    """Parse the value of a command-line override: as `load_yaml`, but ` #` in a plain scalar begins no comment."""
+    # The shell has already removed comments, so a # that is left belongs to the value.
     value = load_yaml(text)
     if (
         not isinstance(value, dict | list)
@@ -68,7 +67,8 @@ def _load(text: str) -> Any:
 
 
 def _measure(root: yaml.Node) -> None:
-    """Raise MarkedYAMLError where aliases make more of a text than is sensible, before any value is made."""
+    """Raise MarkedYAMLError if a document has more than MOST_VALUES values, before any of them is constructed."""
+    # Memoized by node: an alias refers to the same node, whose size is added again without walking it again.
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
 
@@ -95,14 +95,15 @@ def _measure(root: yaml.Node) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key may be given only once (the plain loader silently keeps the last), with scalars of 1.2."""
+    """SafeLoader with the scalars of YAML 1.2 that refuses duplicate keys, of which PyYAML silently keeps the last."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (filled below)
 
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """One node, unless it stands too deep: the scanner takes quadratic time for thousands of levels."""
+        """Compose one node, or raise MarkedYAMLError if it is nested too deeply."""
+        # Checked while parsing, not afterwards: PyYAML's scanner takes quadratic time for thousands of levels.
         self.depth += 1
         if self.depth > DEEPEST:
             mark = self.peek_event().start_mark
@@ -126,7 +127,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """The value of a node. What a tag cannot make of it (`!!bool maybe`) gets a place in the text."""
+        """Construct the value of a node."""
+        # A tag that does not fit its text (`!!bool maybe`) raises assorted errors in PyYAML; this adds line and column.
         try:
             return super().construct_object(node, deep)
         except (ValueError, OverflowError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -134,7 +136,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
     def construct_yaml_int(self, node: Any) -> int:
-        """A whole number in digits, 0x or 0o; leading zeros have no meaning."""
+        """Construct an integer written in decimal, 0x or 0o; leading zeros have no meaning, unlike in YAML 1.1."""
         text = self.construct_scalar(node)
         sign, digits = (-1 if text[:1] == "-" else 1), text.lstrip("+-")
         if len(digits) > 64:
@@ -146,7 +148,7 @@ class _Loader(yaml.SafeLoader):
         return value
 
     def construct_yaml_float(self, node: Any) -> float:
-        """A number with a point or an exponent, or .inf or .nan."""
+        """Construct a float: a number with a point or an exponent, .inf or .nan."""
         text = self.construct_scalar(node)
         if len(text) > 400:
             raise ValueError("a number of more than 400 characters")
@@ -154,11 +156,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around texts that would be read as something else, by YAML 1.1 or 1.2."""
+    """SafeDumper that quotes texts which YAML 1.1 or 1.2 would read as another type."""
 
 
 def dump_yaml(value: Any, **options: Any) -> str:
-    """A value as text that `load_yaml` reads back; `options` are PyYAML's."""
+    """Return a value as YAML text that `load_yaml` reads back; `options` are those of `yaml.dump`."""
     return str(yaml.dump(value, Dumper=_Dumper, **options))
 
 

@@ -1,5 +1,5 @@
-"""What is computed: the Mixture-of-Transformers, its towers, codecs and heads, in plain torch.
+"""The Mixture-of-Transformers in plain torch: layers, ViT, VAE, heads and losses, independent of parallelism.
 
-Nothing here knows a rank. Linears, row exchanges and attention are handed in: by a `LayerFactory` when the model is
-built and by `StageInputs` for every batch. With `SingleDevice` the whole model runs on one device without megatron.
+Linears and row exchanges come from a `LayerFactory` when the model is built, attention from `StageInputs` with every
+batch. With the factory `SingleDevice` the whole model runs on one device without megatron-core.
 """

@@ -1,7 +1,7 @@
-"""The model, whole or one pipeline stage of it: inputs, layers, heads (BAGEL section 2; docs/bagel.md#layer).
+"""The model, whole or as one pipeline stage: input embedding, layers, heads (BAGEL section 2; docs/bagel.md#layer).
 
-Shape letters: docs/notation.md. A stage owns the layers it is given by their number in the whole model, so a
-parameter's name does not depend on how the model is cut.
+Shape letters: docs/notation.md. Layers are named by their index in the whole model, so that parameter names do not
+depend on the pipeline split.
 """
 
 from collections.abc import Callable, Collection
@@ -22,7 +22,7 @@ from megabagel.model.vit import Connector, Vit, splits
 
 
 class Embed(nn.Module):
-    """Words, ViT features and noised latents to hidden states."""
+    """Input embedding: text tokens, ViT features and noised latent tokens to hidden states."""
 
     vit_table: torch.Tensor
     latent_table: torch.Tensor
@@ -31,6 +31,8 @@ class Embed(nn.Module):
         super().__init__()
         self.config, self.factory = config, factory
         self.tokens = factory.embedding(config.vocab, config.hidden)
+        # A ViT whose heads or MLP width do not divide by tp runs whole on every tensor-parallel rank. The frozen
+        # position tables are computed, not trained, so they are buffers outside of checkpoints.
         if config.visual_und:
             self.vit = Vit(config.vit, factory if splits(config.vit, factory.shards) else SingleDevice())
             self.connector = Connector(config, factory)
@@ -41,7 +43,8 @@ class Embed(nn.Module):
             self.register_buffer("latent_table", sincos_table(config.hidden, config.latent_grid), persistent=False)
 
     def forward(self, inputs: StageInputs) -> Hidden:
-        """Hidden states of this rank's rows."""
+        """Return the hidden states of this rank's rows, with flow targets and weights for the last stage."""
+        # Rows without text look up id 0; the mask removes that embedding and its gradient.
         und_UD = self.tokens(inputs.word_U) * inputs.is_word_U[:, None]
         if inputs.vit is not None:
             und_UD = und_UD + self._images(inputs.vit)
@@ -52,15 +55,18 @@ class Embed(nn.Module):
         )
 
     def _images(self, vit: VitInputs) -> torch.Tensor:
-        """[U, D]: encoded patches on their rows, zeros elsewhere."""
+        """Return [U, D]: encoded patches on their rows, zeros elsewhere."""
         encoded = vit.collect(self.connector(self.vit(vit.patches, vit.grid, vit.attend)))
         encoded = encoded + self.vit_table[vit.grid_all].to(encoded.dtype)
-        nothing = encoded.sum(0, keepdim=True) * 0  # keeps the tower in the graph of a batch without images
+        # The zero row is what index -1 (text, padding) reads. It is computed from `encoded`, not a constant, so that
+        # the ViT stays in the autograd graph of a batch without images and its gradients are zeros instead of absent.
+        nothing = encoded.sum(0, keepdim=True) * 0
         return torch.cat([encoded, nothing])[vit.row_U]
 
     def _latents(self, latents: LatentInputs, like: torch.Tensor) -> torch.Tensor:
-        """[g, D]: latent tokens, their timestep and position."""
-        if not self.config.visual_gen or len(latents.grid_g) == 0:  # no rows: a step that only decodes text
+        """Return [g, D]: latent tokens plus timestep embedding plus frozen position embedding."""
+        # There are no gen rows at all in an inference step that only decodes text.
+        if not self.config.visual_gen or len(latents.grid_g) == 0:
             return like.new_zeros(len(latents.grid_g), self.config.hidden)
         time_ID = self.time_embedder(latents.time_I)
         tokens_gD = self.vae2llm(latents.x_t_gZ.to(like.dtype))
@@ -68,7 +74,7 @@ class Embed(nn.Module):
 
 
 class Heads(nn.Module):
-    """Final norms, word head with cross-entropy, velocity head with flow loss."""
+    """Final norms, `lm_head` with cross-entropy, velocity head `llm2vae` with flow loss."""
 
     def __init__(self, config: ModelConfig, factory: LayerFactory, und_learns: bool) -> None:
         super().__init__()
@@ -83,32 +89,39 @@ class Heads(nn.Module):
             self.llm2vae = factory.partial_over_rows(nn.Linear(config.hidden, config.latent_dim))
 
     def forward(self, hidden: Hidden, inputs: StageInputs) -> Outputs:
-        """Losses per row."""
+        """Return the losses per row, not yet summed or divided by token counts."""
         und_uD, gen_gD = self.norm(hidden.und_uD, hidden.gen_gD)
+        # freeze_und detaches after the final norm: `lm_head` goes on learning (docs/bagel.md#freezing).
         und_uD = und_uD if self.und_learns else und_uD.detach()
         ce_Q = self.lm_head(self.factory.join_rows(und_uD)[inputs.ce_row_Q], inputs.label_Q)
         if self.visual_gen:
             velocity_gZ = self.llm2vae(gen_gD)
         else:
-            velocity_gZ = torch.zeros_like(hidden.target_gZ) + gen_gD[:, :1] * 0  # keeps the expert in the graph
+            # Zeros that depend on gen_gD: the generation expert stays in the autograd graph.
+            velocity_gZ = torch.zeros_like(hidden.target_gZ) + gen_gD[:, :1] * 0
         mse_g = self.factory.kernels.flow_loss(velocity_gZ, hidden.target_gZ, hidden.weight_g)
         return Outputs(ce_Q, mse_g, velocity_gZ)
 
     def predict(self, und_uD: torch.Tensor, gen_gD: torch.Tensor, row_Q: torch.Tensor) -> Predictions:
-        """Next-token logits of und rows `row_Q` and velocities of all gen rows, from hidden states; no losses.
+        """Return next-token logits and velocities instead of losses, for inference.
 
         Requires rows that are not split over tensor-parallel ranks (`parallel.sp` false).
+
+        Args:
+            und_uD: hidden states of und rows after the last layer.
+            gen_gD: hidden states of gen rows after the last layer.
+            row_Q: [Q] int64 indices of the und rows whose logits are wanted.
         """
         logits: Callable[[torch.Tensor], torch.Tensor] = self.lm_head.logits  # type: ignore[assignment]
         return Predictions(logits(self.norm.und(und_uD[row_Q])), self.velocity(gen_gD))
 
     def velocity(self, gen_gD: torch.Tensor) -> torch.Tensor:
-        """[g, I] hidden states of gen rows -> velocity [g, C]; [g, 0] for a model that generates nothing."""
+        """Return the velocity [g, Z] of gen rows [g, D]; [g, 0] for a model without `visual_gen`."""
         return self.llm2vae(self.norm.for_gen(gen_gD)) if self.visual_gen else gen_gD[:, :0]
 
 
 class Bagel(nn.Module):
-    """The whole model, or the layers of one pipeline stage with the inputs if `first` and the heads if `last`.
+    """The whole model, or one pipeline stage: its layers, the input embedding if `first`, the heads if `last`.
 
     Args:
         config: a whole run's `Config` gives a usable model: its weights are those that a training run of this config
@@ -149,19 +162,30 @@ class Bagel(nn.Module):
         freeze_parameters(self, model, freeze)
         if run is not None:
             initialize_weights(self, model, run.train.seed)
-            for parameter in self.parameters():  # not the frozen position tables, which are buffers and stay fp32
+            # Parameters only: `self.to(dtype)` would also round the frozen position tables, buffers that stay fp32.
+            for parameter in self.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16 if run.train.precision == "bf16" else torch.float32)
 
     def forward(self, inputs: StageInputs, hidden: Hidden | None = None) -> Hidden | Outputs:
-        """One micro-batch through this stage; `hidden` comes from the stage before."""
+        """Run one micro-batch through this stage.
+
+        Args:
+            inputs: token ids, rotary tables, attention and images of the micro-batch.
+            hidden: output of the previous stage; None for the first one.
+
+        Returns:
+            Hidden states for the next stage, or the losses per row if this is the last one.
+        """
         hidden = self.through_layers(inputs, hidden)
         return self.heads(hidden, inputs) if self.last else hidden
 
     def through_layers(self, inputs: StageInputs, hidden: Hidden | None = None) -> Hidden:
-        """`forward` without the heads: inference reads predictions, not losses, from what this returns."""
+        """Run `forward` without the heads; inference passes the result to `Heads.predict` instead of the losses."""
         if self.first:
             hidden = self.embed(inputs)
         assert hidden is not None
+        # With freeze_und every variant detaches the understanding stream here, at the input of the first layer of each
+        # stage; variant `mot` detaches inside its layers, too (docs/bagel.md#freezing).
         if not self.und_learns:
             hidden = replace(hidden, und_uD=hidden.und_uD.detach())
         und_uD, gen_gD = hidden.und_uD, hidden.gen_gD

@@ -1,4 +1,7 @@
-"""What a model is built from, so that the model itself never asks for a rank.
+"""Layer factory: the interface through which the model gets its linears, embedding, head and row exchanges.
+
+The model itself contains no parallelism. `SingleDevice` builds plain torch modules; `parallel.linears.MegatronLayers`
+builds megatron-core's tensor-parallel ones.
 
 Shape letters: docs/notation.md. Rows are tokens; under sequence parallelism each tensor-parallel rank holds 1/tp of
 them between the linears.
@@ -19,59 +22,76 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class LayerFactory(Protocol):
-    """Linears and row exchanges of one kind of parallelism, and the kernels of what lies between the linears."""
+    """Builder of the parts that depend on tensor and sequence parallelism.
+
+    "Shards" are tensor-parallel ranks, "split rows" the rows of sequence parallelism.
+    """
 
     @property
     def kernels(self) -> Kernels:
-        """The run's implementation of norms, rotation, SwiGLU, noise and losses."""
+        """The run's implementation of norms, RoPE, SwiGLU, noise and losses."""
         ...
 
     @property
     def shards(self) -> int:
-        """Ways that heads, MLP widths and the vocabulary are split."""
+        """Tensor-parallel size: number of parts that heads, MLP width and vocabulary are split into."""
         ...
 
     def column(self, inputs: int, blocks: Mapping[str, int], *, bias: bool, rows_split: bool) -> nn.Module:
-        """Linear [T, inputs] -> [T', outputs / shards]: several named blocks side by side, each split alike.
+        """Build a column-parallel linear [T, inputs] -> [T', outputs / shards].
 
-        With `rows_split` the input holds this rank's share of the rows and the output all of them.
+        Args:
+            inputs: input width.
+            blocks: full output width of each named block (q, k, v; gate, up). Blocks lie side by side in the output,
+                each split over the shards by itself.
+            bias: whether the linear has a bias.
+            rows_split: whether the input holds this rank's share of the rows under sequence parallelism; the output
+                holds all of them.
         """
         ...
 
     def row(self, inputs: int, outputs: int, *, bias: bool, rows_split: bool) -> nn.Module:
-        """Linear [T, inputs / shards] -> [T', outputs], summed over shards; `rows_split`: the output is its rows."""
+        """Build a row-parallel linear [T, inputs / shards] -> [T', outputs], summed over shards.
+
+        Args:
+            inputs: full input width.
+            outputs: output width.
+            bias: whether the linear has a bias.
+            rows_split: whether the output holds only this rank's share of the rows under sequence parallelism.
+        """
         ...
 
     def embedding(self, vocabulary: int, width: int) -> nn.Module:
-        """Word embedding ids [T] -> [T, width], equal on all shards."""
+        """Build the token embedding: ids [T] -> [T, width], the same result on all shards."""
         ...
 
     def head(self, width: int, vocabulary: int) -> nn.Module:
-        """Module (hidden [T, width], labels [T]) -> cross-entropy per row [T] in fp32, over a split vocabulary.
+        """Build the language-model head: (hidden [T, width], labels [T]) -> fp32 cross-entropy per row [T].
 
-        Its method `logits` gives fp32 logits [T, vocabulary] of hidden [T, width], whole on every shard.
+        The vocabulary is split over shards. The module's method `logits` returns fp32 logits [T, vocabulary] of hidden
+        [T, width], complete on every shard.
         """
         ...
 
     def split_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's share of rows that are equal on all shards (differentiable)."""
+        """Return this rank's share of rows that are equal on all shards (differentiable)."""
         ...
 
     def join_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """All rows from every rank's share, to feed `head` (differentiable)."""
+        """Return all rows, gathered from every rank's share, as input of `head` (differentiable)."""
         ...
 
     def partial_over_rows(self, module: M) -> M:
-        """Mark weights that act on split rows: under row splitting their gradients are sums over shards."""
+        """Mark weights that act on split rows: under sequence parallelism each shard has a part of their gradient."""
         ...
 
     def partial_over_heads(self, module: M) -> M:
-        """Mark weights that act on split heads: their gradients are always sums over shards."""
+        """Mark weights that act on split heads: each shard has a part of their gradient, to be summed by the caller."""
         ...
 
 
 class SingleDevice:
-    """The factory without parallelism: plain torch modules, for reading, tests and small tools."""
+    """Factory without parallelism: plain torch modules for one device."""
 
     shards = 1
 
@@ -79,32 +99,47 @@ class SingleDevice:
         self.kernels = kernels
 
     def column(self, inputs: int, blocks: Mapping[str, int], *, bias: bool, rows_split: bool) -> nn.Module:
-        """A linear."""
+        """Build a linear.
+
+        Args:
+            inputs: input width.
+            blocks: output width of each named block.
+            bias: whether the linear has a bias.
+            rows_split: without effect.
+        """
         linear = nn.Linear(inputs, sum(blocks.values()), bias=bias)
+        # Described as one shard, so that checkpoints name q, k and v separately here as on any grid.
         for parameter in linear.parameters():
             shard(parameter, 0, blocks)
         return linear
 
     def row(self, inputs: int, outputs: int, *, bias: bool, rows_split: bool) -> nn.Module:
-        """A linear."""
+        """Build a linear.
+
+        Args:
+            inputs: input width.
+            outputs: output width.
+            bias: whether the linear has a bias.
+            rows_split: without effect.
+        """
         return nn.Linear(inputs, outputs, bias=bias)
 
     def embedding(self, vocabulary: int, width: int) -> nn.Module:
-        """A table."""
+        """Build an `nn.Embedding`."""
         return nn.Embedding(vocabulary, width)
 
     def head(self, width: int, vocabulary: int) -> nn.Module:
-        """A linear and torch's cross-entropy."""
+        """Build a linear with the kernels' fused cross-entropy, or torch's where they have none."""
         return _Head(width, vocabulary, self.kernels.token_loss)
 
     def split_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """All rows."""
+        """Return all rows."""
         return x
 
     join_rows = split_rows
 
     def partial_over_rows(self, module: M) -> M:
-        """Nothing is split."""
+        """Return the module unmarked: nothing is split."""
         return module
 
     partial_over_heads = partial_over_rows
@@ -122,5 +157,5 @@ class _Head(nn.Module):
         return functional.cross_entropy(self.logits(hidden_QD), label_Q, reduction="none")
 
     def logits(self, hidden_QD: torch.Tensor) -> torch.Tensor:
-        """[Q, D] -> [Q, V] fp32."""
+        """Return fp32 logits [Q, V] of [Q, D]."""
         return functional.linear(hidden_QD, self.weight).float()

@@ -1,4 +1,4 @@
-"""What one stage of the model needs for one micro-batch, as tensors (built by `parallel.inputs` from a pack).
+"""Input and output records of the model for one micro-batch, built from a packed batch by `parallel.inputs`.
 
 Shape letters: docs/notation.md.
 """
@@ -12,13 +12,13 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q [T, N, H], k [T, M, H], v [T, M, H]) -> [T, N, H] under the mask of the batch."""
 
 LayerAttend = Callable[[int], Attend]
-"""Number of a layer in the whole model -> its attention. The same for all layers in training; behind a KV cache each
-layer has keys and values of its own."""
+"""Index of a layer in the whole model -> its attention function. In training the same function for all layers; with a
+KV cache each layer has keys and values of its own."""
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary tables for [und | gen] rows: cos and sin [U + G, H], fp32."""
+    """Rotary cos and sin of the [und | gen] rows: fp32 [T, H] each."""
 
     cos_TH: torch.Tensor
     sin_TH: torch.Tensor
@@ -26,20 +26,20 @@ class Rope:
 
 @dataclass(frozen=True)
 class VitInputs:
-    """Images for the ViT tower."""
+    """Images for the ViT."""
 
     patches: torch.Tensor
     """[P, patch * patch * 3] in [-1, 1]; a patch is ordered row, column, channel."""
     grid: torch.Tensor
-    """[P] int64 ids of the learned position table, for the patches that this rank encodes."""
+    """[P] int64 ids in the ViT's learned position table, for the patches that this rank encodes."""
     grid_all: torch.Tensor
-    """[P] int64, the same for the whole pack in token order."""
+    """[P] int64 ids in the frozen position table, for all patches of the pack in token order."""
     row_U: torch.Tensor
-    """[U] int64: which of the pack's encoded patches a row takes, -1 for words and padding."""
+    """[U] int64: index of the pack's patch that a row takes; -1 for text and padding."""
     attend: Attend
     """Full attention inside each image."""
     collect: Callable[[torch.Tensor], torch.Tensor]
-    """[P, width] of every context-parallel rank -> [P, width] of the whole pack in token order."""
+    """All-gather over context-parallel ranks: [P, D] of this rank -> [P, D] of the whole pack in token order."""
 
 
 @dataclass(frozen=True)
@@ -51,40 +51,47 @@ class LatentInputs:
     target_gZ: torch.Tensor
     """[g, Z] fp32: the velocity eps - x_0 (docs/bagel.md#flow-time)."""
     weight_g: torch.Tensor
-    """[g] fp32: 1 for rows with flow loss, else 0."""
+    """[g] fp32 weight in the flow loss: 0 for clean images and padding, else 1 or the weight that the batch gives."""
     grid_g: torch.Tensor
-    """[g] int64 ids of the frozen 2-D table; 0 in padding."""
+    """[g] int64 ids in the frozen position table; 0 in padding."""
     time_I: torch.Tensor
-    """[I] fp32 timesteps in [0, 1], at least one."""
+    """[I] fp32 timesteps in [0, 1], at least one entry."""
     image_g: torch.Tensor
-    """[g] int64: which image's timestep a row has; 0 in padding."""
+    """[g] int64 index into `time_I` of the row's image; 0 in padding."""
 
 
 @dataclass(frozen=True)
 class StageInputs:
-    """One micro-batch for one stage. `word_U`, `vit`, `latents` serve the first stage, the rest below them the last."""
+    """One micro-batch for one pipeline stage.
+
+    All stages read `attend` and `rope`; the first also `word_U`, `is_word_U`, `vit` and `latents`; the last also the
+    fields from `ce_row_Q` on.
+    """
 
     attend: LayerAttend
     rope: Rope
     word_U: torch.Tensor
-    """[U] int64 word ids; 0 where the row is no word."""
+    """[U] int64 token ids; 0 where the row is not text."""
     is_word_U: torch.Tensor
-    """[U] bool."""
+    """[U] bool: whether the row is a text token."""
     vit: VitInputs | None
     latents: LatentInputs | None
     ce_row_Q: torch.Tensor
-    """[Q] int64, rows of U with cross-entropy."""
+    """[Q] int64 indices (in U) of rows with cross-entropy."""
     label_Q: torch.Tensor
-    """[Q] int64, the next word of each."""
+    """[Q] int64 next-token labels of these rows."""
     source_Q: torch.Tensor
-    """[Q] int64, number of the data source behind each of these rows; only for the log."""
+    """[Q] int64 data source of these rows, for the losses by source in the metrics."""
     source_g: torch.Tensor
-    """[g] int64, the same for gen rows; only for the log."""
+    """[g] int64, the same for gen rows."""
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """What flows between layers: this rank's rows of both experts, and the flow target on its way to the last stage."""
+    """Hidden states of this rank's rows of both experts, with the flow target and its weights.
+
+    Flow targets are made on the first stage, which encodes the images, and are needed on the last one.
+    """
 
     und_uD: torch.Tensor
     gen_gD: torch.Tensor
@@ -94,21 +101,21 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the last stage says of a micro-batch."""
+    """Losses per row and predicted velocities of one micro-batch, from the last stage."""
 
     ce_Q: torch.Tensor
     """[Q] fp32 cross-entropy, equal on all tensor-parallel ranks."""
     mse_g: torch.Tensor
-    """[g] fp32 mean squared velocity error times weight, of this rank's gen rows."""
+    """[g] fp32 squared velocity error of this rank's gen rows, averaged over Z and multiplied by the weight."""
     velocity_gZ: torch.Tensor
     """[g, Z] predicted velocity."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Output of the heads without losses, for inference."""
+    """Output of the heads in inference: logits and velocities, no losses."""
 
     logits_QV: torch.Tensor
-    """[Q, V] fp32 next-token logits of the rows asked for, equal on all tensor-parallel ranks."""
+    """[Q, V] fp32 next-token logits of the requested rows, equal on all tensor-parallel ranks."""
     velocity_gZ: torch.Tensor
-    """[g, C] predicted velocity of this rank's gen rows."""
+    """[g, Z] predicted velocity of this rank's gen rows."""

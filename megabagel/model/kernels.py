@@ -1,10 +1,7 @@
-"""The operations between the linears, by implementation: plain torch, or Triton kernels for a GPU.
+"""Implementations of the operations between the linears: plain torch, or Triton kernels for a GPU.
 
-One choice for a run, carried by the layer factory; the model calls what it finds there. Both implementations agree up
-to rounding, and round bf16 in the same places.
-
-Letters: U und rows, G gen rows, T = U + G; D width of the model, F of an MLP; N heads, H head dim; g this rank's share
-of G, Z latent features of a token; Q rows with cross-entropy, V vocabulary.
+One implementation is chosen per run and carried by the layer factory (docs/kernels.md#what-the-model-calls). Both agree
+up to rounding, and round bf16 in the same places. Shape letters: docs/notation.md.
 """
 
 from collections.abc import Callable
@@ -26,24 +23,43 @@ from megabagel.model.inputs import Rope
 
 
 class QkNormRope(Protocol):
-    """Heads' norms with the gamma of each row's expert (none without QK-norm), then the rotary embedding."""
+    """QK-norm with the weight of each row's expert (no norm where the weights are None), then RoPE."""
 
     def __call__(
         self, und_UNH: Tensor, gen_GNH: Tensor, und_H: Tensor | None, gen_H: Tensor | None, eps: float, rope: Rope
     ) -> Tensor:
-        """[U, N, H] and [G, N, H], gammas [H] -> [T, N, H]."""
+        """Normalize and rotate the heads of both experts' rows into one tensor.
+
+        Args:
+            und_UNH: queries or keys of und rows.
+            gen_GNH: the same of gen rows.
+            und_H: norm weight of the understanding expert; None without QK-norm.
+            gen_H: norm weight of the generation expert; None without QK-norm.
+            eps: of the norm.
+            rope: rotary tables of the [und | gen] rows.
+
+        Returns:
+            [T, N, H], und rows first.
+        """
 
 
 class TokenLoss(Protocol):
-    """Cross-entropy per row of linear logits that are never in memory all at once."""
+    """Fused head and cross-entropy: logits are computed in slices and never in memory all at once."""
 
     def __call__(self, hidden_QD: Tensor, weight_VD: Tensor, label_Q: Tensor, *, shard: VocabShard) -> Tensor:
-        """[Q, D], this rank's rows of the head [V, D], labels [Q] -> fp32 [Q]; see `linear_cross_entropy`."""
+        """Return the fp32 cross-entropy [Q] of each row (see `linear_cross_entropy`).
+
+        Args:
+            hidden_QD: hidden states after the final norm.
+            weight_VD: this rank's rows of the head.
+            label_Q: int64 labels in the whole vocabulary.
+            shard: this rank's part of the vocabulary and its reductions over tensor-parallel ranks.
+        """
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """One implementation of them all."""
+    """One implementation of all operations between the linears."""
 
     name: str
     norm: Callable[[Tensor, Tensor, float], Tensor]
@@ -54,13 +70,13 @@ class Kernels:
     swiglu: Callable[[Tensor], Tensor]
     """[T, 2 F], gate first -> [T, F]."""
     swiglu_keeps_input_alone: bool
-    """Whether only the input is saved for backward, so that recomputation would save no memory."""
+    """Whether `swiglu` saves only its input for backward, so that recomputing it would save no memory."""
     noised_rows: Callable[[LatentImages, Tensor, Tensor], NoisedRows]
-    """(images, image of each row [g] or -1, patch index in it [g]) -> noised latent tokens and their velocities."""
+    """(images, image of each row [g] or -1, patch index in the image [g]) -> noised latent tokens and velocities."""
     flow_loss: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(v [g, Z], velocity [g, Z], weight [g]) -> weighted mean squared error fp32 [g]."""
+    """(predicted velocity [g, Z], target velocity [g, Z], weight [g]) -> fp32 weighted mean squared error [g]."""
     token_loss: TokenLoss | None
-    """None: the head makes all logits and hands them to torch or megatron-core."""
+    """None: the head computes all logits at once and passes them to torch's or megatron-core's cross-entropy."""
 
 
 def _qk_norm_rope(
@@ -90,10 +106,15 @@ def _kernels(engine: Engine) -> Kernels:
 
 
 TORCH = _kernels("torch")
-"""For every device and dtype."""
+"""Plain torch, for every device and dtype."""
 
 
 def triton_kernels() -> Kernels:
-    """Kernels for a GPU, or for Triton's interpreter. Raises ImportError without Triton."""
+    """Return the Triton kernels, for a GPU or for Triton's interpreter.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    # Imported here to fail at start: the kernels would import Triton only in the first step.
     import_module("triton")
     return _kernels("triton")

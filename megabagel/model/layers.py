@@ -2,8 +2,8 @@
 
 Shape letters: docs/notation.md.
 
-Hidden states lie as two contiguous blocks, one per expert: every projection is a dense GEMM, and nothing is gathered
-or scattered inside a layer. Attention alone sees both blocks, one after the other.
+Hidden states are two contiguous tensors, one per expert, so that every projection is a dense GEMM without gather or
+scatter. Only attention runs on both together, und rows first.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: statistics in fp32, cast to the input's type, then times weight (docs/bagel.md#layer)."""
+    """RMSNorm: fp32 statistics, cast to the input's type, then multiplied by the weight (docs/bagel.md#layer)."""
 
     def __init__(self, width: int, eps: float, kernels: Kernels) -> None:
         super().__init__()
@@ -31,16 +31,16 @@ class RMSNorm(nn.Module):
         self.eps, self.kernels = eps, kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, width] -> the same."""
+        """Normalize [T, W] along W."""
         return self.kernels.norm(x, self.weight, self.eps)
 
     def of_sum(self, residual: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Twice [rows, width] -> (their sum, its norm)."""
+        """Return (residual + x, its norm) of two [T, W] tensors, in one kernel where the engine has it."""
         return self.kernels.add_norm(residual, x, self.weight, self.eps)
 
 
 class Experts(nn.Module, Generic[M]):
-    """The two experts' copies of one part of a layer; one copy serves both where the variant does not double it."""
+    """Both experts' copies of one part of a layer; `und` serves both where the model variant does not double it."""
 
     def __init__(self, make: Callable[[], M], doubled: bool) -> None:
         super().__init__()
@@ -50,17 +50,17 @@ class Experts(nn.Module, Generic[M]):
         self.doubled = doubled
 
     def forward(self, und: torch.Tensor, gen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each expert's rows through its own copy."""
+        """Apply each expert's copy to its own rows."""
         return self.und(und), self.for_gen(gen)
 
     @property
     def for_gen(self) -> M:
-        """The copy that serves latent tokens."""
+        """The copy used for gen rows."""
         return self.gen if self.doubled else self.und
 
 
 class Attention(nn.Module):
-    """One expert's projections around the shared attention: q, k, v and the output; the weights of its QK-norm."""
+    """One expert's projections around the shared attention (q, k, v, output) and its QK-norm weights."""
 
     def __init__(self, config: ModelConfig, factory: LayerFactory) -> None:
         super().__init__()
@@ -75,17 +75,22 @@ class Attention(nn.Module):
             self.k_norm = factory.partial_over_heads(RMSNorm(head, config.norm_eps, factory.kernels))
 
     def project(self, x_uD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """This rank's rows -> all rows' q [U, N, H], k and v [U, M, H], not yet normed."""
+        """Project und or gen rows.
+
+        Returns:
+            (q [U, N, H], k [U, M, H], v [U, M, H]) before QK-norm, for all rows even if the input is split by sequence
+            parallelism; U stands for G where the rows are gen rows.
+        """
         return self.qkv(x_uD).unflatten(-1, (-1, self.head)).split([self.heads, self.kv_heads, self.kv_heads], 1)
 
     @property
     def q_gamma(self) -> torch.Tensor | None:
-        """Weight [H] of the queries' norm; None without QK-norm."""
+        """Weight [H] of the query norm; None without QK-norm."""
         return self.q_norm.weight if self.qk_norm else None
 
     @property
     def k_gamma(self) -> torch.Tensor | None:
-        """Likewise of the keys'."""
+        """Weight [H] of the key norm; None without QK-norm."""
         return self.k_norm.weight if self.qk_norm else None
 
 
@@ -98,16 +103,24 @@ class Mlp(nn.Module):
         self.gate_up = factory.column(config.hidden, blocks, bias=False, rows_split=True)
         self.down = factory.row(config.ffn, config.hidden, bias=False, rows_split=True)
         self.swiglu = factory.kernels.swiglu
+        # Triton's SwiGLU saves its input alone, so a recomputation around it would cost time and save nothing.
         if recompute and not factory.kernels.swiglu_keeps_input_alone:
             self.swiglu = partial(_recomputed, factory.kernels.swiglu)
 
     def forward(self, x_uD: torch.Tensor) -> torch.Tensor:
-        """[u, D] -> [u, D]."""
+        """Apply the MLP to rows [u, D]; returns the same shape."""
         return self.down(self.swiglu(self.gate_up(x_uD)))
 
 
 class Layer(nn.Module):
-    """One decoder layer over [und | gen]: shared attention, then each expert's MLP, pre-norm with residuals."""
+    """One pre-norm decoder layer over [und | gen] rows: shared attention, then each expert's MLP.
+
+    Args:
+        config: sizes and variant of the model.
+        factory: builder of the linears.
+        recompute: activation recomputation, `parallel.recompute`: "none", "selective" or "full".
+        und_learns: False detaches the understanding stream inside the layer (`train.freeze` with "und").
+    """
 
     def __init__(
         self, config: ModelConfig, factory: LayerFactory, recompute: str = "none", und_learns: bool = True
@@ -129,7 +142,17 @@ class Layer(nn.Module):
     def forward(
         self, und_uD: torch.Tensor, gen_gD: torch.Tensor, rope: Rope, attend: Attend
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both experts' rows -> the same shapes."""
+        """Run the layer on both experts' rows.
+
+        Args:
+            und_uD: hidden states of this rank's und rows.
+            gen_gD: hidden states of this rank's gen rows.
+            rope: rotary tables of the [und | gen] rows.
+            attend: attention under the mask of the batch.
+
+        Returns:
+            (und [u, D], gen [g, D]).
+        """
         if self.recompute == "full" and torch.is_grad_enabled():
             return _recomputed(self._forward, und_uD, gen_gD, rope, attend)
         return self._forward(und_uD, gen_gD, rope, attend)
@@ -140,13 +163,17 @@ class Layer(nn.Module):
         und_uD = self._und(und_uD)
         normed_und, normed_gen = self.input_norm(und_uD, gen_gD)
         und, gen = self._attention(normed_und, normed_gen, rope, attend)
+        # Residual add and norm are one kernel here. The add at the end stays a plain add: its sum is what the next
+        # layer, the next stage and recomputation take as input (docs/kernels.md#what-the-model-calls).
         und_uD, normed_und = self.mlp_norm.und.of_sum(und_uD, self._und(und))
         gen_gD, normed_gen = self.mlp_norm.for_gen.of_sum(gen_gD, gen)
         und, gen = self.mlp(normed_und, normed_gen)
         return und_uD + und, gen_gD + gen
 
     def _und(self, x: torch.Tensor) -> torch.Tensor:
-        """The und stream; cut from the graph where it is frozen, since it carries what und rows read of gen rows."""
+        """Return the und rows, detached where the understanding stream is frozen."""
+        # Frozen weights alone would not stop gradients: und rows may attend to clean gen rows, so a loss on und rows
+        # would still reach generation weights through the und stream.
         return x if self.und_learns else x.detach()
 
     def _attention(
@@ -165,5 +192,6 @@ class Layer(nn.Module):
 
 
 def _recomputed(function: Callable[..., Any], *args: object) -> Any:
-    """Run without keeping activations; nothing in a layer draws random numbers, so no generator state is kept."""
+    """Run `function` under activation checkpointing."""
+    # Layers draw no random numbers, so saving the generator state would only cost time.
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

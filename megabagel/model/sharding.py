@@ -1,7 +1,8 @@
-"""How a rank's parameters lie in the whole model: the one description that initialisation and checkpoints share.
+"""Mapping between a rank's parameters and the tensors of the whole model.
 
-A tensor-parallel linear may hold several named blocks side by side (q, k, v; gate, up), each split alike. In the whole
-model each block is a tensor of its own, so names and shapes there do not depend on the grid.
+Initialization, checkpoints, import, export and resharding all use this one description. A tensor-parallel linear may
+hold several named blocks side by side (q, k, v; gate, up), each split over ranks by itself. In the whole model each
+block is a tensor of its own, so that names and shapes there do not depend on the grid.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,44 +14,45 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Sharded:
-    """Attached to a parameter as `.sharded`: which dimension is split over tensor-parallel ranks, into which blocks.
-
-    blocks: full sizes along the dimension by name, in local order; a single block named "" keeps the module's name.
-    """
+    """Description of a tensor-parallel parameter, attached to it as `.sharded`."""
 
     dim: int
+    """Dimension that is split."""
     blocks: Mapping[str, int]
+    """Full size along `dim` of each block by name, in local order. A single block named "" keeps the module's name."""
     rank: int
+    """This rank's tensor-parallel index."""
     size: int
+    """Tensor-parallel size."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the whole model, as far as this rank holds it."""
+    """The slice of one whole-model tensor that a parameter of this rank holds."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     offset: tuple[int, ...]
-    """Of the local part in it."""
+    """Offset of this rank's slice in the whole tensor."""
     dim: int
     start: int
     length: int
-    """The local part lies at [start, start + length) of the parameter's dimension `dim`."""
+    """In the parameter, the slice is [start, start + length) of dimension `dim`."""
     replicated: bool
-    """Every tensor-parallel rank holds the same values."""
+    """Whether every tensor-parallel rank holds the same values."""
 
     def view(self, local: torch.Tensor) -> torch.Tensor:
-        """The part of a tensor shaped like the parameter that belongs to this piece."""
+        """Return this piece as a view of `local`, a tensor with the shape of the parameter."""
         return local.narrow(self.dim, self.start, self.length)
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """The local part of the whole tensor."""
+        """Return this rank's slice of the whole tensor as a view."""
         return whole.narrow(self.dim, self.offset[self.dim], self.length)
 
 
 def pieces(name: str, parameter: nn.Parameter) -> list[Piece]:
-    """Tensors of the whole model that a parameter named `name` holds parts of."""
+    """Return the pieces of whole-model tensors that the parameter named `name` holds."""
     sharded: Sharded | None = getattr(parameter, "sharded", None)
     shape = tuple(parameter.shape)
     if sharded is None:
@@ -67,7 +69,7 @@ def pieces(name: str, parameter: nn.Parameter) -> list[Piece]:
 
 
 def _block_name(name: str, block: str) -> str:
-    """`layers.0.attention.und.qkv.weight` and block `q` -> `layers.0.attention.und.q.weight`."""
+    """Return a block's tensor name: `layers.0.attention.und.qkv.weight`, `q` -> `layers.0.attention.und.q.weight`."""
     if not block:
         return name
     module, _, leaf = name.rpartition(".")
@@ -75,12 +77,20 @@ def _block_name(name: str, block: str) -> str:
 
 
 def shard(parameter: nn.Parameter, dim: int, blocks: Mapping[str, int], rank: int = 0, size: int = 1) -> None:
-    """Write down how `parameter` lies in the whole model."""
+    """Attach to `parameter` the description of its slices.
+
+    Args:
+        parameter: this rank's parameter.
+        dim: dimension that is split over tensor-parallel ranks.
+        blocks: full size along `dim` of each named block (see `Sharded`).
+        rank: tensor-parallel index.
+        size: tensor-parallel size.
+    """
     parameter.sharded = Sharded(dim, dict(blocks), rank, size)  # type: ignore[attr-defined]
 
 
 def named_pieces(module: nn.Module) -> Iterator[tuple[Piece, nn.Parameter]]:
-    """Every piece of every parameter of a stage."""
+    """Yield every piece of every parameter of a module, with the parameter."""
     for name, parameter in module.named_parameters():
         for piece in pieces(name, parameter):
             yield piece, parameter

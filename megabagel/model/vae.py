@@ -1,4 +1,4 @@
-"""The frozen image codec behind one interface: `blocks` (training-free, exact) or `flux` (the FLUX autoencoder)."""
+"""Interface of the frozen image codec: `flux` (the FLUX VAE) or `blocks` (an 8x8 DCT that needs no weights)."""
 
 import hashlib
 import logging
@@ -18,47 +18,54 @@ logger = logging.getLogger(__name__)
 
 
 class Codec(Protocol):
-    """Pixels to the latents that the model generates, and back. Frozen: no gradient passes.
+    """Frozen encoder and decoder between pixels and the latents that the model generates; no gradient passes.
 
-    Codecs are plain objects, not modules, so that a model which holds one gains no parameters by it.
+    A plain object, not an `nn.Module`: a module that holds one must not gain parameters by it.
     """
 
     channels: int
+    """Latent channels."""
     downsample: int
-    """Pixels per latent side."""
+    """Pixels per latent cell side."""
 
     moment_channels: int
-    """M, channels of `moments`."""
+    """Channels of `moments`."""
 
     def moments(self, pixels_B3hw: Tensor) -> Tensor:
-        """All that is known of an image's latents before any draw: [B, C, h / downsample, w / downsample] float32.
+        """Encode pixels to the parameters of the posterior: float32 [B, moment_channels, h, w] of latent cells.
 
-        Pixels are float32 in [-1, 1]; H and W are multiples of `downsample`. Means and log variances of the posterior,
-        or the latents themselves where it is a point. They depend on the image alone, so they can be computed once.
+        Means and log variances, or the latents themselves where the codec is deterministic. They depend on the image
+        alone, so that they can be cached (`data.latents`).
+
+        Args:
+            pixels_B3hw: float32 in [-1, 1]; height and width are multiples of `downsample`.
         """
         ...
 
     def draw(self, moments_BChw: Tensor, generator_seeds: Sequence[int]) -> Tensor:
-        """Latents x_0 [B, C, h / downsample, w / downsample] float32, normalised as the model sees them.
+        """Sample latents x_0 from the posterior: float32 [B, channels, h, w], normalized for the model.
 
-        Image i draws its posterior noise, if the codec has any, from `generator_seeds[i]` (any integer of 64 bits),
-        never from its place in the batch.
+        Args:
+            moments_BChw: from `moments`.
+            generator_seeds: one 64-bit seed per image for its posterior noise, so that the noise does not depend on
+                the image's place in the batch. Ignored by a deterministic codec.
         """
         ...
 
     def encode(self, pixels_B3hw: Tensor, generator_seeds: Sequence[int]) -> Tensor:
-        """`draw` from the `moments` of pixels."""
+        """Return `draw(moments(pixels), generator_seeds)`."""
         ...
 
     def decode(self, latents_BChw: Tensor) -> Tensor:
-        """Pixels [B, 3, h, w] float32, [-1, 1] for latents of real images; not clamped."""
+        """Decode latents to pixels float32 [B, 3, h, w]: in [-1, 1] for latents of real images, not clamped."""
         ...
 
 
 def build_codec(config: VaeConfig, device: torch.device | str = "cpu") -> Codec:
-    """The codec that `model.vae` names, on `device`. Says in the log which one it is.
+    """Build the codec of `model.vae` on `device` and log which one it is.
 
-    Raises UserError when the shape asked for is not that of the codec, or its weights are absent or do not fit.
+    Raises:
+        UserError: `channels` or `downsample` are not those of the codec, or its weights are absent or do not fit.
     """
     if config.codec == "blocks":
         _expect_shape(config, BlockCodec.channels, BlockCodec.downsample)
@@ -76,9 +83,10 @@ def build_codec(config: VaeConfig, device: torch.device | str = "cpu") -> Codec:
 
 
 def codec_fingerprint(config: VaeConfig) -> str:
-    """What the moments of an image depend on beside its pixels: equal codecs have equal fingerprints.
+    """Return an identifier of the codec: a hash of its weights or constants, by which latent caches are matched.
 
-    Raises UserError when the weights cannot be read.
+    Raises:
+        UserError: the weights cannot be read.
     """
     if config.codec == "blocks":
         return f"blocks:{hashlib.sha256(repr((BLOCK, KEPT, MEAN, STD)).encode()).hexdigest()[:32]}"
@@ -93,7 +101,7 @@ def codec_fingerprint(config: VaeConfig) -> str:
 
 
 def _expect_shape(config: VaeConfig, channels: int, downsample: int) -> None:
-    """Refuse a config whose latents are not those that its codec makes."""
+    """Raise UserError if the config's latent channels or downsampling factor are not those of its codec."""
     if (config.channels, config.downsample) != (channels, downsample):
         raise UserError(
             f"model.vae.channels={config.channels} and model.vae.downsample={config.downsample} do not fit "

@@ -1,7 +1,7 @@
 """Codec `flux`: the FLUX autoencoder, under the tensor names of its published file `ae.safetensors`.
 
-A convolutional autoencoder with one attention block in the middle of each half (docs/bagel.md#vae). Nothing in
-it branches, so both halves are written as sequences of named parts: the nesting of names is the nesting of modules.
+A convolutional autoencoder with one attention block in the middle of each half (docs/bagel.md#vae). Both halves are
+plain sequences of named parts, nested as the tensor names are, so that the published file loads without renaming.
 
 Shape letters: docs/notation.md. Level i has width * width_multipliers[i] channels.
 """
@@ -34,7 +34,7 @@ def _conv(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 class ResBlock(nn.Module):
-    """Twice norm, swish, convolution, beside a skip; the skip has a 1x1 convolution where the width changes."""
+    """Residual block: two times GroupNorm, SiLU, 3x3 convolution; the skip is a 1x1 convolution if widths differ."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -43,14 +43,14 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(inputs, outputs, kernel_size=1) if inputs != outputs else nn.Identity()
 
     def forward(self, x_BChw: Tensor) -> Tensor:
-        """[B, inputs, h, w] -> [B, outputs, h, w]."""
+        """Map [B, inputs, h, w] to [B, outputs, h, w]."""
         h = self.conv1(F.silu(self.norm1(x_BChw)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.nin_shortcut(x_BChw) + h
 
 
 class Attention(nn.Module):
-    """One head over all cells, beside a skip."""
+    """Single-head self-attention over all cells, with a residual."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, kernel_size=1) for _ in range(4))
 
     def forward(self, x_BChw: Tensor) -> Tensor:
-        """[B, C, h, w] -> the same shape."""
+        """Attend over the h * w cells of [B, C, h, w]; returns the same shape."""
         h = self.norm(x_BChw)
         q_B1XC, k_B1XC, v_B1XC = (part(h).flatten(2).transpose(1, 2)[:, None] for part in (self.q, self.k, self.v))
         mixed_B1XC = F.scaled_dot_product_attention(q_B1XC, k_B1XC, v_B1XC)
@@ -85,7 +85,10 @@ def _upsample(channels: int) -> nn.Sequential:
 
 
 def _encoder(config: VaeConfig) -> nn.Sequential:
-    """Pixels [B, 3, h, w] to posterior moments [B, 2 C, h, w]: means, then log variances."""
+    """Build the encoder: pixels [B, 3, h, w] to posterior moments [B, 2 C, h / 8, w / 8], means before log variances.
+
+    The factor 8 is that of four levels.
+    """
     widths = [config.width * multiplier for multiplier in config.width_multipliers]
     down = nn.Sequential()
     for level, (inputs, outputs) in enumerate(zip([config.width, *widths[:-1]], widths, strict=True)):
@@ -104,8 +107,9 @@ def _encoder(config: VaeConfig) -> nn.Sequential:
 
 
 def _decoder(config: VaeConfig) -> nn.Sequential:
-    """Latents [B, C, h, w] to pixels [B, 3, h, w]. Levels run from the coarsest, with the highest number, to 0."""
+    """Build the decoder: latents [B, C, h, w] to pixels [B, 3, 8 h, 8 w] for four levels."""
     widths = [config.width * multiplier for multiplier in config.width_multipliers]
+    # Levels run from the coarsest to the finest but keep the published numbering, in which the finest is 0.
     up = nn.Sequential()
     for level, (inputs, outputs) in reversed(list(enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)))):
         part = _sequence(block=_blocks(inputs, outputs, config.res_blocks + 1))
@@ -123,7 +127,7 @@ def _decoder(config: VaeConfig) -> nn.Sequential:
 
 
 class Autoencoder(nn.Module):
-    """Both halves, frozen."""
+    """Encoder and decoder, frozen and in eval mode."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -132,11 +136,13 @@ class Autoencoder(nn.Module):
 
 
 def load_autoencoder(config: VaeConfig, device: torch.device | str = "cpu") -> Autoencoder:
-    """The autoencoder with the weights of `config.path`, in float32 on `device`.
+    """Load the autoencoder with the weights of `config.path`, in float32 on `device`.
 
-    Raises UserError when the file cannot be read or lacks a tensor, has one too many or one of another shape.
+    Raises:
+        UserError: the file cannot be read, or its tensor names and shapes are not those of the autoencoder.
     """
-    with torch.device("meta"):  # neither memory nor random numbers for weights that the file replaces
+    # On the meta device no memory is allocated and no random numbers are drawn for weights that the file replaces.
+    with torch.device("meta"):
         autoencoder = Autoencoder(config)
     try:
         tensors = load_file(str(config.path))
@@ -151,7 +157,7 @@ def load_autoencoder(config: VaeConfig, device: torch.device | str = "cpu") -> A
 
 
 def _check_shapes(path: Path, autoencoder: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Refuse a file whose tensors are not exactly those of the autoencoder."""
+    """Raise UserError unless the file has exactly the autoencoder's tensors, with their shapes."""
     expected = {name: tuple(tensor.shape) for name, tensor in autoencoder.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
@@ -165,7 +171,7 @@ def _check_shapes(path: Path, autoencoder: nn.Module, tensors: dict[str, Tensor]
 
 
 class FluxCodec:
-    """The codec: x_0 = scale * (z - shift) with z drawn from the posterior (docs/bagel.md#vae)."""
+    """FLUX codec: x_0 = scale * (z - shift) with z drawn from the posterior (docs/bagel.md#vae)."""
 
     def __init__(self, config: VaeConfig, autoencoder: Autoencoder) -> None:
         self.channels, self.downsample = config.channels, config.downsample
@@ -175,27 +181,27 @@ class FluxCodec:
 
     @torch.no_grad()
     def moments(self, pixels_B3hw: Tensor) -> Tensor:
-        """Means and log variances of the posterior [B, 2 C, h, w]."""
+        """Return means and log variances of the posterior, [B, 2 C, h, w]."""
         return self._encoder(pixels_B3hw)
 
     def sample(self, moments: Tensor, noise_BChw: Tensor) -> Tensor:
-        """x_0 [B, C, h, w] from the posterior's moments and standard normal noise."""
+        """Return x_0 [B, C, h, w] from the posterior's moments and standard normal noise of that shape."""
         mean_BChw, log_variance_BChw = moments.chunk(2, dim=1)
         z_BChw = mean_BChw + torch.exp(0.5 * log_variance_BChw) * noise_BChw
         return self._scale * (z_BChw - self._shift)
 
     def draw(self, moments_BChw: Tensor, generator_seeds: Sequence[int]) -> Tensor:
-        """x_0 [B, C, h, w] float32 with keyed noise; one seed per image."""
+        """Return x_0, float32 [B, C, h, w], with keyed posterior noise; one seed per image."""
         shape = (self.channels, *moments_BChw.shape[2:])
         noise_BChw = torch.stack([normal(seed, *shape) for seed in generator_seeds])
         assert len(noise_BChw) == len(moments_BChw), "one seed per image"
         return self.sample(moments_BChw, noise_BChw.to(moments_BChw.device))
 
     def encode(self, pixels_B3hw: Tensor, generator_seeds: Sequence[int]) -> Tensor:
-        """Latents [B, C, h / downsample, w / downsample] float32; one seed per image."""
+        """Return latents, float32 [B, C, h / downsample, w / downsample]; one seed per image."""
         return self.draw(self.moments(pixels_B3hw), generator_seeds)
 
     @torch.no_grad()
     def decode(self, latents_BChw: Tensor) -> Tensor:
-        """Pixels [B, 3, h, w] float32."""
+        """Return pixels, float32 [B, 3, h, w]."""
         return self._decoder(latents_BChw / self._scale + self._shift)

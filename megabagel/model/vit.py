@@ -1,7 +1,7 @@
-"""The ViT tower (SigLIP layout, NaViT packing) and its connector (BAGEL section 2.2; docs/bagel.md#vit).
+"""The ViT (SigLIP layout, NaViT packing) and its connector (BAGEL section 2.2; docs/bagel.md#vit).
 
-Shape letters: docs/notation.md. Row counts are small beside the language model's, so the tower is split by heads and
-MLP width but not by rows.
+Shape letters: docs/notation.md. Tensor parallelism splits the ViT by heads and MLP width. Its rows are not split by
+sequence parallelism, because they are few beside those of the language model.
 """
 
 import torch
@@ -14,12 +14,12 @@ from megabagel.model.inputs import Attend
 
 
 def splits(config: VitConfig, shards: int) -> bool:
-    """Whether the tower can be split over `shards`; else every one of them runs the whole tower, on equal weights."""
+    """Whether the ViT can be split over `shards` tensor-parallel ranks; if not, each of them runs it whole."""
     return config.heads % shards == 0 and config.ffn % shards == 0
 
 
 class VitLayer(nn.Module):
-    """Pre-LN transformer layer with full attention inside each image."""
+    """Pre-LayerNorm transformer layer with full attention inside each image."""
 
     def __init__(self, config: VitConfig, factory: LayerFactory) -> None:
         super().__init__()
@@ -33,14 +33,14 @@ class VitLayer(nn.Module):
         self.fc2 = factory.row(config.ffn, width, bias=True, rows_split=False)
 
     def forward(self, x_PE: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """[P, E] -> [P, E]."""
+        """Run the layer on patches [P, E]; `attend` applies the mask between images. Returns [P, E]."""
         q, k, v = self.qkv(self.norm1(x_PE)).unflatten(-1, (3, -1, self.head)).unbind(1)
         x_PE = x_PE + self.o(attend(q, k, v).flatten(1))
         return x_PE + self.fc2(functional.gelu(self.fc1(self.norm2(x_PE)), approximate="tanh"))
 
 
 class Vit(nn.Module):
-    """Patches to features: linear patch embedding, learned positions, layers, final norm."""
+    """ViT: linear patch embedding, learned positions, layers, final LayerNorm."""
 
     def __init__(self, config: VitConfig, factory: LayerFactory) -> None:
         super().__init__()
@@ -50,8 +50,18 @@ class Vit(nn.Module):
         self.post_norm = nn.LayerNorm(config.hidden, config.norm_eps)
 
     def forward(self, patches: torch.Tensor, grid_P: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Patches [P, 3 * patch**2] and their grid ids [P] -> features [P, E]."""
-        position_PE = self.position_embedding.weight[grid_P]  # its gradient has the same bits every time, on GPUs too
+        """Encode the patches of several images, laid end to end.
+
+        Args:
+            patches: [P, 3 * patch**2] in [-1, 1].
+            grid_P: int64 ids in the learned position table.
+            attend: full attention inside each image.
+
+        Returns:
+            Features [P, E].
+        """
+        # Indexing instead of calling the embedding: on GPUs the backward of indexing is deterministic.
+        position_PE = self.position_embedding.weight[grid_P]
         x_PE = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)) + position_PE
         for layer in self.layers:
             x_PE = layer(x_PE, attend)
@@ -59,7 +69,7 @@ class Vit(nn.Module):
 
 
 class Connector(nn.Module):
-    """Two-layer MLP from tower width to hidden width."""
+    """Two-layer MLP (GELU, tanh form) from the ViT's width to the language model's."""
 
     def __init__(self, config: ModelConfig, factory: LayerFactory) -> None:
         super().__init__()
@@ -67,5 +77,5 @@ class Connector(nn.Module):
         self.fc2 = factory.row(config.hidden, config.hidden, bias=True, rows_split=False)
 
     def forward(self, x_PE: torch.Tensor) -> torch.Tensor:
-        """[P, E] -> [P, D]."""
+        """Map features [P, E] to [P, D]."""
         return self.fc2(functional.gelu(self.fc1(x_PE), approximate="tanh"))

@@ -1,5 +1,5 @@
-"""How the model is spread over ranks: process groups, tensor-parallel linears, context parallelism, pipeline stages.
+"""Parallelism: process groups, tensor-parallel linears, context-parallel attention, pipeline stages, model inputs.
 
-megatron-core does the groups, linears, schedules and the distributed optimizer; this room adapts the model to it.
-Import `megabagel.runtime.cpu_backend` and call `install()` before megatron on a machine without CUDA.
+megatron-core supplies groups, linears, schedules and the distributed optimizer; this package adapts the model to them.
+On a machine without CUDA, call `megabagel.runtime.cpu_backend.install()` before the first import of megatron.
 """

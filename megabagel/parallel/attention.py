@@ -1,7 +1,8 @@
-"""Attention under the mask of a batch: choice of the engine, and context parallelism by gathering keys and values.
+"""Choice of the attention engine, and context parallelism by all-gather of keys and values.
 
-Queries stay on their rank. With grouped queries K and V are small beside the hidden state, so those of all ranks are
-gathered in one collective; the mask's ranges, which carry the sequence order, make any placement of rows correct.
+Queries stay on their rank; keys and values of all context-parallel ranks are gathered in one collective. With grouped
+queries they are small beside the hidden states. The attention ranges of the mask carry the sequence order, so the
+result is exact whatever rows a rank holds.
 
 Letters: T rows of this context-parallel rank, K rows of all of them; N query heads and M key/value heads of this
 tensor-parallel rank, H head dim.
@@ -27,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 def choose_attention(config: Config) -> AttentionEngine[Any]:
-    """The engine that `parallel.attention` names, or the best one for this device. Logs which one, and why.
+    """Return the engine of `parallel.attention`, or for "auto" the best one on this device; log it with the reason.
 
     Raises:
-        UserError: the engine that was asked for cannot run here.
+        UserError: an engine was named that cannot run on this machine.
     """
     device, dtype, name = current_device(), parameter_dtype(config), config.parallel.attention
     wanted, why, cuda = name, "asked for", device.type == "cuda"
@@ -47,7 +48,7 @@ def choose_attention(config: Config) -> AttentionEngine[Any]:
 
 
 def _head_dims(config: Config) -> dict[str, int]:
-    """Head dims that this model plans, by who has them; as `why_unavailable` of an engine words it."""
+    """Return the head dims of this model by the name that an engine's error message gives them."""
     model = config.model
     head_dims = {"the model (model.head_dim, else hidden / heads)": model.kv_channels}
     if model.visual_und:
@@ -56,13 +57,18 @@ def _head_dims(config: Config) -> dict[str, int]:
 
 
 def attend_across(plan: PlanT, engine: AttentionEngine[PlanT], cp: Axis | None = None) -> Attend:
-    """Attention of this rank's queries to the keys of every context-parallel rank; without `cp`, of this rank alone.
+    """Return the attention function of one batch, for this rank's queries.
 
-    plan: made by `engine.plan` for the mask of these queries and keys.
+    Args:
+        plan: made by `engine.plan` for the mask of these queries and keys.
+        engine: the attention engine.
+        cp: context-parallel axis, whose ranks' keys are gathered; None: keys of this rank alone (ViT).
     """
+    # Once per batch: all layers use the same block schedule on the device.
     plan = engine.place(plan)
 
     def attend(q_TNH: torch.Tensor, k_TMH: torch.Tensor, v_TMH: torch.Tensor) -> torch.Tensor:
+        # Keys and values are concatenated along the heads so that one all-gather serves both.
         if cp is not None and cp.size > 1:
             k_KMH, v_KMH = join_over_cp(torch.cat([k_TMH, v_TMH], 1), cp).chunk(2, 1)
             return engine.run(q_TNH, k_KMH, v_KMH, plan)
@@ -72,12 +78,14 @@ def attend_across(plan: PlanT, engine: AttentionEngine[PlanT], cp: Axis | None =
 
 
 def every_layer(attend: Attend) -> LayerAttend:
-    """The same attention in all layers: training has no KV cache."""
+    """Return a function that gives every layer the same attention, as in training, where there is no KV cache."""
     return lambda layer: attend
 
 
 def join_over_cp(x: torch.Tensor, cp: Axis) -> torch.Tensor:
-    """Rows of every rank, one after the other; backward sums gradients over ranks and gives each rank its rows."""
+    """All-gather rows over context-parallel ranks, end to end; backward is a reduce-scatter of the gradients."""
     if cp.size == 1:
         return x
+    # megatron-core's sequence-parallel gather is the same operation on another group. `tensor_parallel_output_grad`
+    # selects the reduce-scatter backward: every rank's queries contribute to the gradient of a key.
     return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=cp.group)

@@ -1,6 +1,6 @@
-"""From a packed batch to the tensors of one stage: one copy to the device, images encoded, latents noised.
+"""Conversion of a packed batch to the inputs of one pipeline stage: copy to the device, encode images, add noise.
 
-Nothing is derived from the pack here: `sequence.rank_rows` did that where the batch was made.
+All index arrays were computed by `sequence.rank_rows` in the loader worker; none is derived from the pack here.
 
 Shape letters: see `model.inputs` and `sequence.rank_rows`; L latent tokens of the pack, in token order.
 """
@@ -30,26 +30,37 @@ Rows = RankRows[torch.Tensor]
 
 @dataclass(frozen=True)
 class SamplerLatents:
-    """Latents from a sampler instead of encoded images: x_t of every latent token, and one timestep."""
+    """Latents given by a sampler instead of encoded images."""
 
     x_t_LZ: torch.Tensor
+    """x_t of every latent token of the pack."""
     time: float
+    """Timestep in [0, 1] of all of them."""
 
 
 @dataclass(frozen=True)
 class FixedNoise:
-    """Latents and noise from outside instead of encoded images and keyed noise, to compare with another program."""
+    """Latents and noise given by the caller instead of encoded images and keyed noise: the golden cases of parity."""
 
     x0_LZ: torch.Tensor
     eps_LZ: torch.Tensor
 
 
 Outside = SamplerLatents | FixedNoise | None
-"""Latents from outside, or those of the batch's images."""
+"""Latents given by the caller, or None: those of the batch's images."""
 
 
 class InputBuilder:
-    """Builds StageInputs for this rank. Without a codec all latents are given from outside."""
+    """Builds the `StageInputs` of this rank.
+
+    Args:
+        config: the run.
+        mesh: this rank's place in the grid.
+        codec: image codec; None if the caller gives all latents.
+        device: where the model runs.
+        kernels: implementation of the noising.
+        attention: attention engine.
+    """
 
     def __init__(
         self,
@@ -64,11 +75,11 @@ class InputBuilder:
         self.kernels, self.attention = kernels, attention
 
     def build(self, batch: PackedBatch, outside: Outside = None) -> StageInputs:
-        """Tensors of one micro-batch.
+        """Build the tensors of one micro-batch. Collective over the ranks of the first stage that share the pack.
 
         Args:
             batch: made for this rank.
-            outside: latents for every image of the batch, clean ones too, in place of encoded pixels.
+            outside: latents for every image of the batch, clean ones too, instead of encoded pixels.
         """
         rows, model = batch.rows.to(self.device), self.config.model
         rope = rope_tables(rows.position_T, model.kv_channels, model.rope_base, model.rope_precision)
@@ -86,7 +97,7 @@ class InputBuilder:
         )
 
     def _vit(self, batch: PackedBatch, rows: VitRows[torch.Tensor]) -> VitInputs:
-        """Images of this context-parallel rank."""
+        """Build the ViT inputs of this context-parallel rank's share of the images."""
         assert batch.patches is not None
         return VitInputs(
             patches=batch.patches.to(self.device),
@@ -102,6 +113,7 @@ class InputBuilder:
     ) -> LatentInputs:
         if not len(latents.seed_I):
             return self._no_latents(len(latents.image_g))
+        # Padding rows have index -1. They read entry 0 instead, and `real_g` sets their values and weights to zero.
         real_g, image_g = latents.image_g >= 0, latents.image_g.clamp_min(0)
         latent_g = rows.latent_g.clamp_min(0)
         time_I = self._times(latents, outside)
@@ -114,7 +126,8 @@ class InputBuilder:
         else:
             images = self._noised_images(batch, latents, time_I)
             noised_g = self.kernels.noised_rows(images, latents.image_g, latents.place_g)
-        real_g = noised_g.real_G  # without images that are lost: their rows stay, without loss
+        # `real_G` also excludes images that could not be decoded (NaN pixels): their rows stay, without loss.
+        real_g = noised_g.real_G
         return LatentInputs(
             x_t_gZ=noised_g.x_t_GZ,
             target_gZ=noised_g.target_GZ,
@@ -125,7 +138,7 @@ class InputBuilder:
         )
 
     def _times(self, latents: LatentRows[torch.Tensor], outside: Outside) -> torch.Tensor:
-        """[I] timesteps."""
+        """Return the timesteps [I]."""
         if isinstance(outside, SamplerLatents):
             return torch.full_like(latents.raw_time_I, outside.time)
         train = self.config.train
@@ -134,7 +147,7 @@ class InputBuilder:
     def _noised_images(
         self, batch: PackedBatch, latents: LatentRows[torch.Tensor], time_I: torch.Tensor
     ) -> LatentImages:
-        """Every use of an image's latents: where they lie, and how they are noised."""
+        """Encode the images and describe every use of their latents: place, timestep and noise seed."""
         model = self.config.model
         with phase("vae", counted=False):
             latents_of_images = self._encode(batch, latents).flatten()
@@ -150,15 +163,18 @@ class InputBuilder:
         )
 
     def _no_latents(self, rows: int) -> LatentInputs:
-        """Padding rows alone: the generation expert still runs on them."""
+        """Return the inputs of a pack without latents: padding rows, on which the generation expert still runs."""
         none = torch.zeros(rows, self.config.model.latent_dim, device=self.device)
         zero = torch.zeros(rows, dtype=torch.int64, device=self.device)
         return LatentInputs(none, none, none[:, 0], zero, torch.zeros(1, device=self.device), zero)
 
     def _encode(self, batch: PackedBatch, latents: LatentRows[torch.Tensor]) -> torch.Tensor:
-        """Latents of every distinct image, each [channels, height, width] in rows of Z numbers, end to end.
+        """Encode every distinct image of the pack: each rank of the stage its share, then an all-gather.
 
-        Each rank of the stage encodes its share.
+        Returns:
+            [latent tokens of all images, Z]: the images end to end in order of first use, each stored as
+            [channels, height, width]. The second dimension only makes rows of Z numbers for the gather; patches are cut
+            later, by the noising kernel.
         """
         codec, width = self.codec, self.config.model.latent_dim
         assert codec is not None
@@ -166,18 +182,20 @@ class InputBuilder:
         for seed, moments_1Chw in zip(latents.posterior_seeds, self._moments(batch, codec), strict=True):
             cells.append(codec.draw(moments_1Chw, [seed])[0].reshape(-1, width))
         own = torch.cat(cells)
+        # Every rank contributes the same number of rows, as `all_gather_into_tensor` requires.
         own = functional.pad(own, (0, 0, 0, latents.encoded_rows - len(own)))
         return _gathered(own, self.mesh.tp_cp)[latents.gathered_row]
 
     def _moments(self, batch: PackedBatch, codec: Codec) -> Iterator[torch.Tensor]:
-        """The codec's moments of every image that this rank encodes: cached, or from pixels."""
+        """Return the codec's moments of every image that this rank encodes, from the latent cache or from pixels."""
         if batch.moments is not None:
             return (cached[None].to(self.device) for cached in batch.moments)
+        # One image at a time: sizes differ, and only one image's activations are in memory.
         return (codec.moments(pixels[None].to(self.device)) for pixels in batch.pixels)
 
 
 def _gathered(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Rows of every rank end to end, without gradient."""
+    """All-gather rows over the ranks of an axis, end to end, without gradient."""
     if axis.size == 1:
         return x
     out = x.new_empty(axis.size * len(x), *x.shape[1:])

@@ -1,4 +1,4 @@
-"""Which kernels a run takes for the operations between the linears (`model.kernels`)."""
+"""Choice of the kernels for the operations between the linears (see `model.kernels`)."""
 
 import logging
 
@@ -14,10 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 def choose_kernels(config: Config) -> Kernels:
-    """What `parallel.kernels` names, or the best for this device. Says in the log which, and why.
+    """Return the kernels of `parallel.kernels`, or for "auto" the best on this device; log them with the reason.
 
-    `auto` takes Triton's where attention would: on a GPU that the table of its configurations knows. Raises UserError
-    when they were asked for and cannot run here.
+    "auto" takes Triton on a GPU that the table of kernel configurations lists, as the choice of the attention engine
+    does, else torch.
+
+    Raises:
+        UserError: "triton" was asked for and cannot run on this machine.
     """
     name, why = config.parallel.kernels, "asked for"
     if name == "auto" and current_device().type != "cuda":

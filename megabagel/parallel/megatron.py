@@ -1,4 +1,4 @@
-"""Our config in megatron-core's words: the one TransformerConfig that its linears, schedules and optimizer read."""
+"""Translation of `Config` to the TransformerConfig that megatron-core's linears, schedules and optimizer read."""
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -9,20 +9,17 @@ from megabagel.parallel.stage_activations import wire_width
 
 
 def parameter_dtype(config: Config) -> torch.dtype:
-    """Type of weights and activations; the optimizer keeps fp32 beside bf16 weights."""
+    """Return the type of weights and activations; the optimizer keeps fp32 master weights beside bf16 ones."""
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
 def megatron_config(config: Config) -> TransformerConfig:
-    """TransformerConfig for a run.
-
-    `hidden_size` is the width of the wire between stages (the schedules size their buffers by it); layer shapes come
-    from our own config. Losses arrive divided by global token counts, so gradients are summed, never averaged
-    (`calculate_per_token_loss`).
-    """
+    """Return the TransformerConfig of a run. Layer shapes are not read from it; they come from `config.model`."""
     model, grid, dtype = config.model, config.parallel, parameter_dtype(config)
     return TransformerConfig(
         num_layers=max(model.layers, grid.pp * grid.vpp),
+        # Not the model width: schedules allocate their receive buffers by hidden_size, and stages exchange wider rows
+        # (`parallel.stage_activations`).
         hidden_size=wire_width(model, dtype),
         num_attention_heads=model.heads,
         num_query_groups=model.kv_heads,
@@ -35,15 +32,20 @@ def megatron_config(config: Config) -> TransformerConfig:
         sequence_parallel=grid.row_shards > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        # Interleaved, two stages exchange both directions at once: batched sends between one pair would be mixed up.
+        # Under the interleaved schedule two stages exchange in both directions at once, and batched sends between one
+        # pair of ranks would be mixed up. megatron-core refuses both settings together.
         overlap_p2p_comm=grid.vpp > 1,
         batch_p2p_comm=grid.vpp == 1,
         bf16=dtype is torch.bfloat16,
         timers=PhaseTimers(),
         use_cpu_initialization=not torch.cuda.is_available(),
+        # `model.init_weights` fills the weights, keyed by name.
         perform_initialization=False,
-        # Embeddings by indexing, whose gradient on a GPU has the same bits every time. A CPU's are so by themselves.
+        # Makes VocabParallelEmbedding index its weight: F.embedding's backward is not deterministic on a GPU. On a CPU
+        # it is.
         deterministic_mode=torch.cuda.is_available(),
+        # Losses are already divided by global token counts, so megatron-core must sum gradients over data-parallel
+        # ranks and micro-batches, not average them.
         calculate_per_token_loss=True,
         normalization="RMSNorm",
         add_bias_linear=False,

@@ -1,47 +1,50 @@
-"""Phases inside megatron-core's schedules, through the hook that they offer: `TransformerConfig.timers`.
+"""Phases (`runtime.phase`) inside megatron-core's schedules, entered through the hook `TransformerConfig.timers`.
 
-Schedules and the pipeline's communicator start and stop a named timer around each backward and each exchange with a
-neighbouring stage. Interleaved schedules overlap exchanges and wait for some of them outside any timer; that part of
-the wait is in no phase of its own.
+Schedules and the p2p communicator start and stop a named timer around each backward pass and each exchange with a
+neighbouring stage. Interleaved schedules overlap exchanges and wait for some of them outside of any timer; that part of
+the wait is attributed to no phase of its own.
 """
 
 from megabagel.runtime.phase import phase
 
 
 class PhaseTimers:
-    """Takes the place of `megatron.core.timers.Timers` and enters phases; it measures nothing itself."""
+    """Replacement of `megatron.core.timers.Timers` that enters phases; it measures nothing itself."""
 
     def __init__(self) -> None:
         self._timers: dict[str, _PhaseTimer] = {}
 
     def __call__(self, name: str, log_level: int | None = None) -> "_PhaseTimer":
-        """The timer of that name; `log_level` is part of megatron-core's interface and has no effect."""
+        """Return the timer of that name; `log_level` is part of megatron-core's interface and has no effect."""
         if name not in self._timers:
             self._timers[name] = _PhaseTimer(_phase_for(name))
         return self._timers[name]
 
 
 class _PhaseTimer:
-    """A phase that is entered by `start` and left by `stop`, or nothing."""
+    """Timer whose `start` enters a phase and whose `stop` leaves it; without a phase both do nothing."""
 
     def __init__(self, entered: phase | None) -> None:
         self._phase = entered
 
     def start(self, barrier: bool = False) -> None:
-        """Enter. `barrier` is ignored: it would keep all stages in step."""
+        """Enter the phase. `barrier` is ignored."""
+        # A barrier would synchronize all stages at every timer and so change the times that are measured.
         if self._phase is not None:
             self._phase.__enter__()
 
     def stop(self, barrier: bool = False) -> None:
-        """Leave."""
+        """Leave the phase."""
         if self._phase is not None:
             self._phase.__exit__(None, None, None)
 
 
 def _phase_for(timer: str) -> phase | None:
-    """The phase of a timer of megatron-core. "forward-compute" is left out: `train.step` enters that phase itself."""
+    """Return the phase that belongs to a timer of megatron-core, or None."""
+    # "forward-compute" has none: `train.step` enters the phase of forward itself.
     if timer == "backward-compute":
         return phase("backward")
+    # Not counted as progress of a step: the first and the last stage have fewer exchanges than the others.
     if "-send" in timer or "-recv" in timer:
-        return phase("pipeline wait", counted=False)  # the first and the last stage have fewer exchanges
+        return phase("pipeline wait", counted=False)
     return None

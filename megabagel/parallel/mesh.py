@@ -1,4 +1,7 @@
-"""The grid of ranks: one value that knows this rank's place on every axis, handed to whoever needs it."""
+"""Device mesh: this rank's index and process group on every parallel axis, and joining the job's process group.
+
+A `Mesh` is passed to the code that needs it; only this module reads megatron-core's global `parallel_state`.
+"""
 
 import math
 import os
@@ -24,11 +27,13 @@ from megabagel.sequence.rank_rows import RankPlace
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the grid: this rank's index on it, its size, and the group of ranks along it."""
+    """One axis of the mesh."""
 
     rank: int
+    """This rank's index on the axis."""
     size: int
     group: dist.ProcessGroup
+    """The ranks along the axis through this rank."""
 
     @property
     def first(self) -> bool:
@@ -43,7 +48,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place: tensor, pipeline, context and data parallel axes, and the groups that span two of them."""
+    """This rank's place on the tensor, pipeline, context and data parallel axes, and on groups that span two axes."""
 
     world: Axis
     tp: Axis
@@ -51,27 +56,28 @@ class Mesh:
     cp: Axis
     dp: Axis
     tp_cp: Axis
-    """All ranks of one stage that share a pack."""
+    """All ranks of one pipeline stage that share a pack."""
     dp_cp: Axis
-    """All ranks that hold the same weights."""
+    """All ranks that hold the same weights, over which gradients are summed."""
 
     @property
     def place(self) -> RankPlace:
-        """This rank among those that share a pack."""
+        """This rank's indices among the ranks that share a pack."""
+        # `RankPack.vae_rank` computes the index in the tp_cp group from these two, so megatron-core's order matters.
         place = RankPlace(self.tp.rank, self.cp.rank, self.pp.first, self.pp.last)
         assert self.tp_cp.rank == self.cp.rank * self.tp.size + self.tp.rank, "ranks of a stage: tp fastest, then cp"
         return place
 
     def describe(self) -> str:
-        """The grid in a line."""
+        """Return the grid in one line, for the log."""
         axes = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "dp": self.dp}
         return " x ".join(f"{name} {axis.size}" for name, axis in axes.items())
 
 
 def single_mesh() -> Mesh:
-    """Return the mesh of one device that belongs to no job: every axis has size 1 and no process group.
+    """Return the mesh of one device without a job: every axis has size 1 and no process group.
 
-    For a forward pass in a notebook or a test. Code that would exchange something finds axes of size 1 and does not.
+    For a forward pass in a notebook or a test. Code that communicates checks the size of its axis first.
     """
     alone = Axis(0, 1, None)  # type: ignore[arg-type]
     return Mesh(world=alone, tp=alone, pp=alone, cp=alone, dp=alone, tp_cp=alone, dp_cp=alone)
@@ -79,9 +85,11 @@ def single_mesh() -> Mesh:
 
 @contextmanager
 def distributed(config: Config) -> Iterator[Mesh]:
-    """Join the job's process group, build the grid, and take both down at the end.
+    """Join the job's process group and build the mesh of `config`; destroy both at the end.
 
-    Raises UserError when the world size does not fit the grid, on every rank alike.
+    Raises:
+        UserError: the world size does not fit the grid (raised on every rank), or as `joined`.
+        RankLost: as `joined`.
     """
     check_world(config, read_launch_env()[1])
     with joined(config.run, facts(config)):
@@ -95,17 +103,30 @@ def distributed(config: Config) -> Iterator[Mesh]:
 def joined(run: RunConfig | None = None, told: Mapping[str, str] | None = None) -> Iterator[Axis]:
     """Join the job's process group, without a grid, and leave it at the end.
 
-    Who is who comes from torchrun's variables, from srun's or, alone, from nowhere (`launched.py`). `run` holds the
-    limits of waiting; `told` is what must be equal on all ranks (`identity.facts`), by default software alone. Raises
-    UserError when a rank does not start or differs, RankLost when one dies or hangs.
+    Ranks are those of torchrun's or srun's environment variables; without either, the job is this process alone
+    (`runtime.launch_env`).
+
+    Args:
+        run: time limits; None: the defaults.
+        told: settings and versions that must be equal on all ranks (`identity.facts`); None: software versions only.
+
+    Yields:
+        The world axis.
+
+    Raises:
+        UserError: a rank does not start in time, or differs in `told`.
+        RankLost: a rank died or hangs.
     """
     run = run or RunConfig()
     rank, size, local_rank = read_launch_env()
+    # Without a limit every rank on this host would start a thread per core. OMP_NUM_THREADS, if set, is already in
+    # effect in torch.
     if torch.cuda.is_available():
         torch.cuda.set_device(device_of(local_rank, torch.cuda.device_count()))
-    elif "OMP_NUM_THREADS" not in os.environ:  # torch has heeded it already
+    elif "OMP_NUM_THREADS" not in os.environ:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", size)))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    # Before the first import of megatron, which is in `build`.
     cpu_backend.install()
     store, signs = meet(rank, size, run, facts(None) if told is None else told)
     with watching(signs, rank, size, run):
@@ -115,24 +136,32 @@ def joined(run: RunConfig | None = None, told: Mapping[str, str] | None = None) 
             world = dist.group.WORLD
             assert world is not None
             yield Axis(rank, size, world)
+        # These two are raised on all ranks together. On any other error this rank fails alone and keeps the group until
+        # its process ends: destroying it would wait in NCCL for ranks that have not noticed, and the heartbeat could
+        # not report the failure.
         except (UserError, Stopped):
-            dist.destroy_process_group()  # of all ranks alike
+            dist.destroy_process_group()
             raise
-        # A rank that fails alone keeps the group until its process ends: NCCL would wait for the others here, who do
-        # not know yet, and the failure would never be told.
         dist.destroy_process_group()
 
 
 def patience(run: RunConfig) -> timedelta:
-    """How long a collective may take: a little longer than the ranks take to find out whom it waits for."""
+    """Return the timeout of collectives: 60 s more than `run.timeout`."""
+    # The heartbeat ends a hung job after run.timeout and names the missing rank; torch's own timeout does not.
     return timedelta(seconds=run.timeout + 60)
 
 
 def device_of(local_rank: int, visible: int) -> int:
-    """The GPU of a rank, of those that its process sees: the only one where each task was given its own.
+    """Return the GPU index of a rank among the GPUs that its process sees.
 
-    Raises UserError when there are several, and fewer than ranks on the host.
+    Args:
+        local_rank: index of the rank on its host.
+        visible: number of GPUs that the process sees.
+
+    Raises:
+        UserError: several GPUs are visible, but fewer than there are ranks on the host.
     """
+    # Slurm can bind one GPU to each task, which then sees it as number 0.
     if visible == 1:
         return 0
     if local_rank >= visible:
@@ -144,7 +173,8 @@ def device_of(local_rank: int, visible: int) -> int:
 
 
 def build(config: Config) -> Mesh:
-    """Make megatron-core's groups for the config's grid inside the running process group."""
+    """Create megatron-core's groups for the grid of `config` in the running process group and return the mesh."""
+    # Imported here: on a machine without CUDA, `cpu_backend.install()` has to run before.
     from megatron.core import parallel_state as state
 
     grid = config.parallel
@@ -173,7 +203,7 @@ def build(config: Config) -> Mesh:
 
 
 def teardown() -> None:
-    """Forget megatron-core's groups and buffers, so that another grid can be built in this process."""
+    """Destroy megatron-core's groups and buffers, so that another grid can be built in this process."""
     from megatron.core import parallel_state as state
 
     state.destroy_model_parallel()

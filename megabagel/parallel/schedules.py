@@ -1,9 +1,9 @@
-"""Pipeline schedules as data: the order of forward and backward passes on a pipeline rank, as in megatron-core.
+"""Pipeline schedules as data: the order of forward and backward passes on a pipeline rank, as megatron-core runs them.
 
-Nothing executes these lists: megatron-core's schedules are functions that decide as they go. The planner counts live
-activations on them; tests compare them with what megatron-core really ran. An executor of our own would read them too.
+Training does not execute these lists; megatron-core's schedule functions decide as they run. The planner counts live
+activations from them, and tests compare them with the order that megatron-core really ran.
 
-F3.0 in the legend of a list: forward of micro-batch 3 through model chunk 0 of this rank.
+F3.0 below: forward of micro-batch 3 through model chunk 0 of this rank.
 
     1F1B, rank 0 of 2:          F0.0 F1.0 B0.0 F2.0 B1.0 F3.0 B2.0 B3.0
     rank 1:                     F0.0 B0.0 F1.0 B1.0 F2.0 B2.0 F3.0 B3.0
@@ -25,28 +25,37 @@ class Action(NamedTuple):
 
 
 def schedule(rank: int, pp: int, vpp: int, micro_batches: int) -> list[Action]:
-    """What pipeline rank `rank` runs in one step, in order.
+    """Return the passes that a pipeline rank runs in one step, in order.
 
     Args:
-        rank: this rank's place in the pipeline, 0 to pp - 1.
-        pp: pipeline ranks; 1 stands for no pipeline at all.
-        vpp: model chunks per rank. Virtual stage chunk * pp + rank holds the layers of a chunk.
-        micro_batches: of the step; a multiple of `pp` where vpp > 1, as megatron-core requires.
+        rank: index in the pipeline, 0 to pp - 1.
+        pp: pipeline-parallel size; 1: no pipeline.
+        vpp: model chunks per rank; chunk c of a rank is virtual stage c * pp + rank.
+        micro_batches: number in the step; a multiple of `pp` if vpp > 1, as megatron-core requires.
     """
     return one_f_one_b(rank, pp, micro_batches) if vpp == 1 else interleaved_1f1b(rank, pp, vpp, micro_batches)
 
 
 def one_f_one_b(rank: int, pp: int, micro_batches: int) -> list[Action]:
-    """1F1B (PipeDream-Flush; Narayanan et al., Efficient Large-Scale Language Model Training, section 2.2.1)."""
+    """Return the 1F1B schedule of a rank.
+
+    PipeDream-Flush; Narayanan et al., Efficient Large-Scale Language Model Training, section 2.2.1.
+    """
     order = [(0, micro_batch) for micro_batch in range(micro_batches)]
     return _warmup_steady_cooldown(order, order, warmup=pp - rank - 1)
 
 
 def interleaved_1f1b(rank: int, pp: int, vpp: int, micro_batches: int) -> list[Action]:
-    """Interleaved 1F1B (the same paper, section 2.2.2).
+    """Return the interleaved 1F1B schedule of a rank (the same paper, section 2.2.2).
 
-    Micro-batches go in groups of `pp` through one chunk after the other; megatron-core's
-    `microbatch_group_size_per_vp_stage`, which may be longer, is left at that.
+    Micro-batches pass in groups of `pp` through one model chunk after the other: megatron-core's default for
+    `microbatch_group_size_per_vp_stage`, which this project does not change.
+
+    Args:
+        rank: index in the pipeline.
+        pp: pipeline-parallel size.
+        vpp: model chunks per rank.
+        micro_batches: number in the step, a multiple of `pp`.
     """
     assert micro_batches % pp == 0, "megatron-core refuses other counts"
     groups = [range(start, start + pp) for start in range(0, micro_batches, pp)]
@@ -58,7 +67,10 @@ def interleaved_1f1b(rank: int, pp: int, vpp: int, micro_batches: int) -> list[A
 def _warmup_steady_cooldown(
     forward: list[tuple[int, int]], backward: list[tuple[int, int]], warmup: int
 ) -> list[Action]:
-    """`warmup` forwards, then one forward and one backward in turn, then the backwards that are left."""
+    """Return `warmup` forwards, then forwards and backwards in turn, then the remaining backwards.
+
+    forward, backward: (model chunk, micro-batch) in the order of the passes.
+    """
     ahead = [Action("F", *turn) for turn in forward[:warmup]]
     turns = zip(forward[warmup:], backward, strict=False)
     steady = [action for f, b in turns for action in (Action("F", *f), Action("B", *b))]
@@ -67,7 +79,12 @@ def _warmup_steady_cooldown(
 
 
 def peak_in_flight(actions: Iterable[Action], vpp: int) -> list[int]:
-    """Micro-batches of each chunk that wait for their backward when most do, at the first such moment."""
+    """Return, per model chunk, the micro-batches with live activations when most are live over all chunks.
+
+    Args:
+        actions: passes of one rank, in order.
+        vpp: model chunks per rank.
+    """
     alive, most = [0] * vpp, [0] * vpp
     for action in actions:
         alive[action.chunk] += 1 if action.kind == "F" else -1

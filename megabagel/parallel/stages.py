@@ -1,4 +1,4 @@
-"""Pipeline stages: which layers a rank holds, and the model chunk as megatron-core's schedules want it."""
+"""Pipeline stages: split of the layers, and the model chunks in the form that megatron-core's schedules call."""
 
 import torch
 from megatron.core.enums import ModelType
@@ -20,7 +20,10 @@ from megabagel.runtime.phase import keepalive, phase
 
 
 def layer_split(config: Config) -> list[range]:
-    """Layers of every stage in model order, pp * vpp ranges; earlier stages get the odd ones unless config says."""
+    """Return the layers of each of the pp * vpp stages, in model order.
+
+    Without `parallel.layer_split` the split is as even as possible, and earlier stages take the remainder.
+    """
     stages = config.parallel.pp * config.parallel.vpp
     layers = config.model.layers
     counts = config.parallel.layer_split or [(layers + stages - 1 - stage) // stages for stage in range(stages)]
@@ -29,8 +32,16 @@ def layer_split(config: Config) -> list[range]:
 
 
 class PipelineStage(nn.Module):
-    """One model chunk: takes the wire of the stage before and gives the wire to the next, or outputs at the end."""
+    """One model chunk: input is the payload of the previous stage, output the next payload, or losses at the end.
 
+    Args:
+        model: the chunk's layers, with the input embedding or heads at the ends of the pipeline.
+        config: megatron-core's config of the run.
+        width: width of the hidden state.
+        vp_stage: index of the chunk on this rank; None without an interleaved schedule.
+    """
+
+    # megatron-core's schedules read `model_type`, `config` and `vp_stage` of the module and call `set_input_tensor`.
     model_type = ModelType.encoder_or_decoder
 
     def __init__(self, model: Bagel, config: TransformerConfig, width: int, vp_stage: int | None) -> None:
@@ -41,11 +52,15 @@ class PipelineStage(nn.Module):
             _phase_of(tower, "vit")
 
     def set_input_tensor(self, wire: torch.Tensor | list[torch.Tensor | None] | None) -> None:
-        """Called by the schedules before forward."""
+        """Store the payload of the previous stage; megatron-core's schedules call this before every forward."""
         self._wire = wire[0] if isinstance(wire, list) else wire
 
     def forward(self, inputs: StageInputs) -> torch.Tensor | Outputs:
-        """One micro-batch."""
+        """Run one micro-batch.
+
+        Returns:
+            The payload for the next stage, or on the last stage the losses per row.
+        """
         hidden = None
         if not self.model.first:
             assert self._wire is not None
@@ -56,12 +71,13 @@ class PipelineStage(nn.Module):
 
     @property
     def row_shards(self) -> int:
-        """Ways that rows are split between linears."""
+        """Number of parts that rows are split into between linears: tp under sequence parallelism, else 1."""
         return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
 
 
 def _phase_of(module: nn.Module, name: str) -> None:
-    """Make every forward of `module` a phase. By hooks, because modules of the model know nothing of a run."""
+    """Enter the phase `name` (heartbeat, profiler range) during every forward of `module`."""
+    # By hooks, because `megabagel.model` does not depend on the runtime. `always_call` leaves the phase after an error.
     entered = phase(name, counted=False)
     module.register_forward_pre_hook(lambda *_: entered.__enter__())
     module.register_forward_hook(lambda *_: entered.__exit__(None, None, None), always_call=True)
@@ -75,15 +91,15 @@ def build_stages(
     draw: bool = True,
     device: torch.device | None = None,
 ) -> list[PipelineStage]:
-    """This rank's model chunks (vpp of them), initialised, in `train.precision`.
+    """Build this rank's model chunks (vpp of them) with initial weights, in `train.precision`.
 
     Args:
-        config: the run, whose grid `mesh` is.
-        mesh: this rank's place.
+        config: the run.
+        mesh: this rank's place in the grid of `config`.
         megatron: `megatron_config(config)`.
         kernels: the operations between the linears.
-        draw: fill weights that start as random numbers; without, a checkpoint has to.
-        device: where weights go in the end; None: this rank's device.
+        draw: whether to fill weights that start as random numbers; if not, a checkpoint has to.
+        device: device of the weights; None: this rank's device.
     """
     factory = MegatronLayers(megatron, mesh, kernels)
     split = layer_split(config)
@@ -106,7 +122,8 @@ def build_stages(
 
 
 def _to(model: Bagel, dtype: torch.dtype, device: torch.device) -> None:
-    """Cast weights to the run's precision and move all; frozen position tables stay fp32."""
+    """Cast parameters to the run's precision and move the whole chunk to `device`."""
+    # Parameters only: `model.to(dtype)` would round the frozen position tables, which are fp32 buffers.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to(device)

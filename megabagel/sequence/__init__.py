@@ -1,4 +1,4 @@
-"""What is known of a batch before any tensor exists: from sizes alone, in NumPy, without ranks or devices.
+"""Token layout of a batch, computed in NumPy from sizes alone: no weights, process groups or devices.
 
-items -> sample plan -> packing -> pack -> rank layout -> mask integers, RoPE ids, loss targets, FLOP count
+items -> sample plan -> packing -> pack -> rank layout -> attention ranges, RoPE ids, loss targets, FLOP count
 """

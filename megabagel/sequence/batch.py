@@ -1,6 +1,7 @@
-"""The packed batch: one micro-batch as the data side hands it to the model side, and how it is made.
+"""The packed batch: one micro-batch as the data loader hands it to the model, and its builder.
 
-Every batch is made here: by the loader's workers, by the sampler for its prompts, by parity for its cases.
+Loader workers, the sampler (for prompts) and the parity command (for golden cases) all build their batches here, so
+that each of them feeds the model the same layout.
 """
 
 from collections.abc import Callable
@@ -19,26 +20,29 @@ from megabagel.sequence.pack import Pack, mask_codes
 from megabagel.sequence.rank_rows import RankPack, RankPlace, RankRows, derive_rows
 from megabagel.sequence.sample import Segment
 
-if TYPE_CHECKING:  # loads the engines, which the data side does not need
+# Importing the engines at run time would load every attention backend in loader workers, which only need the type.
+if TYPE_CHECKING:
     from megabagel_kernels.attention.engines import AttentionPlan
 
 
 @dataclass(frozen=True)
 class AttentionPlans:
-    """Plans of this run's attention engine for the masks of a batch, on the CPU."""
+    """Block schedules that the run's attention engine made for the masks of one batch, still in CPU memory."""
 
     layers: "AttentionPlan"
+    """Of the decoder layers: queries of this rank, keys of all context-parallel ranks."""
     vit: "AttentionPlan | None"
-    """None on ranks without the ViT tower."""
+    """Of the ViT: full attention inside each image. None on ranks without the ViT tower."""
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """`RankRows` in one buffer of bytes."""
+    """The arrays of a `RankRows` packed into one byte buffer, so that they are sent and copied as one tensor."""
 
     buffer: torch.Tensor
-    """uint8, on the CPU."""
+    """uint8, in CPU memory."""
     spans: RankRows[Span]
+    """The same record with each array replaced by its place in `buffer`."""
 
     @classmethod
     def of(cls, rows: RankRows[np.ndarray]) -> "PackedRows":
@@ -46,16 +50,14 @@ class PackedRows:
         return cls(*gather_arrays(rows))
 
     def arrays(self) -> RankRows[np.ndarray]:
-        """The rows as NumPy views of the buffer."""
+        """Return the rows as NumPy views of the buffer, without a copy."""
         return map_fields(self.spans, Span, lambda span: span.view(self.buffer).numpy())
 
     def to(self, device: torch.device) -> RankRows[torch.Tensor]:
-        """The rows on a device: views of one copy of the buffer, or of the buffer itself on a CPU.
-
-        To a GPU the copy goes through pinned memory, so that it is one transfer that runs beside the kernels queued
-        before it; torch keeps the pinned block until the transfer is over.
-        """
+        """Return the rows on `device`: views of one copy of the buffer, or of the buffer itself on a CPU."""
         on_device = self.buffer
+        # Pinned memory lets the transfer overlap kernels that were queued before it. The pinned tensor may go out of
+        # scope here: torch's caching host allocator keeps its block until the transfer has ended.
         if device.type != "cpu":
             on_device = self.buffer.pin_memory().to(device, non_blocking=True)
         return map_fields(self.spans, Span, lambda span: span.view(on_device))
@@ -63,39 +65,38 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A pack with its layout and the content that this rank needs.
+    """A pack, its layout and the content that this rank needs.
 
-    Pack and layout are equal on all ranks of a model-parallel group; the rest is this rank's.
+    `pack` and `layout` are equal on all ranks of a model-parallel group; the other fields belong to this rank.
     """
 
     pack: Pack
     layout: Layout
     rows: PackedRows
-    """What the rank's rows hold: token ids, positions, labels, places of images."""
+    """Token ids, positions, labels and image indices of this rank's rows."""
     plans: AttentionPlans
     patches: torch.Tensor | None
-    """fp32 [P, patch * patch * 3] in [-1, 1]: the ViT images that this rank encodes, end to end, then zeros as padding.
+    """fp32 [P, patch * patch * 3] in [-1, 1]: the ViT images that this rank encodes, end to end, then zero padding.
     None on ranks without the ViT tower."""
     pixels: list[torch.Tensor]
-    """fp32 [3, height, width] in [-1, 1] per image whose latents this rank encodes."""
+    """fp32 [3, height, width] in [-1, 1] for each image that this rank encodes with the VAE."""
     moments: list[torch.Tensor] | None = None
-    """From a latent cache, instead of pixels: fp32 [C, h, w] of the codec (see `model.vae.Codec`) per such image."""
+    """Replaces `pixels` where a latent cache is used: fp32 [C, h, w] codec moments (`model.vae.Codec`) per image."""
 
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Makes the batches of one rank. Plain data: a loader's worker holds a copy.
-
-    place: the rank's place in the grid of `config`. plan_attention: `AttentionEngine.plan`, (mask, head dimension) ->
-    plan, once per batch and away from the training step.
-    """
+    """Builds the batches of one rank. Picklable: each loader worker holds a copy."""
 
     config: Config
     place: RankPlace
+    """Indices of the rank in the grid of `config`."""
     plan_attention: Callable[[AttentionRanges, int], Any]
+    """`AttentionEngine.plan`: (mask, head dim) -> plan. Called once per batch in the worker, because the schedule costs
+    milliseconds of CPU time (docs/kernels.md#attention) that the training step would wait for."""
 
     def lay_out(self, pack: Pack) -> RankPack:
-        """The pack as this rank holds it, with the images that it has to encode."""
+        """Lay `pack` out for this rank and select the images that the rank encodes."""
         return RankPack.of(pack, self.config, self.place)
 
     def build(
@@ -107,19 +108,21 @@ class BatchBuilder:
         moments: list[torch.Tensor] | None = None,
         latent_weight_L: np.ndarray | None = None,
     ) -> PackedBatch:
-        """A batch with its content.
+        """Build the batch of a pack from its decoded content.
 
         Args:
             rank: the pack, from `lay_out`.
-            token_ids: int64, of every text token of the pack in token order.
+            token_ids: int64 ids of every text token of the pack in token order, delimiters included.
             patches: fp32 [n, patch * patch * 3] in [-1, 1] for each of `rank.vit_images`.
-            pixels: see `PackedBatch`, of `rank.vae_images`; empty with `moments` or where latents come from outside.
-            moments: see `PackedBatch`, of `rank.vae_images`.
+            pixels: see `PackedBatch`, for each of `rank.vae_images`; empty if `moments` is given, or if the caller
+                passes latents to the model itself.
+            moments: see `PackedBatch`, for each of `rank.vae_images`.
             latent_weight_L: [L] weight of each latent token in the flow loss; None: 1 for each.
         """
         rows = PackedRows.of(derive_rows(rank, self.config, token_ids, latent_weight_L))
         padded = None
-        if rows.spans.vit is not None:  # in one piece already here, not in the training process
+        # Concatenated here, in the worker, so that the training process neither copies nor pads pixels.
+        if rows.spans.vit is not None:
             padding = rank.vit.rows - sum(map(len, patches))
             padded = torch.cat([*patches, torch.zeros(padding, 3 * self.config.model.vit.patch**2)])
         return PackedBatch(rank.pack, rank.layout, rows, self._plans(rank), padded, pixels, moments)
@@ -133,7 +136,7 @@ class BatchBuilder:
 
 
 def _vit_codes(rank: RankPack) -> AttentionRanges:
-    """Full attention inside each ViT image of this rank; padding sees nothing."""
+    """Attention ranges of the ViT on this rank: full attention inside each image; padding rows see nothing."""
     sizes = [rank.vit.sizes[i] for i in rank.vit.dealt[rank.place.cp]]
     codes = mask_codes([[Segment(Mode.FULL, size)] for size in sizes])
     return codes.padded(rank.vit.rows - sum(sizes))

@@ -1,9 +1,11 @@
-"""FLOP count of packs, from sizes alone, in the two conventions in use.
+"""FLOP count of packs, from sizes alone, in two conventions (docs/bagel.md#flops).
 
-official: what the released trainer reports (docs/bagel.md#flops): 6 x parameters of one branch, embedding and
-head per token, attention by the square of each sample's length, no credit for the mask.
-masked-pair: the same, attention by exactly visible (query, key) pairs.
-Both are forward plus backward of the language model. ViT and VAE work is counted beside them; recompute never is.
+official: as the released trainer reports it. 6 x parameters of one expert, embedding and head per token; attention by
+the square of each sample's length, as if nothing were masked.
+masked: the same, but attention counts exactly the visible (query, key) pairs.
+
+Both cover forward plus backward of the language model. ViT and VAE are counted separately. Recomputed activations are
+never counted.
 """
 
 from dataclasses import dataclass
@@ -13,22 +15,22 @@ from megabagel.sequence.pack import Pack
 from megabagel.sequence.sizes import Size, pack_size
 
 TRAIN = 3
-"""Forward plus backward, in forwards."""
+"""Cost of forward plus backward in units of one forward pass."""
 
 ATTENTION_SPEED, VIT_SPEED, VAE_SPEED = 0.5, 0.7, 0.4
-"""Assumed FLOP/s of masked attention, the tower and the codec as shares of the language model's matrix products.
-They decide which rank runs a pack, never what it computes."""
+"""Assumed FLOP/s of masked attention, ViT and VAE, relative to the language model's matrix products (not measured).
+They only balance packs over data-parallel ranks; no result of training depends on them."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating point operations (a multiply-add is two) of one or more packs; adds up with `+`."""
+    """Floating point operations of one or more packs (a multiply-add counts as two). `+` adds field by field."""
 
     official: float = 0.0
     masked: float = 0.0
     vit: float = 0.0
     vae: float = 0.0
-    """Encoding, forward only: the codec is frozen."""
+    """Image encoding, forward only: the codec is frozen."""
 
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(
@@ -37,7 +39,7 @@ class Flops:
 
 
 def branch_parameters(model: ModelConfig) -> int:
-    """Weights that one token meets in all layers: one expert with its norms and biases, and the final norm."""
+    """Return the number of weights that one token passes through: all layers of one expert, and the final norm."""
     width, head = model.hidden, model.kv_channels
     query, key = model.heads * head, model.kv_heads * head
     attention = width * (query + 2 * key) + query * width
@@ -46,7 +48,7 @@ def branch_parameters(model: ModelConfig) -> int:
 
 
 def count_flops(size: Size, model: ModelConfig) -> Flops:
-    """FLOPs of one training step on one pack, or on all that `size` sums up."""
+    """Return the FLOPs of forward and backward on the pack, or the sum of packs, that `size` describes."""
     dense = 2 * TRAIN * (branch_parameters(model) + 2 * model.vocab * model.hidden) * size.tokens
     per_pair = 4 * TRAIN * model.heads * model.kv_channels * model.layers
     pixels = model.latent_stride**2
@@ -55,11 +57,12 @@ def count_flops(size: Size, model: ModelConfig) -> Flops:
 
 
 def relative_time(size: Size, model: ModelConfig) -> float:
-    """Estimated time of a pack beyond what every pack takes, to balance ranks by, in FLOPs of matrix products.
+    """Estimate the part of a pack's time that differs between packs, in FLOPs at the speed of the layers' GEMMs.
 
-    The layers' matrix products run on all rows of the layout, padding included, so they do not tell packs apart; what
-    does is attention, the head on rows with cross-entropy, the ViT tower and the codec.
+    Used to balance packs over data-parallel ranks. Counts attention, the head on rows with cross-entropy, ViT and VAE.
     """
+    # The layers' own GEMMs are left out: they run on all rows of the layout, padding included, and so take the same
+    # time for every pack.
     flops = count_flops(size, model)
     attention = 4 * TRAIN * model.heads * model.kv_channels * model.layers * size.visible
     head = 2 * TRAIN * model.vocab * model.hidden * size.ce_tokens
@@ -67,14 +70,15 @@ def relative_time(size: Size, model: ModelConfig) -> float:
 
 
 def needed_flops(pack: Pack, model: ModelConfig) -> float:
-    """Matrix products that a training step on one pack cannot do without: `masked` and `vit`, but the head on rows with
-    cross-entropy alone and no products for the word embedding. To set beside a machine's matmul rate."""
+    """Return the FLOPs of matrix products that a training step on `pack` cannot avoid, to compare with a GEMM rate."""
+    # `masked` charges embedding and head (two times V x D) to every token, as the official convention does. An
+    # embedding lookup is no matrix product, and the head runs on rows with cross-entropy only.
     flops, of_head = count_flops(pack_size(pack), model), 2 * TRAIN * model.vocab * model.hidden
     return flops.masked + flops.vit - of_head * (2 * pack.tokens - pack.ce_tokens)
 
 
 def _vit_flops(size: Size, model: ModelConfig) -> float:
-    """Tower and connector, forward and backward; full attention inside each image."""
+    """Return the FLOPs of ViT and connector, forward and backward, with full attention inside each image."""
     vit = model.vit
     layer = 4 * vit.hidden**2 + 2 * vit.hidden * vit.ffn
     weights = 3 * vit.patch**2 * vit.hidden + vit.layers * layer + (vit.hidden + model.hidden) * model.hidden
@@ -82,14 +86,19 @@ def _vit_flops(size: Size, model: ModelConfig) -> float:
 
 
 def vae_flops(vae: VaeConfig, pixels: int, squares: int) -> float:
-    """Encoding images: convolutions and the middle attention of the FLUX encoder, or the DCT.
+    """Return the FLOPs of encoding images: convolutions and mid-block attention of the FLUX encoder, or the DCT.
 
-    pixels: of all images. squares: the pixels of each image squared, summed.
+    Args:
+        vae: the codec and its widths.
+        pixels: number of pixels of all images together.
+        squares: sum over images of the square of their number of pixels.
     """
     if vae.codec == "blocks":
-        return 3 * 2 * 2 * vae.downsample * float(pixels)  # two passes of 8 multiply-adds over three channels
+        # The DCT is separable: two passes of 8 multiply-adds per pixel over three channels.
+        return 3 * 2 * 2 * vae.downsample * float(pixels)
     widths = [vae.width * multiplier for multiplier in vae.width_multipliers]
-    total, before = 9 * 3 * vae.width * pixels, vae.width  # multiply-adds
+    # `total` counts multiply-adds; the return value doubles it.
+    total, before = 9 * 3 * vae.width * pixels, vae.width
     for level, width in enumerate(widths):
         shortcut = before * width if before != width else 0
         blocks = 9 * (before + width) * width + shortcut + (vae.res_blocks - 1) * 18 * width**2

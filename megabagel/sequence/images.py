@@ -1,6 +1,6 @@
-"""Which rank encodes which image: ViT images over context-parallel ranks, VAE images over all ranks of a stage.
+"""Distribution of image encoding: ViT images over context-parallel ranks, VAE images over all ranks of a stage.
 
-An image is encoded once per pack, however often its latents appear (noised, then clean).
+The VAE encodes an image once per pack, however often its latents occur (noised, then clean).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from megabagel.sequence.packing import deal
 
 @dataclass(frozen=True)
 class VaeImage:
-    """An image whose latents a pack needs: sample of the pack, slot of its document, token grid."""
+    """An image to encode with the VAE: its sample in the pack, its slot in the document, its token grid."""
 
     sample: int
     slot: int
@@ -24,30 +24,31 @@ class VaeImage:
 
     @property
     def tokens(self) -> int:
-        """Latent tokens."""
+        """Number of latent tokens."""
         return self.rows * self.cols
 
 
 def vit_images(pack: Pack) -> list[tuple[int, Vit]]:
-    """(sample, image) in token order."""
+    """Return (sample number, image) for every ViT image of the pack, in token order."""
     return [(number, image) for number, sample in enumerate(pack.samples) for image in sample.vits]
 
 
 def vae_images(pack: Pack) -> list[VaeImage]:
-    """Distinct images behind the pack's latents, in order of first use."""
+    """Return the distinct images behind the pack's latent tokens, in order of first use."""
     uses = (
         VaeImage(number, image.slot, image.rows, image.cols)
         for number, sample in enumerate(pack.samples)
         for image in sample.latents
     )
+    # A dict keeps the order of first insertion; a set would not, and all ranks must agree on the numbering.
     return list(dict.fromkeys(uses))
 
 
 @dataclass(frozen=True)
 class ImageShares:
-    """Which rank encodes which images, balanced by tokens, and where the tokens lie once all shares are gathered.
+    """Assignment of images to ranks, balanced by tokens, and the position of each token after the all-gather.
 
-    Every rank contributes the same number of rows to the gather: its own images end to end, then padding.
+    Every rank contributes the same number of rows to the all-gather: its own images end to end, then padding.
     """
 
     sizes: tuple[int, ...]
@@ -57,24 +58,29 @@ class ImageShares:
 
     @classmethod
     def of(cls, sizes: Sequence[int], ranks: int) -> "ImageShares":
-        """Deal images of `sizes` tokens to `ranks` ranks."""
+        """Assign images of `sizes` tokens to `ranks` ranks, largest first to the least loaded rank."""
+        # Shares are balanced by tokens, not by number of images: a rank may take all of them.
         parts = deal(list(sizes), ranks, capacity=len(sizes))
         return cls(tuple(sizes), tuple(map(tuple, parts)))
 
     @property
     def rows(self) -> int:
-        """Rows of every rank: the largest share. At least one, which keeps the ViT tower in the graph of a pack that
-        has no image."""
+        """Rows that every rank contributes to the all-gather: the largest share, at least one."""
+        # One padding row keeps the ViT in the autograd graph of a pack without images, so that its gradients exist and
+        # every rank takes part in their reduction.
         return max(1, *(sum(self.sizes[i] for i in part) for part in self.dealt))
 
     def tokens(self, rank: int) -> np.ndarray:
-        """Token numbers (int64; images end to end in their own order) on the first rows of a rank."""
+        """Return the token numbers (int64) that a rank's rows hold before its padding.
+
+        Tokens are numbered over all images laid end to end in their original order.
+        """
         start = np.cumsum([0, *self.sizes])
         parts = (np.arange(start[i], start[i + 1]) for i in self.dealt[rank])
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
     def gathered_row(self) -> np.ndarray:
-        """For every token, its row (int64) among all ranks' rows laid end to end."""
+        """Return for every token its row (int64) in the all-gathered tensor, all ranks' rows end to end."""
         row = np.empty(sum(self.sizes), np.int64)
         for rank in range(len(self.dealt)):
             own = self.tokens(rank)
@@ -83,30 +89,33 @@ class ImageShares:
 
 
 def vit_shares(pack: Pack, cp: int) -> ImageShares:
-    """ViT images (see `vit_images`) over context-parallel ranks; tensor-parallel ranks work on the same ones."""
+    """Assign ViT images (see `vit_images`) to context-parallel ranks.
+
+    Tensor-parallel ranks encode the same images together: the tower itself is split over them.
+    """
     return ImageShares.of([image.rows * image.cols for _, image in vit_images(pack)], cp)
 
 
 def vae_shares(pack: Pack, ranks: int) -> ImageShares:
-    """Images to encode (see `vae_images`) over all `ranks` of a pipeline stage that share the pack."""
+    """Assign VAE images (see `vae_images`) to all `ranks` (tp x cp) of a pipeline stage that share the pack."""
     return ImageShares.of([image.tokens for image in vae_images(pack)], ranks)
 
 
 @dataclass(frozen=True)
 class LatentIndex:
-    """Per latent token (L, token order) its image among `pack.latents` and its place in it; per image (I) its x_0.
-
-    place_L: row-major number inside the image. start_I: row of the image's first token among the tokens of
-    `vae_images`, laid end to end. All int64.
-    """
+    """Index from the latent tokens of a pack to their images and encoded latents. All arrays are int64."""
 
     image_L: np.ndarray
+    """[L] index of the token's image in `pack.latents`."""
     place_L: np.ndarray
+    """[L] row-major number of the token inside its image."""
     start_I: np.ndarray
+    """[I] number of the image's first token among the tokens of `vae_images`, laid end to end. Two uses of one image
+    (noised, clean) have the same start."""
 
 
 def index_latents(pack: Pack) -> LatentIndex:
-    """Index the latent tokens of a pack."""
+    """Build the index of a pack's latent tokens, in token order."""
     starts, total = {}, 0
     for image in vae_images(pack):
         starts[image.sample, image.slot] = total

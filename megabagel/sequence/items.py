@@ -1,7 +1,8 @@
-"""Items: what a sample is made of, in order, as sizes (docs/bagel.md#samples).
+"""Items of a sample, as sizes without content (docs/bagel.md#samples).
 
-An item names its content by a slot (which text or image of the document) and says how large it is. Every item becomes
-one segment of the attention rule; a clip of several frames shares one.
+An item refers to its content by a slot (index of a text or image of the document) and holds its size. Every item
+becomes one attention segment (`split` in the released code): a run of tokens under one mode of the mask. The frames of
+a clip share one segment.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,11 @@ from enum import IntEnum
 
 
 class Mode(IntEnum):
-    """How the tokens of a segment see each other and are seen (BAGEL section 2.3, figure 15)."""
+    """Attention mode of a segment (BAGEL section 2.3, figure 15; docs/bagel.md#mask).
+
+    CAUSAL: tokens see earlier ones (text). FULL: tokens see the whole segment (ViT and clean images). NOISE: like FULL,
+    but invisible to every other segment (noised images).
+    """
 
     CAUSAL = 0
     FULL = 1
@@ -18,7 +23,7 @@ class Mode(IntEnum):
 
 @dataclass(frozen=True)
 class Text:
-    """bos, `length` ids, eos. With `loss`, every id and eos is a next-token target."""
+    """A text: bos, `length` token ids, eos. With `loss`, every id and eos is a next-token target."""
 
     slot: int
     length: int
@@ -28,7 +33,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Vit:
-    """start-of-image, rows x cols ViT patches, end-of-image."""
+    """An image for the ViT: start-of-image, rows x cols patches, end-of-image."""
 
     slot: int
     rows: int
@@ -38,7 +43,7 @@ class Vit:
 
 @dataclass(frozen=True)
 class Latent:
-    """start-of-image, rows x cols latent tokens, end-of-image; `noised` ones are generated (flow loss)."""
+    """A VAE image: start-of-image, rows x cols latent tokens, end-of-image. `noised` ones bear the flow loss."""
 
     slot: int
     rows: int
@@ -49,26 +54,26 @@ class Latent:
 
 @dataclass(frozen=True)
 class Clip:
-    """Several latent images in one segment, full attention among them, one timestep for all.
-
-    `steps` holds, per frame, how far the RoPE counter moves after it; None follows the rule of a single image: one
-    after a clean image, none after a noised one. With `chain`, a noised clip is a group of diffusion forcing (BAGEL
-    section 2.3): it sees the earlier groups of its chain at their own noise levels, and only they see it. Without,
-    the released code's rule holds: the segment is `noise` if its first frame is noised and has no step, else `full`.
-    """
+    """Several latent images (video frames) in one segment: full attention among them, one timestep for all."""
 
     frames: tuple[Latent, ...]
     steps: tuple[int | None, ...]
+    """Per frame, the increment of the RoPE counter after it. None: the rule of a single image, 1 after a clean image
+    and 0 after a noised one."""
     chain: int | None = None
+    """Number of a diffusion-forcing chain (BAGEL section 2.3), of which a noised clip is one group: it sees the earlier
+    groups of its chain at their own noise levels, and only later groups see it. None: no chain."""
 
     @property
     def noised(self) -> bool:
-        """Whether the frames are generated."""
+        """Whether the frames are generated, that is, bear the flow loss."""
         return self.frames[0].noised
 
     @property
     def mode(self) -> Mode:
         """Attention mode of the shared segment."""
+        # Outside of chains this is the released code's rule (docs/bagel.md#samples), kept although it makes a noised
+        # clip whose first frame has a step visible to what follows.
         if self.chain is not None or (self.noised and self.steps[0] is None):
             return Mode.NOISE
         return Mode.FULL
@@ -77,14 +82,14 @@ class Clip:
 Item = Text | Vit | Latent | Clip
 
 DELIMITERS = 2
-"""Every text and image is bracketed by two special tokens."""
+"""Special tokens around every text and image: one before, one after."""
 
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 """Start and end of a text, start and end of an image (docs/bagel.md#special-tokens)."""
 
 
 def item_tokens(item: Item) -> int:
-    """Tokens the item adds to the sequence, delimiters included."""
+    """Return the number of tokens that the item adds to the sequence, delimiters included."""
     if isinstance(item, Clip):
         return sum(item_tokens(frame) for frame in item.frames)
     content = item.length if isinstance(item, Text) else item.rows * item.cols

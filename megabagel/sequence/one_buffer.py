@@ -1,8 +1,8 @@
-"""Records of many arrays in one buffer: they cross processes and reach a GPU in one copy.
+"""Packing of dataclasses with many arrays into one byte buffer, for one inter-process transfer and one copy to a GPU.
 
-A record is a dataclass whose fields are arrays, other records, or plain values. Its arrays are copied into one buffer
-of bytes; what remains is the same record with a `Span` for each array, from which views are made of the buffer or of
-its copy on a device.
+A record is a dataclass whose fields are arrays, other records, or plain values. Its arrays are copied into one uint8
+tensor; the same record with a `Span` in place of each array is enough to make views of the buffer, or of a copy of the
+buffer on a device.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 ALIGNMENT = 64
-"""Bytes; of every array: a cache line, and more than any type or vector instruction needs."""
+"""Alignment in bytes of every array in the buffer: one cache line, and more than any dtype or vector load needs."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where an array lies in a buffer."""
+    """Byte range [start, stop), dtype and shape of an array in a buffer."""
 
     start: int
     stop: int
@@ -26,13 +26,14 @@ class Span:
     shape: tuple[int, ...]
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The array, without a copy, on the buffer's device."""
+        """Return the array as a view of `buffer`, on its device."""
+        # torch has no public function from a NumPy dtype to its own; an empty array gives it.
         dtype = torch.from_numpy(np.empty(0, self.dtype)).dtype
         return buffer[self.start : self.stop].view(dtype).view(self.shape)
 
 
 def map_fields(record: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """The record with `function` applied to every field of type `kind`, in order, also in records inside it."""
+    """Return the record with `function` applied to every field of type `kind`, in order of fields, nested ones too."""
 
     def mapped(value: Any) -> Any:
         if isinstance(value, kind):
@@ -43,7 +44,11 @@ def map_fields(record: Any, kind: type, function: Callable[[Any], Any]) -> Any:
 
 
 def gather_arrays(record: Any) -> tuple[torch.Tensor, Any]:
-    """(uint8 buffer with a copy of every array of the record, the record with a `Span` in place of each)."""
+    """Copy every array of `record` into one buffer.
+
+    Returns:
+        (uint8 buffer, the record with a `Span` in place of each array).
+    """
     arrays: list[np.ndarray] = []
     end = 0
 
@@ -55,8 +60,10 @@ def gather_arrays(record: Any) -> tuple[torch.Tensor, Any]:
         return Span(start, end, array.dtype, array.shape)
 
     spans = map_fields(record, np.ndarray, place)
-    buffer = torch.zeros(end, dtype=torch.uint8)  # torch aligns its storages to 64 bytes; NumPy does not
+    # A torch tensor, because torch aligns its storages to 64 bytes and NumPy does not.
+    buffer = torch.zeros(end, dtype=torch.uint8)
 
+    # `map_fields` visits fields in the same order as in the first pass, so the arrays can be taken from the front.
     def fill(span: Span) -> None:
         span.view(buffer).numpy()[...] = arrays.pop(0)
 

@@ -1,8 +1,9 @@
-"""A pack: several samples laid end to end, with everything attention and the losses need to know (S tokens).
+"""A pack: several samples laid end to end (S tokens), with RoPE ids, attention ranges and loss rows per token.
 
-The mask is five integers per token: a code per key, and per query two ranges of codes that it sees. Public keys carry
-their sequence position as code, private ones (noised images, seen by their own segment and by later groups of their
-chain) PRIVATE + a number of their own. The rule is written out in `megabagel_kernels.attention.mask`.
+The mask is five integers per token: one code per key, and per query two half-open ranges of codes; a query sees the
+keys whose code lies in either range. The code of a public key is its sequence position. Private keys (noised images,
+visible to their own segment and to later groups of their chain) have the code PRIVATE + a number of their segment. The
+rule is written out in `megabagel_kernels.attention.mask`.
 """
 
 from dataclasses import dataclass
@@ -16,41 +17,43 @@ from megabagel.sequence.sample import LATENT, TEXT, LatentImage, SamplePlan, Seg
 
 @dataclass(frozen=True)
 class Pack:
-    """One micro-batch in sequence order.
-
-    samples: the plans, in order. kind_S, position_S, ce_S: theirs, concatenated. sample_S (int32): which sample.
-    codes: the mask integers, queries and keys in sequence order.
-    fill_S (int64): which row of its content stream a token takes: text ids, ViT patches or latent tokens, by kind.
-    noised_S (bool): latent rows that bear flow loss.
-    """
+    """The token sequence of one micro-batch."""
 
     samples: tuple[SamplePlan, ...]
+    """The samples in order; `kind_S`, `position_S` and `ce_S` are theirs, concatenated."""
     kind_S: np.ndarray
+    """uint8: TEXT, VIT or LATENT."""
     position_S: np.ndarray
+    """int32 RoPE ids."""
     ce_S: np.ndarray
+    """bool: rows with cross-entropy, whose next token is a target."""
     sample_S: np.ndarray
+    """int32 index of the token's sample."""
     codes: AttentionRanges
+    """The mask, queries and keys in sequence order."""
     fill_S: np.ndarray
+    """int64 index of the token among the pack's tokens of its kind: text ids, ViT patches or latent tokens."""
     noised_S: np.ndarray
+    """bool: latent rows with flow loss."""
 
     @property
     def tokens(self) -> int:
-        """S."""
+        """S, the number of tokens."""
         return len(self.kind_S)
 
     @property
     def tokens_gen(self) -> int:
-        """Tokens of the generation expert."""
+        """Number of tokens of the generation expert."""
         return int((self.kind_S == LATENT).sum())
 
     @property
     def ce_tokens(self) -> int:
-        """Rows with cross-entropy."""
+        """Number of rows with cross-entropy."""
         return int(self.ce_S.sum())
 
     @property
     def mse_tokens(self) -> int:
-        """Rows with flow loss."""
+        """Number of rows with flow loss."""
         return int(self.noised_S.sum())
 
     @property
@@ -60,12 +63,12 @@ class Pack:
 
     @property
     def visible_S(self) -> np.ndarray:
-        """Keys that each query sees (int64): the attention work of the row."""
+        """int64 [S]: number of keys that each query sees, the attention work of its row."""
         return visible_per_query(self.codes)
 
 
 def build_pack(samples: list[SamplePlan]) -> Pack:
-    """Lay samples end to end. Each sample must have at least one token."""
+    """Concatenate samples to a pack. Each sample must have at least one token."""
     lengths = [sample.tokens for sample in samples]
     kind_S = np.concatenate([sample.kind_S for sample in samples])
     fill_S = np.zeros(len(kind_S), np.int64)
@@ -90,9 +93,10 @@ def build_pack(samples: list[SamplePlan]) -> Pack:
 
 
 def mask_codes(samples: list[list[Segment]]) -> AttentionRanges:
-    """Mask integers of a pack from its samples' segments, in sequence order (BAGEL section 2.3).
+    """Return the attention ranges of a pack, in sequence order, from the segments of each sample (docs/bagel.md#mask).
 
-    The noise segments of one chain are numbered consecutively, so that a later group sees one range of private codes.
+    Args:
+        samples: per sample its segments in order.
     """
     total = sum(segment.length for segments in samples for segment in segments)
     code, public_start, public_stop, private_start, private_stop = (np.zeros(total, np.int32) for _ in range(5))
@@ -116,10 +120,13 @@ def mask_codes(samples: list[list[Segment]]) -> AttentionRanges:
 
 
 def _number_groups(segments: list[Segment], group: int) -> tuple[dict[int, int], dict[int, int], int]:
-    """Give every noise segment a private number; members of a chain follow one another.
+    """Number the noise segments of a sample, starting at `group`.
 
-    Returns (number by segment index, first number of its chain by segment index, next free number).
+    Returns:
+        (number by segment index, first number of its chain by segment index, next free number).
     """
+    # Segments of one chain get consecutive numbers even if others stand between them in the sequence: a later group
+    # then sees all earlier ones through a single range of private codes.
     members: dict[object, list[int]] = {}
     for index, segment in enumerate(segments):
         if segment.mode is Mode.NOISE:

@@ -1,4 +1,4 @@
-"""Choosing which samples form a pack, and which packs a data-parallel rank gets. Pure functions of sizes."""
+"""Selection of the samples of a pack, and assignment of packs to data-parallel ranks: pure functions of sizes."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,16 @@ import numpy as np
 
 
 def choose_pack(tokens: Sequence[int], min_tokens: int, max_tokens: int) -> list[int]:
-    """Indices of the window's samples that form the next pack, oldest first.
+    """Return the indices of the window's samples that form the next pack, oldest first.
 
-    The oldest sample is always taken, then every further one that fits, until `min_tokens` are reached: none starves
-    and none is lost, unlike the released packer (docs/bagel.md#packing). Every sample must fit by itself
-    (tokens <= max_tokens). The pack holds fewer than `min_tokens` only if the window has nothing that fits.
+    Takes the oldest sample, then every further one that fits, until `min_tokens` are reached (first fit). No sample is
+    postponed for ever and none is lost, unlike in the released packer (docs/bagel.md#packing). The pack holds fewer
+    than `min_tokens` only if nothing else in the window fits.
+
+    Args:
+        tokens: tokens of every sample in the window, oldest first; each at most `max_tokens`.
+        min_tokens: the pack is closed once it holds as many.
+        max_tokens: the pack never holds more.
     """
     chosen, total = [], 0
     for index, length in enumerate(tokens):
@@ -23,10 +28,17 @@ def choose_pack(tokens: Sequence[int], min_tokens: int, max_tokens: int) -> list
 
 
 def deal(loads: Sequence[float], bins: int, capacity: int | None = None) -> list[list[int]]:
-    """Deal items to bins of equal count, heaviest first to the lightest bin that has room.
+    """Assign items to bins, heaviest item first to the lightest bin that has room (longest processing time first).
 
-    `capacity` (default: items / bins, which must divide) is the number of items per bin. Each bin lists its items in
-    the given order. Deterministic: ties go to the earlier item and the lower bin.
+    Deterministic, since every rank computes it for itself: ties go to the earlier item and the lower bin.
+
+    Args:
+        loads: weight of every item.
+        bins: number of bins.
+        capacity: most items per bin; default len(loads) / bins, which must be whole.
+
+    Returns:
+        Per bin the indices of its items, ascending.
     """
     capacity = len(loads) // bins if capacity is None else capacity
     assert capacity * bins >= len(loads), (len(loads), bins, capacity)
@@ -40,12 +52,19 @@ def deal(loads: Sequence[float], bins: int, capacity: int | None = None) -> list
 
 
 def turns(loads: Sequence[float], ranks: int) -> list[list[int]]:
-    """Packs for `ranks` (which divides their number) to run at the same time, turn by turn: [turn][rank].
+    """Assign packs to data-parallel ranks, micro-batch by micro-batch.
 
-    Packs of like load share a turn, so that few wait for others inside it. Within a turn the heaviest goes to the rank
-    with the least so far, so that ranks finish a step together; for two turns that is the best there is. Turns follow
-    one another by their first pack: a single rank runs all packs in the order given. Deterministic: ties go to the
-    earlier pack and the lower rank.
+    Packs of similar load form one turn, the micro-batches that all ranks run at the same time, because ranks may wait
+    for each other inside it. Within a turn the heaviest pack goes to the rank with the least load so far, so that ranks
+    finish the step together; for two turns that is optimal. Deterministic: ties go to the earlier pack and lower rank.
+
+    Args:
+        loads: estimated time of every pack; their number is a multiple of `ranks`.
+        ranks: data-parallel size.
+
+    Returns:
+        Indices of packs, [turn][rank]. Turns are ordered by their lowest index, so a single rank runs the packs in the
+        given order.
     """
     heaviest_first = np.argsort(-np.asarray(loads, np.float64), kind="stable").tolist()
     rank_loads, dealt = [0.0] * ranks, []

@@ -1,9 +1,9 @@
-"""Everything one rank needs to know of a pack, derived once from sizes: in the loader's worker, in NumPy.
+"""Index arrays of one rank for one pack: token ids, RoPE ids, grid ids, labels and image indices per row.
 
-A rank holds some rows of the pack (`layout`), looks up token ids, positions and grid cells for them, encodes its share
-of the images and computes losses on some rows. All of that follows from the pack, the layout and the rank's place in
-the grid, so none of it is derived again in the training process: `parallel.inputs` copies it to the device, encodes
-and noises.
+A rank holds some rows of the pack (`sequence.layout`), encodes its share of the images and computes losses on some
+rows. All index arrays for that follow from the pack, the layout and the rank's place in the grid. They are computed
+once, in NumPy, in a loader worker; the training process (`parallel.inputs`) only copies them to the device, encodes
+images and adds noise.
 
 Shape letters: T rows of this context-parallel rank, [und | gen]; U and G its und and gen rows; g this tensor-parallel
 rank's share of G; P ViT patches that this rank encodes; L latent tokens and I latent images of the pack; Q rows with
@@ -33,7 +33,7 @@ from megabagel.sequence.pack import Pack
 from megabagel.sequence.sample import TEXT, VIT
 
 A = TypeVar("A")
-"""The kind of array: NumPy's in the worker, torch's on the device, or only where each lies (`sequence.one_buffer`)."""
+"""Array type of a record: `np.ndarray` in the worker, `torch.Tensor` on the device, `Span` for places in a buffer."""
 
 
 @dataclass(frozen=True)
@@ -43,127 +43,138 @@ class RankPlace:
     tp: int = 0
     cp: int = 0
     first: bool = True
-    """Embeds tokens and encodes images."""
+    """Whether the rank is in the first pipeline stage, which embeds tokens and encodes images."""
     last: bool = True
-    """Computes losses."""
+    """Whether the rank is in the last pipeline stage, which computes losses."""
 
     def share(self, rows: np.ndarray, row_shards: int) -> np.ndarray:
-        """This tensor-parallel rank's share of rows that are split `row_shards` ways: tp, or 1 for not at all."""
+        """Return this tensor-parallel rank's share of rows under sequence parallelism.
+
+        Args:
+            rows: rows of the context-parallel rank.
+            row_shards: `ParallelConfig.row_shards`: tp with sequence parallelism, 1 without.
+        """
+        # With row_shards = 1 the remainder is 0 for every rank: all of them hold all rows.
         return np.split(rows, row_shards)[self.tp % row_shards]
 
 
 @dataclass(frozen=True)
 class RankPack:
-    """A pack as one rank holds it: which rows, and which images the rank encodes."""
+    """A pack laid out for one rank: its rows, and the images that it encodes."""
 
     pack: Pack
     layout: Layout
     place: RankPlace
     vit: ImageShares
-    """ViT images over context-parallel ranks."""
+    """ViT images of every context-parallel rank."""
     vae: ImageShares
-    """Images to encode over all ranks of the first stage."""
+    """VAE images of every rank (tp x cp) of the first pipeline stage."""
     vae_rank: int
     """This rank's index in `vae`."""
 
     @classmethod
     def of(cls, pack: Pack, config: Config, place: RankPlace) -> "RankPack":
-        """Lay a pack out for the rank at `place`."""
+        """Lay `pack` out for the rank at `place` in the grid of `config`."""
         grid = config.parallel
         layout = build_layout(pack, layout_rows(config.data.max_tokens, grid.chunk, grid.cp), grid.chunk, grid.cp)
         vit, vae = vit_shares(pack, grid.cp), vae_shares(pack, grid.cp * grid.tp)
+        # The index is this rank's place in megatron-core's tensor-and-context group, whose order `Mesh.place` asserts.
         return cls(pack, layout, place, vit, vae, place.cp * grid.tp + place.tp)
 
     @cached_property
     def vit_images(self) -> list[tuple[int, Vit]]:
-        """(sample, image) of every ViT image that this rank encodes; none beyond the first stage."""
+        """(sample number, image) of every ViT image that this rank encodes; empty outside of the first stage."""
         images = vit_images(self.pack)
         return [images[i] for i in self.vit.dealt[self.place.cp]] if self.place.first else []
 
     @cached_property
     def vae_images(self) -> list[VaeImage]:
-        """Images whose latents this rank encodes; none beyond the first stage."""
+        """Images that this rank encodes with the VAE; empty outside of the first stage."""
         images = vae_images(self.pack)
         return [images[i] for i in self.vae.dealt[self.vae_rank]] if self.place.first else []
 
 
 @dataclass(frozen=True)
 class VitRows(Generic[A]):
-    """ViT images of a rank, and where their tokens go."""
+    """ViT patches that a rank encodes, and the und rows that receive the pack's patches."""
 
     grid: A
-    """[P] int64 ids of the learned position table; 0 in padding."""
+    """[P] int64 ids in the ViT's learned position table, for the patches that this rank encodes; 0 in padding."""
     grid_all: A
-    """int64, ids of the frozen position table for every patch of the pack, in token order."""
+    """int64 ids in the language model's frozen position table, for every patch of the pack in token order."""
     gathered_row: A
-    """int64, for every patch of the pack its row once all context-parallel ranks' P rows lie end to end."""
+    """int64, for every patch of the pack its row after the all-gather of all context-parallel ranks' P rows."""
     row_U: A
-    """[U] int64: which patch of the pack a row takes, -1 for text and padding."""
+    """[U] int64: index of the pack's patch that a row takes; -1 for text and padding."""
 
 
 @dataclass(frozen=True)
 class LatentRows(Generic[A]):
-    """Latent tokens of a rank's gen rows, and the images behind them."""
+    """Latent tokens of a rank's gen rows, and the latent images of the pack."""
 
     image_g: A
-    """[g] int64: latent image of a row; -1 in padding."""
+    """[g] int64 index of the row's latent image; -1 in padding."""
     place_g: A
-    """[g] int64: row-major number inside the image; 0 in padding."""
+    """[g] int64 row-major number of the token inside its image; 0 in padding."""
     grid_g: A
-    """[g] int64 ids of the frozen position table; 0 in padding."""
+    """[g] int64 ids in the frozen position table; 0 in padding."""
     weight_g: A
-    """[g] fp32 weight of the flow loss; 0 for clean images and padding."""
+    """[g] fp32 weight of the row in the flow loss; 0 for clean images and padding."""
     raw_time_I: A
-    """[I] fp32 normal draw behind each timestep; -inf for a clean image."""
+    """[I] fp32 normal draw u behind each timestep (docs/bagel.md#flow-time); -inf for a clean image."""
     seed_I: A
-    """[I] int64 seed of the noise."""
+    """[I] int64 seed of each image's noise."""
     start_I: A
-    """[I] int64: first number of the image's latent among those of all encoded images, end to end."""
+    """[I] int64 offset of the image's latent, in numbers, in the flat tensor of all encoded images end to end."""
     height_I: A
-    """[I] int64, cells of the latent; likewise the width."""
+    """[I] int64 height of the latent in cells (before patching into tokens)."""
     width_I: A
+    """[I] int64 width of the latent in cells."""
     gathered_row: A
-    """int64, for every token of the encoded images its row once all ranks' `encoded_rows` rows lie end to end."""
+    """int64, for every token of the encoded images its row after the all-gather of all ranks' `encoded_rows` rows."""
     encoded_rows: int
-    """Rows that each rank of the stage contributes: the largest share."""
+    """Rows that each rank of the stage contributes to the all-gather: the largest share."""
     posterior_seeds: tuple[int, ...]
-    """Of the images that this rank encodes."""
+    """Seed of the VAE's posterior draw for each image that this rank encodes."""
 
 
 @dataclass(frozen=True)
 class RankRows(Generic[A]):
-    """One pack as one rank sees it. `vit` and `latents` are of the first pipeline stage, rows with CE of the last."""
+    """Index arrays of one rank for one pack."""
 
     position_T: A
-    """[T] int32 RoPE positions; 0 in padding."""
+    """[T] int32 RoPE ids; 0 in padding."""
     token_id_U: A
-    """[U] int64; 0 where the row is no text."""
+    """[U] int64 token ids; 0 where the row is not text."""
     is_text_U: A
     """[U] bool."""
     latent_g: A
-    """[g] int64: number of the row's latent token in the pack; -1 in padding."""
+    """[g] int64 index of the row's latent token among those of the pack; -1 in padding."""
     ce_row_Q: A
-    """[Q] int64, rows of U with cross-entropy."""
+    """[Q] int64 indices (in U) of rows with cross-entropy; empty outside of the last stage."""
     label_Q: A
-    """[Q] int64, the next token of each."""
+    """[Q] int64 next-token labels of these rows."""
     source_Q: A
-    """[Q] int64, number of the row's data source in `data.sources`; the number after them for none."""
+    """[Q] int64 index of the row's data source in `data.sources`; len(data.sources) for samples of no source."""
     source_g: A
     """[g] int64, the same for gen rows."""
     vit: VitRows[A] | None
+    """None outside of the first stage, or without a ViT."""
     latents: LatentRows[A] | None
+    """None outside of the first stage."""
 
 
 def derive_rows(
     rank: RankPack, config: Config, token_ids: np.ndarray, latent_weight_L: np.ndarray | None = None
 ) -> RankRows[np.ndarray]:
-    """Rows of one rank.
+    """Compute the index arrays of one rank.
 
     Args:
         rank: the pack, laid out for the rank.
-        token_ids: int64, of every text token of the pack in token order.
-        latent_weight_L: [L] weight of each latent token in the flow loss, on top of 0 for clean images; None: 1. Losses
-            are divided by counts of tokens, whatever they weigh.
+        config: sizes of the model, grid, data sources.
+        token_ids: int64 ids of every text token of the pack in token order, delimiters included.
+        latent_weight_L: [L] weight of each latent token in the flow loss, multiplied with 0 for clean images; None: 1.
+            Losses are divided by counts of tokens, not by sums of weights.
     """
     pack, place = rank.pack, rank.place
     token_U, token_G = rank.layout.split(place.cp)
@@ -172,6 +183,8 @@ def derive_rows(
     latent_g = _take(pack.fill_S, token_g, -1)
     ce_row_Q = np.flatnonzero(_take(pack.ce_S, token_U, False)) if place.last else np.zeros(0, np.int64)
     token_Q, source_S = token_U[ce_row_Q], _sources(pack, config)
+    # label_Q: a row with cross-entropy is never the last of its text (docs/bagel.md#samples), so the pack's next text
+    # token is the next token of the same text.
     return RankRows(
         position_T=_take(pack.position_S, rank.layout.rank(place.cp), 0),
         token_id_U=_take(token_ids, np.where(is_text_U, _take(pack.fill_S, token_U, -1), -1), 0),
@@ -187,12 +200,12 @@ def derive_rows(
 
 
 def _take(values: np.ndarray, index: np.ndarray, padding: int | float) -> np.ndarray:
-    """`values[index]`, with `padding` where the index is -1."""
+    """Return `values[index]`, with `padding` where the index is -1."""
     return np.append(values, values.dtype.type(padding))[index]
 
 
 def _sources(pack: Pack, config: Config) -> np.ndarray:
-    """[S] int64 number of each token's data source; samples of none (prompts) get the number after them."""
+    """Return [S] int64 index of each token's data source; tokens of no source (prompts) get len(data.sources)."""
     number = {source.name: n for n, source in enumerate(config.data.sources)}
     of_sample = [number.get(sample.key.source, len(number)) for sample in pack.samples]
     return np.array(of_sample, np.int64)[pack.sample_S]

@@ -1,4 +1,7 @@
-"""Sample plan: items to segments, RoPE ids, loss rows and noise seeds (docs/bagel.md#samples, #rope, #flow-time)."""
+"""Layout of one sample: items to segments, RoPE ids, loss rows and noise seeds.
+
+The rules are those of docs/bagel.md#samples, #rope, #conditioning-dropout and #flow-time.
+"""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -9,19 +12,19 @@ from megabagel.sequence.items import DELIMITERS, Clip, Item, Latent, Mode, Text,
 from megabagel.sequence.keys import SampleKey
 
 TEXT, VIT, LATENT = 0, 1, 2
-"""Token kinds: text and image delimiters, ViT patches (both the understanding expert's), VAE latents (generation)."""
+"""Token kinds. TEXT (delimiters of images included) and VIT use the understanding expert, LATENT the generation one."""
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Probability that a droppable item is left out, by kind (BAGEL section 2.3)."""
+    """Conditioning dropout: probability that a droppable item is left out, by kind (BAGEL section 2.3)."""
 
     text: float = 0.0
     vit: float = 0.0
     latent: float = 0.0
 
     def of(self, item: Item) -> float:
-        """Probability for one item; items that are not droppable have none."""
+        """Return the probability for one item; 0 for items that are not droppable. A clip follows its first frame."""
         if isinstance(item, Clip):
             return self.of(item.frames[0])
         if not item.droppable:
@@ -31,7 +34,7 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens under one rule of attention. `chain` joins the groups of one diffusion-forcing sequence."""
+    """A run of tokens under one attention mode; segments of equal `chain` form one diffusion-forcing sequence."""
 
     mode: Mode
     length: int
@@ -40,52 +43,62 @@ class Segment:
 
 @dataclass(frozen=True)
 class LatentImage:
-    """One run of latent tokens: whose image, its token grid, its draw u (-inf: clean) and the seed of its noise."""
+    """One use of an image's latents in a sample."""
 
     slot: int
+    """Index of the image in the document."""
     rows: int
     cols: int
     raw_timestep: float
+    """Normal draw u behind the timestep (docs/bagel.md#flow-time); -inf for a clean image."""
     noise_seed: int
 
     @property
     def noised(self) -> bool:
-        """Whether the image is generated, that is bears flow loss."""
+        """Whether the image is generated, that is, bears the flow loss."""
         return self.raw_timestep != -np.inf
 
 
 @dataclass
 class SamplePlan:
-    """One sample as it enters a pack: S tokens, from sizes alone.
-
-    items: what was kept after conditioning dropout, in order.
-    segments: attention runs, lengths sum to S.
-    kind_S (uint8): TEXT, VIT or LATENT. position_S (int32): RoPE ids. ce_S (bool): rows whose next token is a target.
-    vits: (slot, rows, cols) per ViT image. latents: per latent image. Both in token order.
-    """
+    """Token layout of one sample, computed from sizes alone."""
 
     key: SampleKey
     items: list[Item] = field(default_factory=list)
+    """The items left after conditioning dropout, in order."""
     segments: list[Segment] = field(default_factory=list)
+    """Attention segments in order; their lengths sum to S."""
     vits: list[Vit] = field(default_factory=list)
+    """ViT images in token order."""
     latents: list[LatentImage] = field(default_factory=list)
+    """Latent images in token order."""
     kind_S: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    """TEXT, VIT or LATENT."""
     position_S: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """RoPE ids."""
     ce_S: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """Rows with cross-entropy, whose next token is a target."""
 
     @property
     def tokens(self) -> int:
-        """S."""
+        """S, the number of tokens."""
         return len(self.kind_S)
 
 
 def plan_sample(items: list[Item], key: SampleKey, dropout: Dropout, advance_dropped: bool = True) -> SamplePlan:
-    """Lay out one sample. Every droppable item is dropped on its own keyed draw."""
+    """Apply conditioning dropout to the items of a sample and lay out the rest.
+
+    Args:
+        items: the sample, as sizes.
+        key: labels of the sample's random draws.
+        dropout: probabilities; each droppable item has a keyed draw of its own.
+        advance_dropped: see `lay_out`.
+    """
     return lay_out(items, key, dropped_items(items, key, dropout), advance_dropped)
 
 
 def dropped_items(items: list[Item], key: SampleKey, dropout: Dropout) -> set[int]:
-    """Numbers of the items that conditioning dropout leaves out (docs/bagel.md#conditioning-dropout)."""
+    """Return the indices of the items that conditioning dropout leaves out (docs/bagel.md#conditioning-dropout)."""
     return {
         index
         for index, item in enumerate(items)
@@ -94,10 +107,14 @@ def dropped_items(items: list[Item], key: SampleKey, dropout: Dropout) -> set[in
 
 
 def lay_out(items: list[Item], key: SampleKey, dropped: Collection[int], advance_dropped: bool = True) -> SamplePlan:
-    """Lay out one sample without the items whose numbers are in `dropped`.
+    """Lay out one sample without its dropped items.
 
-    A dropped image still moves the RoPE counter by one when `advance_dropped` (the released code does;
-    docs/bagel.md#rope); dropped text never moves it.
+    Args:
+        items: the sample, as sizes.
+        key: labels of the sample's random draws (timesteps, noise).
+        dropped: indices of items to leave out.
+        advance_dropped: whether a dropped image still advances the RoPE counter by one, as in the released trainer
+            (docs/bagel.md#rope). Dropped text never does.
     """
     plan = SamplePlan(key)
     kinds, positions, losses = [], [], []
@@ -131,11 +148,12 @@ def _mode(item: Text | Vit | Latent) -> Mode:
 
 
 def _tokens(item: Item, counter: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
-    """Yield (kinds, positions, loss flags, counter after) for each text or image of the item."""
+    """Yield (kinds, RoPE ids, loss flags, RoPE counter afterwards) for each text or image of the item."""
     if isinstance(item, Text):
         length = item.length + DELIMITERS
         loss = np.zeros(length, bool)
-        loss[: length - 1] = item.loss  # bos .. last id predict first id .. eos; eos itself predicts nothing
+        # Rows bos to last id predict first id to eos; eos itself predicts nothing.
+        loss[: length - 1] = item.loss
         yield np.full(length, TEXT, np.uint8), counter + np.arange(length, dtype=np.int32), loss, counter + length
         return
     frames = item.frames if isinstance(item, Clip) else (item,)
@@ -144,7 +162,8 @@ def _tokens(item: Item, counter: int) -> Iterator[tuple[np.ndarray, np.ndarray, 
         kind = np.full(item_tokens(frame), VIT if isinstance(frame, Vit) else LATENT, np.uint8)
         kind[[0, -1]] = TEXT
         position = np.full(len(kind), counter, np.int32)
-        if step is None:  # a clean copy that follows a noised image takes the same id
+        # A noised image does not advance the counter: the clean copy that follows it takes the same RoPE id.
+        if step is None:
             step = int(not (isinstance(frame, Latent) and frame.noised))
         counter += step
         yield kind, position, np.zeros(len(kind), bool), counter
@@ -155,7 +174,9 @@ def _register_images(plan: SamplePlan, item: Item, index: int) -> None:
         plan.vits.append(item)
     elif isinstance(item, Latent | Clip):
         frames = item.frames if isinstance(item, Clip) else (item,)
-        raw = float(plan.key.generator("timestep", index).standard_normal())  # one draw for all frames of a clip
+        # All frames of a clip share one timestep draw; noise is drawn per frame. Keys use the index among all items,
+        # dropped ones included, so dropout of one item does not change the draws of the others.
+        raw = float(plan.key.generator("timestep", index).standard_normal())
         for number, frame in enumerate(frames):
             timestep = raw if frame.noised else -np.inf
             seed = plan.key.seed64("noise", index, number)

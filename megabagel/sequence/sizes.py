@@ -1,6 +1,7 @@
-"""What a sample or a pack amounts to, without laying it out: what a plan of a whole job is made from.
+"""Counts of tokens, loss rows, visible pairs and images of a sample or pack, without laying it out.
 
-`sample_size` counts from items, `pack_size` from a pack's arrays; both find the same numbers.
+The global data plan and the FLOP count work on these. `sample_size` counts from items, which the plan does for every
+sample of a job; `pack_size` counts from the arrays of a pack. Both give the same numbers.
 """
 
 from collections.abc import Collection, Iterable
@@ -14,7 +15,7 @@ from megabagel.sequence.pack import Pack
 
 
 class Size(NamedTuple):
-    """Counts of a sample, or of several: see `total`."""
+    """Counts of one sample, or of several (see `total`)."""
 
     samples: int = 0
     tokens: int = 0
@@ -25,30 +26,30 @@ class Size(NamedTuple):
     mse_tokens: int = 0
     """Rows with flow loss."""
     visible: int = 0
-    """(query, key) pairs that the mask lets through: the mask's area."""
+    """(query, key) pairs that the mask allows."""
     squares: int = 0
-    """Tokens of each sample, squared."""
+    """Sum over samples of tokens squared."""
     patches: int = 0
-    """ViT tokens."""
+    """ViT patches."""
     patch_squares: int = 0
-    """ViT tokens of each image, squared: pairs that the tower's attention computes."""
+    """Sum over ViT images of patches squared: (query, key) pairs of the ViT's attention."""
     encoded: int = 0
-    """Latent tokens of the images that the codec encodes, each once."""
+    """Latent tokens of the images that the VAE encodes, each image counted once."""
     encoded_squares: int = 0
-    """The same, squared per image."""
+    """Sum over these images of latent tokens squared."""
     vit_images: int = 0
-    """Images that the tower sees."""
+    """Images that the ViT encodes."""
     vae_images: int = 0
-    """Images that the codec encodes."""
+    """Images that the VAE encodes."""
 
 
 def total(sizes: Iterable[Size]) -> Size:
-    """Sums of all counts."""
+    """Return the sum of each count."""
     return Size(*map(sum, zip(*sizes, strict=True)))
 
 
 def sample_size(items: list[Item], dropped: Collection[int]) -> Size:
-    """The size of `lay_out(items, key, dropped)`, whatever the key."""
+    """Return the counts of `lay_out(items, key, dropped)`, which do not depend on the key."""
     tokens = gen = ce = mse = visible = public = patches = patch_squares = towers = 0
     images: dict[tuple[int, int, int], int] = {}
     chains: dict[int, int] = {}
@@ -99,7 +100,10 @@ def sample_size(items: list[Item], dropped: Collection[int]) -> Size:
 
 
 def _private(item: Latent | Clip, length: int, chains: dict[int, int]) -> int:
-    """Private keys that a segment of `length` tokens sees: its own and those before it in its chain; 0 if public."""
+    """Return how many private keys each query of a segment sees: its own and earlier ones of its chain; 0 if public.
+
+    Adds the segment to the running total of its chain in `chains`.
+    """
     if isinstance(item, Latent):
         return length if item.noised else 0
     if item.mode is not Mode.NOISE:
@@ -111,7 +115,7 @@ def _private(item: Latent | Clip, length: int, chains: dict[int, int]) -> int:
 
 
 def pack_size(pack: Pack) -> Size:
-    """The size of a pack that is laid out."""
+    """Return the counts of a pack."""
     lengths = np.array([sample.tokens for sample in pack.samples], np.int64)
     towers = np.array([vit.rows * vit.cols for sample in pack.samples for vit in sample.vits], np.int64)
     encoded = np.array([image.tokens for image in vae_images(pack)], np.int64)

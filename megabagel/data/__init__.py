@@ -1,1 +1,1 @@
-"""From shards to packed batches: documents, index, mixture, global plan, decoding, loading."""
+"""Data pipeline from shards to packed batches: documents, index, mixture, global plan, decoding, loading."""

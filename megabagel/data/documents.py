@@ -1,7 +1,8 @@
-"""What a sample is: an ordered list of texts and images, each with the role that it plays in training.
+"""Documents: the description of one sample as an ordered list of texts and images with their roles, without content.
 
-A sample on disk (`samples.py`) may leave roles open; the task of its source decides them here, by `assign_roles`,
-before anything is planned. Only sizes are known in this file: numbers of token ids, heights and widths.
+A document holds sizes (token counts, pixel heights and widths) and the places where the bytes lie, so that steps can be
+planned and packed without reading a shard. A sample on disk (`formats/samples.py`) may leave roles undeclared;
+`assign_roles` completes them from the task of its source before planning.
 """
 
 from collections.abc import Callable
@@ -11,20 +12,22 @@ from typing import Literal
 Task = Literal["t2i", "i2t", "edit", "video", "text", "interleave"]
 
 TextRole = Literal["condition", "target"]
-"""`condition`: read, no loss, may be dropped for classifier-free guidance; `target`: learned with cross-entropy."""
+"""`condition`: no loss, may be dropped for classifier-free guidance; `target`: trained with cross-entropy."""
 
 ImageRole = Literal["condition", "target", "look"]
-"""`condition`: shown clean (VAE latents and ViT), may be dropped; `target`: generated (noised VAE latents); `look`: ViT
-only, never dropped."""
+"""`condition`: clean VAE latents and ViT tokens, may be dropped; `target`: noised VAE latents with flow loss; `look`:
+ViT tokens only, never dropped (image understanding)."""
 
 
 Role = TextRole | ImageRole
 
 
 class SampleError(Exception):
-    """A sample that cannot be used. It is skipped and counted, never fatal.
+    """Raised for a sample that cannot be used. Callers skip and count the sample; the run continues.
 
-    `reason` is short and the same for every sample with this fault, so that it can be counted; `detail` says where.
+    Args:
+        reason: short, and identical for all samples with the same fault: skipped samples are counted by it.
+        detail: the field, value or position at fault; not part of the counts.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -35,7 +38,7 @@ class SampleError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where bytes lie in a tar or JSONL file: `size` bytes from byte `offset` of shard number `shard`."""
+    """Location of bytes in a tar or JSONL file: `size` bytes from byte `offset` of shard number `shard`."""
 
     shard: int
     offset: int
@@ -44,9 +47,9 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Where bytes lie in a parquet file: row `row` of row group `group` in column number `column` of a shard.
+    """Location of bytes in a parquet file: row `row` of row group `group` in column number `column` of a shard.
 
-    `element` is the place in a cell that holds a list, -1 for the cell itself.
+    `element` is the index into a cell that holds a list; -1 addresses the whole cell.
     """
 
     shard: int
@@ -59,7 +62,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Loose:
-    """A file of its own, named by a record: `path` is relative to the image folder of the source."""
+    """Location of an image in a file of its own; `path` is relative to the image folder of the source."""
 
     path: str
     size: int
@@ -67,22 +70,24 @@ class Loose:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Text number `part`, counted from 0, of what the record at `place` says."""
+    """Location of a text inside a record: the record at `place`, and the number of the text in it, from 0."""
 
     place: Member | Cell
     part: int
 
 
 Place = Member | Cell | Loose
-"""Where the bytes of an image lie."""
+"""Location of the bytes of an image."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextItem:
-    """A text of `n_ids` token ids (no special tokens), held here or, when it is long, in a shard.
+    """A text of `n_ids` token ids (special tokens not counted).
 
-    `alternative` marks another wording of the text before it: a visit reads one of them. `joined` texts belong to a
-    chain of edits: the instructions of so many steps, from the image before on, written as one (`expand.py`).
+    `source` is the text itself if it is short, else its location in a shard. `alternative` marks another wording of the
+    preceding text: each visit (one use of a sample in one epoch) reads one of the wordings. `joined` is nonzero for
+    texts of a chain of edits that merge the instructions of that many steps, starting at the preceding image
+    (`plan/augmentation.py`).
     """
 
     n_ids: int
@@ -90,15 +95,17 @@ class TextItem:
     role: TextRole | None = None
     alternative: bool = False
     joined: int = 0
+    # Not compared: two items are equal if they describe the same text, whether or not a checksum was recorded.
     crc: int | None = field(default=None, compare=False)
-    """CRC-32 of the text in UTF-8 when it was indexed."""
+    """CRC-32 of the UTF-8 text at indexing time."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageItem:
-    """An image of `height` x `width` pixels as a viewer shows it (EXIF orientation applied).
+    """An image of `height` x `width` pixels after its EXIF orientation is applied.
 
-    `frame` marks a further frame of the clip that the image before it belongs to: a visit looks at some of them.
+    `frame` marks a further frame of the clip that the preceding image belongs to. A clip with role `look` shows a
+    random subset of its frames in each visit.
     """
 
     height: int
@@ -107,7 +114,7 @@ class ImageItem:
     role: ImageRole | None = None
     frame: bool = False
     crc: int | None = field(default=None, compare=False)
-    """CRC-32 of the file's bytes when it was indexed."""
+    """CRC-32 of the file's bytes at indexing time."""
 
 
 Item = TextItem | ImageItem
@@ -115,7 +122,7 @@ Item = TextItem | ImageItem
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One sample: `key` names it inside its shard, `items` are in the order in which the model meets them."""
+    """One sample: `key` identifies it within its shard, `items` are in sequence order."""
 
     key: str
     items: tuple[Item, ...]
@@ -132,16 +139,15 @@ class Document:
 
 
 def assign_roles(task: Task, document: Document) -> Document:
-    """The document as `task` sees it: every item has a role, and the items are in the order of the task.
+    """Give every item of a document its role under `task`, and order the items as the task requires.
 
-    t2i: caption (condition), image (target). i2t: image (look), caption (target), or a conversation as declared, whose
-    images are looked at. edit: the first image is a condition, all others are targets; texts are conditions unless
-    declared a target. video: texts (condition), then frames (target). text: texts are targets unless declared a
-    condition. interleave: roles as declared (docs/bagel.md#tasks). t2i and i2t refuse items that declare another role:
-    a question is no caption. Assigning a task twice changes nothing.
+    t2i: caption (condition), image (target). i2t: image (look), caption (target); a conversation keeps its declared
+    roles. edit: the first image is a condition, all others are targets; texts are conditions unless declared a target.
+    video: texts (condition), then frames (target). text: texts are targets unless declared a condition. interleave:
+    roles as declared (docs/bagel.md#tasks). Idempotent.
 
     Raises:
-        SampleError: the document does not suit the task; the reason starts with the task's name.
+        SampleError: the document does not suit the task; the reason starts with the name of the task.
     """
     return replace(document, items=_ASSIGN[task](document))
 
@@ -159,28 +165,30 @@ def _image_to_text(document: Document) -> tuple[Item, ...]:
 
 
 def _is_conversation(document: Document) -> bool:
-    """Whether every item declares a role under which nothing but texts is learned."""
+    """Return whether all items declare roles, some text is a target and every image is only looked at."""
     texts = {text.role for text in document.texts}
     return None not in texts and "target" in texts and all(image.role == "look" for image in document.images)
 
 
 def _captions_and_image(task: Task, document: Document) -> tuple[list[TextItem], ImageItem]:
-    """The wordings of the one caption, and the one image."""
+    """The wordings of the only caption, and the only image."""
     texts, images = document.texts, document.images
+    # Alternatives are wordings of the same caption and don't count as further texts.
     if sum(not text.alternative for text in texts) != 1 or len(images) != 1:
         raise _unsuitable(task, "not one text and one image", document)
     return texts, images[0]
 
 
 def _text_as(task: Task, role: TextRole, text: TextItem) -> TextItem:
-    """A text in the role that the task gives it, unless it declares another one: a question is no caption."""
+    """A text in the role that the task gives it; SampleError if it declares another one."""
+    # Overriding the declared role instead would train on a question as if it were a caption.
     if text.role not in (None, role):
         raise SampleError(f"{task}: a declared role does not suit", f"a text is a {text.role}, wanted as {role}")
     return replace(text, role=role)
 
 
 def _image_as(task: Task, role: ImageRole, image: ImageItem) -> ImageItem:
-    """The same of an image."""
+    """An image in the role that the task gives it; SampleError if it declares another one."""
     if image.role not in (None, role):
         raise SampleError(f"{task}: a declared role does not suit", f"an image is a {image.role}, wanted as {role}")
     return replace(image, role=role)

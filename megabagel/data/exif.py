@@ -1,4 +1,4 @@
-"""The orientation in a block of EXIF, whatever else the block holds."""
+"""EXIF orientation, read without parsing the other tags."""
 
 import struct
 
@@ -7,10 +7,10 @@ _SHORT, _LONG = 3, 4
 
 
 def orientation_of(block: bytes) -> int | None:
-    """The number of tag 274 in the first directory of an EXIF block; None where there is none.
+    """Value of the orientation tag (274) in the first directory of an EXIF block, or None if there is none.
 
-    Pillow reads all tags at once, so that one it cannot read (a doubled one, a text where a number belongs, an offset
-    beyond the end) hides the others.
+    Used where Pillow fails: it parses all tags at once, so a single malformed tag (duplicated, text instead of a
+    number, an offset beyond the end) makes it lose the orientation too.
     """
     tiff = block.removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])

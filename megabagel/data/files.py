@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and how many may be open."""
+"""Atomic file writes, the limit of open files, and the classification of errors when an image file is read."""
 
 import errno
 import resource
@@ -12,8 +12,10 @@ from megabagel.data.documents import SampleError
 from megabagel.errors import UserError
 
 OPEN_FILES = 2**16
-"""As many open files as a process asks for: some systems allow so many that a library that goes through all is slow."""
+"""Upper bound of the soft limit that `allow_open_files` sets. The hard limit itself is not taken: on some systems it is
+so large that libraries which iterate over all possible descriptors become slow."""
 
+# Errors that say that there is no such file under this name; all others leave open whether the image exists.
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _UNUSABLE = {
     errno.EINVAL: "image is no regular file",
@@ -21,14 +23,14 @@ _UNUSABLE = {
     errno.ENXIO: "image is no regular file",
 }
 MAX_IMAGE_BYTES = 2**29
-"""An image file with more bytes is not read: 512 MiB hold MAX_PIXELS of decode/headers.py in 16 bits, uncompressed."""
+"""Largest image file that is read: 512 MiB hold MAX_PIXELS of decode/headers.py with 16-bit channels, uncompressed."""
 
 
 def allow_open_files() -> None:
-    """Raise the soft limit of open files towards the hard one.
+    """Raise this process's soft limit of open files towards the hard limit.
 
-    The usual soft limit of 1024 is soon met: by the shards of many sources, and by results of workers on their way, of
-    which Linux allows all processes of a user together no more than this limit.
+    The usual soft limit of 1024 is too low for the shards of many sources, and for the results of loader workers: each
+    is a file descriptor in flight over a socket, and Linux bounds those of all processes of a user by this limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < (most := min(hard, OPEN_FILES)):
@@ -36,9 +38,12 @@ def allow_open_files() -> None:
 
 
 def image_fault(path: Path, detail: str, error: OSError) -> SampleError | UserError:
-    """What to raise where an image file cannot be read: the sample's fault if there is no such file.
+    """Turn an OSError of an image file into the error to raise.
 
-    Otherwise (no rights, a disk or network that fails, too many open files) it is nothing that may be kept on record.
+    Returns:
+        SampleError if the file does not exist or is no regular file: the sample is skipped, and the index records it.
+        UserError otherwise (no permission, a failing disk or network, too many open files): such a fault may be gone in
+        the next run, so it must not be recorded in the index as a property of the sample.
     """
     if error.errno in _ABSENT:
         return SampleError("image is missing", detail)
@@ -49,12 +54,13 @@ def image_fault(path: Path, detail: str, error: OSError) -> SampleError | UserEr
 
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`: its files move up into `folder` when the block succeeds, else they vanish.
+    """Context manager: a temporary folder whose files move into `folder` when the block succeeds, else are deleted.
 
     Raises:
         OSError: the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # Inside `folder`, not in the system's temporary folder: `replace` is atomic only within one file system.
     stage = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:
         yield stage
@@ -65,7 +71,7 @@ def staging(folder: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write one file so that a reader meets the old bytes or the new ones, never a part.
+    """Write one file atomically: a concurrent reader gets the old bytes or the new ones, never a part.
 
     Raises:
         OSError: the folder cannot be made or written.

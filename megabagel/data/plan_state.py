@@ -1,4 +1,4 @@
-"""The place of a plan in the data, as a checkpoint holds it: types and ranges of what is read back."""
+"""Schema of the data position in a checkpoint: types and ranges that are checked when a plan resumes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,22 +8,29 @@ from megabagel.config.typed_json import Count, Positive, WrongValue
 
 @dataclass(frozen=True)
 class PlanState:
-    """See `GlobalPlan.state`."""
+    """Position of a `GlobalPlan` in the data, as `GlobalPlan.state` writes it."""
 
     fingerprint: dict[str, str]
     seed: int
     step: Count
     draws: Count
     cursors: dict[str, tuple[Count, Count]]
-    """By source: epoch, and samples of it that were taken."""
+    """Per source: the epoch, and the number of samples drawn from it so far."""
     begun: dict[str, tuple[Count, Positive]]
-    """By source: epoch that was begun when it had so many samples."""
+    """Per source that has grown: the epoch, and the number of samples that the source had when the epoch began."""
     window: tuple[tuple[str, Count, Count], ...]
-    """Waiting samples: source, number, epoch."""
+    """Samples that are drawn but not yet packed: source, sample number, epoch."""
     skipped: dict[str, Count]
 
     def check(self, samples: Mapping[str, int]) -> None:
-        """Raise WrongValue where a place lies outside of the sources; `samples`: of each source."""
+        """Check that all positions lie inside the sources.
+
+        Args:
+            samples: number of samples per source.
+
+        Raises:
+            WrongValue: a source, sample or epoch that does not exist.
+        """
         if self.cursors.keys() != samples.keys():
             raise WrongValue(f"plan.cursors is of {sorted(self.cursors)!a:.80}; expected {sorted(samples)!a:.80}")
         for name, (epoch, known) in self.begun.items():

@@ -1,4 +1,7 @@
-"""`megabagel data stats`: what the steps of a config hold, counted on the plan alone, before any image is decoded."""
+"""`megabagel data stats`: token, sample and image counts of the steps of a config.
+
+Counted on the global plan, so no image is decoded and no model is built.
+"""
 
 import json
 from collections import Counter
@@ -14,7 +17,10 @@ from megabagel.sequence.sizes import Size
 
 @dataclass
 class Tokens:
-    """Tokens by type. `text` has the delimiters of images too; `text_loss` are the rows with cross-entropy."""
+    """Token counts by type.
+
+    `text` counts text tokens without loss and the delimiters of images; `text_loss` counts rows with cross-entropy.
+    """
 
     text: int = 0
     text_loss: int = 0
@@ -23,7 +29,7 @@ class Tokens:
     noised_latents: int = 0
 
     def add(self, size: Size) -> None:
-        """Count a sample."""
+        """Add the tokens of one sample."""
         self.text += size.tokens - size.tokens_gen - size.patches - size.ce_tokens
         self.text_loss += size.ce_tokens
         self.vit += size.patches
@@ -38,9 +44,10 @@ class Tokens:
 
 @dataclass
 class SourceStats:
-    """What a source gave. `epochs`: how often it was gone through, what lies in the packer's window included.
+    """Counts of one source.
 
-    left_out: samples drawn that could not enter a pack. skipped: samples that the index refused. Both by reason.
+    `epochs`: passes over the source; samples that wait in the packing window count as drawn. `left_out`: samples that
+    were drawn but could not enter a pack, by reason. `skipped`: samples that the index refused, by reason.
     """
 
     task: str
@@ -55,7 +62,7 @@ class SourceStats:
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts over some steps. `fills`: tokens of every pack as a share of data.max_tokens."""
+    """Counts over a number of steps. `fills`: tokens of every pack as a fraction of `data.max_tokens`."""
 
     steps: int
     sources: dict[str, SourceStats]
@@ -69,13 +76,13 @@ class Stats:
 
     @property
     def und_per_gen(self) -> float | None:
-        """Tokens of the understanding expert per token of the generation expert; None without any of the latter."""
+        """Tokens of the understanding expert per token of the generation expert; None if the latter has none."""
         tokens = self.tokens
         gen = tokens.clean_latents + tokens.noised_latents
         return (tokens.total - gen) / gen if gen else None
 
     def as_json(self) -> str:
-        """All counts, for programs."""
+        """All counts as a JSON document."""
         fills = {"mean": sum(self.fills) / len(self.fills), "least": min(self.fills), "most": max(self.fills)}
         counts = {"steps": self.steps, "packs": len(self.fills), "fill": fills, "und_per_gen": self.und_per_gen}
         sources = {name: asdict(source) for name, source in self.sources.items()}
@@ -117,7 +124,7 @@ def _count(plan: GlobalPlan, step: StepPlan, found: dict[str, SourceStats]) -> N
 
 
 def _table(stats: Stats) -> list[str]:
-    """A line per source and one for all, columns set flush right."""
+    """One line per source and a total, as an aligned table."""
     counted = ("samples", "images", "text", "with loss", "ViT", "clean", "noised", "tokens")
     header: tuple[str, ...] = ("source", "task", *counted, "share", "epochs")
     total = stats.tokens.total

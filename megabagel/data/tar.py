@@ -1,8 +1,8 @@
-"""The headers of a tar file, walked once and with limits: its regular files, what it holds beside them, how it ends.
+"""Reader of tar headers that is safe on untrusted files: lists the members of a shard, and how it ends.
 
-The standard library's tarfile did this before. It reads header extensions of any announced length into memory, recurses
-once per extension, walks backwards where a size is negative (an endless loop in Python 3.11.7), fails at
-sizes of 2**63, and stops at the first end mark, so that all but the first of concatenated tars were lost.
+The standard library's tarfile was used before and rejected. It reads header extensions of any announced length into
+memory, recurses once per extension, walks backwards at a negative size (an endless loop in Python 3.11.7), fails at
+sizes of 2**63, and stops at the first end mark, so that of concatenated tars only the first was read.
 """
 
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ from typing import BinaryIO
 
 BLOCK = 512
 MAX_EXTENSION = 2**20
-"""Bytes of a header extension (a PAX header, a GNU long name) that are read; names on disk end at 4096."""
+"""Largest header extension (a PAX header, a GNU long name) that is read, in bytes; file names have at most 4096."""
 MAX_FILES = 2**22
-"""Files of one shard that are listed: a list of that many takes about 1 GB."""
+"""Most files of one shard that are listed; a list of that many takes about 1 GB."""
 
 BEHIND_THE_END = "data after the end mark"
-"""Begins the message about bytes that follow a sound tar and are none themselves."""
+"""Start of the message about bytes that follow a complete tar and are not a tar themselves."""
 
 _ZEROS = bytes(BLOCK)
 _PIECE = 2**20
 _LINKS = {b"1": "a hard link to a file that is not before it", b"2": "a symbolic link"}
 _NO_DATA = frozenset(b"123456")
-"""Types without data, whatever their size field holds: links, devices, folders, FIFOs."""
+"""Types without data, whatever their size field says: links, devices, folders, FIFOs."""
 _OTHERS = {
     b"3": "a device",
     b"4": "a device",
@@ -32,44 +32,51 @@ _OTHERS = {
 
 
 class NotTar(Exception):
-    """The first bytes are no header of a tar."""
+    """The file does not begin with a tar header."""
 
 
 class _Damaged(Exception):
-    """A header that cannot be understood, and with it everything behind it."""
+    """An invalid header. Everything after it is lost, because the next header can't be located."""
 
 
 @dataclass(frozen=True, slots=True)
 class TarFile:
-    """A member of a shard: a regular file of `size` bytes from byte `offset`, or one that has a `fault`.
+    """A member of a tar: a regular file of `size` bytes from byte `offset`, or an unusable member with a `fault`.
 
-    Names that are not UTF-8 keep their bytes as surrogates (PEP 383), so that different names stay different.
+    Bytes of a name that are not UTF-8 become surrogates (PEP 383), so that different names stay different.
     """
 
     name: str
     offset: int
     size: int
     fault: str = ""
-    """Why there are no bytes to read: it is a link, a sparse file, a device. Empty for a regular file."""
+    """Why the member cannot be read (a link, a sparse file, a device); empty for a regular file."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """One header block."""
+    """Fields of one header block."""
 
     name: bytes
     size: int
     kind: bytes
     link: bytes
     extended: bool
-    """Old GNU sparse: more blocks of its map follow."""
+    """Old GNU sparse file whose map continues in further blocks."""
 
 
 def walk(file: BinaryIO, length: int) -> tuple[list[TarFile], str | None]:
-    """The members of a tar of `length` bytes, in order, and what is wrong with its end (None for a sound one).
+    """List the members of a tar.
 
-    Concatenated tars are read as one (`tar -i`). A hard link is the file that it links to. Nothing behind a damaged
-    header is listed, and the last member before it may be cut off.
+    Concatenated tars are read as one (like `tar -i`). A hard link is listed with the bytes of the file that it links
+    to. Nothing after a damaged header is listed, and the last member before it may be cut off.
+
+    Args:
+        file: the open tar.
+        length: its length in bytes.
+
+    Returns:
+        The members in order, and a description of the damage at the end (None for an intact tar).
 
     Raises:
         NotTar: there is no header at byte 0.
@@ -90,12 +97,12 @@ class _Walk:
         self._forget_extensions()
 
     def _forget_extensions(self) -> None:
-        """Extensions are of the next member alone."""
+        """Reset the header extensions, which apply to the next member only."""
         self._local: dict[bytes, bytes] = {}
         self._fault = ""
 
     def run(self) -> tuple[list[TarFile], str | None]:
-        """The members, and what is wrong with the end."""
+        """Walk to the end or to the first damaged header; see `walk`."""
         ended = False
         while True:
             block = self._read(self._at, BLOCK)
@@ -104,11 +111,13 @@ class _Walk:
                 if not self._skip_zeros():
                     return self._files, None
                 continue
+            # Zeros after the end mark that do not fill a block are padding.
             if len(block) < BLOCK and ended and not block.strip(b"\0"):
                 return self._files, None
             try:
                 header = _header(block)
-                if ended:  # another tar, appended
+                # Another tar was appended; extensions of the one before do not apply to it.
+                if ended:
                     ended, self._global = False, {}
                     self._forget_extensions()
                 self._member(header)
@@ -125,7 +134,7 @@ class _Walk:
         return self._file.read(size)
 
     def _skip_zeros(self) -> bool:
-        """Go to the next block that is not all zeros; whether there is one."""
+        """Move to the next block that is not all zeros; return whether there is one."""
         while piece := self._read(self._at, _PIECE):
             rest = len(piece.lstrip(b"\0"))
             if rest:
@@ -135,7 +144,7 @@ class _Walk:
         return False
 
     def _member(self, header: _Header) -> None:
-        """Take one header and go behind its data."""
+        """Process one header and move past its data."""
         data_at = self._at + BLOCK
         if header.kind in (b"x", b"X", b"g", b"L", b"K"):
             self._extension(header, data_at)
@@ -144,7 +153,9 @@ class _Walk:
             self._forget_extensions()
 
     def _extension(self, header: _Header, data_at: int) -> None:
-        """A header extension: for all members that follow (PAX `g`), or the next one."""
+        """Process a header extension, which applies to all members that follow (PAX `g`) or to the next one."""
+        # A bad extension is a fault of the member that it belongs to, not of the tar: its size is known, so the walk
+        # can continue behind it.
         self._fit("a header extension", data_at, header.size)
         if header.size > MAX_EXTENSION:
             self._fault = f"header extension of {header.size:,} bytes"
@@ -165,7 +176,7 @@ class _Walk:
         self._at = _next_block(data_at + header.size)
 
     def _entry(self, header: _Header, data_at: int) -> None:
-        """A file, a folder, a link ..."""
+        """Process the header of a file, folder, link or other member."""
         fields = {key: value for key, value in (self._global | self._local).items() if value}
         name = fields.get(b"GNU.sparse.name") or fields.get(b"path") or header.name
         link = fields.get(b"linkpath") or header.link
@@ -176,6 +187,7 @@ class _Walk:
             if len(block) < BLOCK:
                 raise _Damaged(f"the map of a sparse file is cut off at byte {data_at}")
             extended, data_at = block[504] != 0, data_at + BLOCK
+        # Formats before POSIX have no type for folders; their names end in a slash.
         is_folder = header.kind == b"5" or (header.kind == b"0" and name.endswith(b"/"))
         if not is_folder and header.kind not in (b"V", b"D", b"N"):  # volume label, GNU's listings
             self._add(name, link, header.kind, data_at, size, any(key.startswith(b"GNU.sparse.") for key in fields))
@@ -201,28 +213,30 @@ class _Walk:
 
 
 def _header(block: bytes) -> _Header:
-    """The fields of a header block. Raises _Damaged, without a message, for a block that is none."""
+    """Parse a header block. Raises _Damaged, without a message, if the block is not a header."""
     if len(block) < BLOCK:
         raise _Damaged
     stored = _octal(block[148:156])
     plain = block[:148] + b" " * 8 + block[156:]
     total = sum(plain)
-    # Some old programs summed signed characters.
+    # Some old programs computed the checksum over signed characters; both sums are accepted.
     if stored is None or stored not in (total, total - 256 * sum(byte > 127 for byte in plain)):
         raise _Damaged
     size, kind = _number(block[124:136]), block[156:157]
-    if kind in (b"\0", b"7"):  # of old programs; "contiguous"
+    # Regular files under other names: the type of old programs, and "contiguous file".
+    if kind in (b"\0", b"7"):
         kind = b"0"
     if size is None:
         raise _Damaged(f"the header of {printable_name(_text(block[:100]))} has no valid size")
     name, prefix = _text(block[:100]), _text(block[345:500])
-    if prefix and block[257:263] == b"ustar\0":  # GNU keeps other things there
+    # Only in the POSIX format: GNU tar stores other fields in place of the prefix.
+    if prefix and block[257:263] == b"ustar\0":
         name = prefix + b"/" + name
     return _Header(name, size, kind, _text(block[157:257]), kind == b"S" and block[482] != 0)
 
 
 def printable_name(name: bytes) -> str:
-    """A name for a message, bytes that are not UTF-8 and control characters escaped."""
+    """Name of a member for messages: control characters and bytes that are not UTF-8 are escaped."""
     return ascii(name.decode(errors="surrogateescape"))[1:-1][:100] or "a member without a name"
 
 
@@ -231,7 +245,7 @@ def _text(field: bytes) -> bytes:
 
 
 def _number(field: bytes) -> int | None:
-    """Octal digits, or base 256 where the first byte is 0x80 (GNU); None for anything else, negative numbers too."""
+    """Parse octal digits, or base 256 if the first byte is 0x80 (GNU); None for anything else, such as negatives."""
     return int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field)
 
 
@@ -243,7 +257,7 @@ def _octal(field: bytes) -> int | None:
 
 
 def _pax_records(data: bytes) -> dict[bytes, bytes]:
-    """Records `LENGTH key=value\\n` that say what a member is. Raises ValueError where they are malformed."""
+    """Parse PAX records `LENGTH key=value\\n`; keeps only keys that are used. Raises ValueError if malformed."""
     found, at = {}, 0
     while at < len(data) and data[at]:
         blank = data.find(b" ", at, at + 20)
@@ -260,7 +274,7 @@ def _pax_records(data: bytes) -> dict[bytes, bytes]:
 
 
 def _pax_size(fields: Mapping[bytes, bytes], size: int) -> int:
-    """The size of a member: that of its PAX header, if it has one."""
+    """Size of a member in bytes: from its PAX header if it has one, else from the header block."""
     if (given := fields.get(b"size")) is None:
         return size
     if not given.isdigit() or len(given) > 30:

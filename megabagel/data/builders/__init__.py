@@ -1,1 +1,1 @@
-"""Data sets that the project draws itself."""
+"""Synthetic data sets, and packing of a folder of captioned images into shards."""

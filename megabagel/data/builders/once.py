@@ -1,4 +1,4 @@
-"""A drawn data set is written once: a marker file, written last, holds its parameters."""
+"""One-time creation of a synthetic data set; a marker file, written last, holds its parameters."""
 
 import json
 import logging
@@ -13,13 +13,13 @@ logger = logging.getLogger(__name__)
 
 
 def write_once(marker: Path, what: str, wanted: Mapping[str, Any], write: Callable[[Path], None]) -> None:
-    """Call `write` with a staging folder and move its files beside `marker`, unless the data set is there already.
+    """Create a data set in the folder of `marker`, unless it exists already.
 
     Args:
-        marker: file that holds the parameters of a complete data set, in the folder of the data set.
+        marker: file in the folder of the data set that holds the parameters of a complete one.
         what: name of the data set in messages ("shape").
-        wanted: parameters, as JSON values; a data set with others is refused.
-        write: writes all files into the folder that it is given.
+        wanted: parameters, as JSON values; an existing data set with others is refused.
+        write: writes all files into the (staging) folder that it is given.
 
     Raises:
         UserError: the folder holds the data set with other parameters, or cannot be read or written.
@@ -31,6 +31,7 @@ def write_once(marker: Path, what: str, wanted: Mapping[str, Any], write: Callab
             logger.info("writing the %s data set into %s: %s", what, root, wanted)
             with staging(root) as stage:
                 write(stage)
+            # After all other files: without a marker the data set counts as incomplete and is written again.
             write_atomic(marker, json.dumps(wanted).encode())
     except (OSError, ValueError) as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""`megabagel data prepare`: from a folder of images with captions to WebDataset shards."""
+"""`megabagel data prepare`: packs a folder of captioned images into WebDataset shards."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from megabagel.locks import inside, locked
 
 @dataclass(frozen=True)
 class Picture:
-    """A captioned image: the bytes of its file, the extension that says their format, its caption."""
+    """A captioned image: the bytes of its file, the extension for the tar member, and the caption."""
 
     image: bytes
     extension: str
@@ -27,7 +27,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of every image. `skipped` holds, by reason, the images that were left out."""
+    """Result of `prepare`: counts, paths of the shards, and by reason the names of the images that were left out."""
 
     images: int
     samples: int
@@ -35,7 +35,7 @@ class Report:
     skipped: Mapping[str, Sequence[str]]
 
     def text(self, every: bool) -> str:
-        """The report; with `every` all images that were left out are named, not the first of each reason."""
+        """The report as text; with `every` it lists all skipped images, not only the first of each reason."""
         listed = [f"  {reason}: {name}" for reason, names in sorted(self.skipped.items()) for name in names]
         return "\n".join([str(self), *listed]) if every else str(self)
 
@@ -48,14 +48,20 @@ class Report:
 
 
 def prepare(images: Path, out: Path, *, samples_per_shard: int, name: str) -> Report:
-    """Pack every image under `images` that has a caption `stem.txt` beside it into `out/name-000000.tar`, ...
+    """Pack every image that has a caption `stem.txt` beside it into `out/name-000000.tar`, ...
 
-    Images go in the order of their paths and byte by byte as they are. A file is an image by its extension or by its
-    first bytes. One that cannot be decoded or has no caption is counted. Hidden files and folders are left out. The
-    shards appear all at once, when the last one is complete.
+    A file is an image by its extension or by its first bytes; hidden files and folders are ignored. Image files are
+    stored unchanged, in the order of their paths. Images without a caption or with undecodable content are skipped and
+    counted. The shards appear in `out` together, when all are complete.
+
+    Args:
+        images: folder that is searched recursively.
+        out: folder of the shards; created if absent.
+        samples_per_shard: samples in every shard but the last.
+        name: prefix of the file names of the shards.
 
     Raises:
-        UserError: no such folder, no usable image in it, `out` holds shards of this name, or it cannot be written.
+        UserError: no such folder, no usable image in it, `out` has shards of this name, or it cannot be written.
     """
     if not images.is_dir():
         raise UserError(f"{images}: no such folder. Expected a folder of images, each with a caption in stem.txt.")
@@ -102,7 +108,7 @@ def _pack(images: Path, paths: list[Path], out: Path, samples_per_shard: int, na
 
 
 def _is_image(path: Path, root: Path) -> bool:
-    """Whether a file is to be packed or counted."""
+    """Return whether a file is an image to pack or, if unusable, to count."""
     if any(part.startswith(".") for part in path.relative_to(root).parts):
         return False
     extension = path.suffix[1:].lower()
@@ -128,11 +134,11 @@ def _load(path: Path) -> Picture:
 
 
 def _caption_of(path: Path) -> Path:
-    """The file beside an image with its caption; its extension may be written in capitals, as cameras do."""
+    """Path of the caption file of an image; the extension may be in capitals, as cameras write names."""
     names = (path.with_suffix(extension) for extension in (".txt", ".TXT", ".Txt"))
     return next((name for name in names if name.is_file()), path.with_suffix(".txt"))
 
 
 def _plain(stem: str) -> str:
-    """A stem as part of a key: no dots, which would end the key, and short ASCII, which every tar can hold."""
+    """Make a file stem part of a key: no dots, which would end the key; short ASCII, which fits a plain tar header."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:60]

@@ -1,11 +1,11 @@
-"""Edits of scenes: an instruction, the page before and after, and for some a thought that leads from one to the other.
+"""Random edits of scenes: an instruction, the pages before and after, and for some a thought that explains the edit.
 
     one figure    recolour, reshape, move, remove, add: one figure changes, all others keep their pixels
-    two_step      two of them in one instruction
-    conceptual    the instruction names things by what they are ("the figure with three corners", "the colour of the
-                  sky"), or refers to another figure; the thought spells it out
+    two_step      two of these in one instruction
+    conceptual    the instruction describes things instead of naming them ("the figure with three corners", "the colour
+                  of the sky"), or refers to another figure; the thought names them
 
-`Edit.places` are the places whose pixels may change; everything elsewhere is kept.
+`Edit.places` are the places whose pixels may change; all other pixels are unchanged.
 """
 
 from collections.abc import Callable
@@ -25,12 +25,12 @@ THINGS = {
     "purple": "lavender",
     "black": "coal",
 }
-"""What has each colour."""
+"""By colour: a thing of this colour."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit. `kind` is a name of the table above; `thought` is empty where there is nothing to think about."""
+    """One edit. `kind` is a name of the table above; `thought` is empty for edits that need no explanation."""
 
     kind: str
     instruction: str
@@ -46,7 +46,7 @@ class Edit:
 
 
 def recolour(scene: Scene, rng: np.random.Generator) -> Edit:
-    """One figure gets another colour."""
+    """Change the colour of one figure."""
     figure = pick(rng, scene.figures)
     colour = pick(rng, COLOURS, but=figure.colour)
     changed = scene.without(figure).having(replace(figure, colour=colour))
@@ -54,7 +54,7 @@ def recolour(scene: Scene, rng: np.random.Generator) -> Edit:
 
 
 def reshape(scene: Scene, rng: np.random.Generator) -> Edit:
-    """One figure gets another shape."""
+    """Change the shape of one figure."""
     figure = pick(rng, scene.figures)
     shape = pick(rng, SHAPES, but=figure.shape)
     changed = scene.without(figure).having(replace(figure, shape=shape))
@@ -62,27 +62,27 @@ def reshape(scene: Scene, rng: np.random.Generator) -> Edit:
 
 
 def move(scene: Scene, rng: np.random.Generator) -> Edit:
-    """One figure goes to a free place."""
+    """Move one figure to a free place."""
     figure, place = pick(rng, scene.figures), pick(rng, scene.free)
     changed = scene.without(figure).having(replace(figure, place=place))
     return Edit("move", f"move {mention(scene, figure, rng)} to the {place}", scene, changed)
 
 
 def remove(scene: Scene, rng: np.random.Generator) -> Edit:
-    """One figure goes; at least one stays."""
+    """Remove one figure; for scenes with more than one."""
     figure = pick(rng, scene.figures)
     return Edit("remove", f"remove {mention(scene, figure, rng)}", scene, scene.without(figure))
 
 
 def add(scene: Scene, rng: np.random.Generator) -> Edit:
-    """A figure comes to a free place."""
+    """Add a figure at a free place."""
     figure = random_figure(rng, scene.free)
     instruction = f"add a {figure.colour} {figure.shape} at the {figure.place}"
     return Edit("add", instruction, scene, scene.having(figure))
 
 
 def simple_edit(scene: Scene, rng: np.random.Generator) -> Edit:
-    """An edit of one figure, each kind that the scene allows equally likely."""
+    """A random edit of one figure; each kind that the scene allows is equally likely."""
     kinds: list[Callable[[Scene, np.random.Generator], Edit]] = [recolour, reshape]
     kinds += [move, add] if scene.free else []
     kinds += [remove] if len(scene.figures) > 1 else []
@@ -90,17 +90,18 @@ def simple_edit(scene: Scene, rng: np.random.Generator) -> Edit:
 
 
 def two_step(scene: Scene, rng: np.random.Generator) -> Edit:
-    """Two edits one after the other, as one instruction; the second speaks of the page after the first."""
+    """Two consecutive edits in one instruction; the second refers to the page after the first."""
     while True:
         first = simple_edit(scene, rng)
         second = simple_edit(first.after, rng)
-        if not first.places & second.places:  # else the second may undo the first or change what it has just made
+        # With a place in common the second edit could undo or change the result of the first.
+        if not first.places & second.places:
             instruction = f"{first.instruction}, then {second.instruction}"
             return Edit("two_step", instruction, scene, second.after)
 
 
 def conceptual(scene: Scene, rng: np.random.Generator) -> Edit:
-    """An edit that has to be understood before it can be made; the thought names the edits meant by it."""
+    """A random edit whose instruction describes its objects; the thought gives the edit in plain terms."""
     kinds = [_paint_like, _paint_described]
     if len({figure.shape for figure in scene.figures}) > 1:
         kinds.append(_remove_described)
@@ -173,7 +174,7 @@ def _listed(figures: list[Figure]) -> str:
 
 
 def riddle(scene: Scene) -> tuple[str, str]:
-    """A wording that describes every figure without naming shape or colour, and the thought that resolves it."""
+    """A prompt that describes every figure without naming its shape or colour, and the thought that names them."""
     asked = [
         f"a figure {CONCEPTS[f.shape]} in the colour of {THINGS[f.colour]} at the {f.place}" for f in scene.figures
     ]

@@ -1,8 +1,8 @@
-"""A page of one to four coloured figures as plain data, and its pixels.
+"""Pages of one to four coloured figures: their description as plain data, and their rendering.
 
-`Scene` is the single description of a page: the builder renders it and writes texts about it, and the checker
-(`megabagel/evaluation/shapes_checker.py`) compares what it finds in a picture with it. Colours are exact: inside a
-figure every pixel is a value of `COLOURS`, outside `PAPER`, with one smoothed pixel in between.
+`Scene` is the only description of a page: the builder renders it and writes texts about it, and the checker
+(`megabagel/evaluation/shapes_checker.py`) compares the figures that it detects in a picture with it. Colours are exact:
+every pixel inside a figure is a value of `COLOURS`, every pixel outside is `PAPER`, with one smoothed pixel between.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,8 +33,8 @@ PLACES = {
 JITTER = 0.02
 """Largest offset of a figure from the centre of its place, in shares of the page."""
 RADII = (0.155, 0.185)
-"""Smallest and largest half side of a figure's box. Neighbours stay 0.09 of the page (6 of 64 pixels) apart, so that
-a blurred picture still has a gap of paper between them."""
+"""Smallest and largest half side of a figure's bounding box, in shares of the page. Neighbours stay 0.09 of the page
+(6 of 64 pixels) apart, so that even a blurred picture has a gap of paper between them."""
 
 SMOOTHING = 4
 """Pages are drawn this many times larger and averaged down, which smooths edges."""
@@ -44,7 +44,7 @@ Option = TypeVar("Option")
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: its names, and where in its place it lies (`dx`, `dy`, `radius` in shares of the page)."""
+    """One figure: colour, shape and place, and its offset in the place and radius in shares of the page."""
 
     colour: str
     shape: str
@@ -60,7 +60,7 @@ class Figure:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """Left, top, right, bottom in shares of the page."""
+        """Bounding box: left, top, right, bottom in shares of the page."""
         x, y = PLACES[self.place]
         x, y, r = x + self.dx, y + self.dy, self.radius
         return x - r, y - r, x + r, y + r
@@ -74,7 +74,7 @@ class Scene:
 
     @classmethod
     def of(cls, figures: Iterable[Figure]) -> "Scene":
-        """The scene of figures in any order; two in one place are a mistake of the caller."""
+        """The scene of figures given in any order; at most one per place."""
         order = sorted(figures, key=lambda figure: list(PLACES).index(figure.place))
         assert len({figure.place for figure in order}) == len(order), order
         return cls(tuple(order))
@@ -98,31 +98,32 @@ class Scene:
         return tuple(place for place in PLACES if self.at(place) is None)
 
     def without(self, figure: Figure) -> "Scene":
-        """The scene with one figure less."""
+        """The scene without a figure."""
         return Scene(tuple(other for other in self.figures if other != figure))
 
     def having(self, figure: Figure) -> "Scene":
-        """The scene with one figure more."""
+        """The scene with a further figure."""
         return Scene.of([*self.figures, figure])
 
 
 def pick(rng: np.random.Generator, options: Iterable[Option], but: Option | None = None) -> Option:
-    """One of the options, other than `but`."""
+    """A random option other than `but`."""
     left = [option for option in options if option != but]
     return left[rng.integers(len(left))]
 
 
 def random_figure(rng: np.random.Generator, places: Sequence[str] = tuple(PLACES)) -> Figure:
-    """A figure in one of `places`."""
+    """A random figure in one of `places`."""
     dx, dy = rng.uniform(-JITTER, JITTER, 2)
     radius = rng.uniform(*RADII)
     return Figure(pick(rng, COLOURS), pick(rng, SHAPES), pick(rng, places), float(dx), float(dy), float(radius))
 
 
 def render(scene: Scene, size: int) -> Image.Image:
-    """The page as an RGB image of `size` x `size` pixels.
+    """Render a page as an RGB image of `size` x `size` pixels.
 
-    Pixels away from a figure do not depend on it, so a figure that an edit leaves alone keeps its pixels bit for bit.
+    Pixels away from a figure do not depend on it, so figures that an edit does not change keep their pixels bit for
+    bit.
     """
     side = size * SMOOTHING
     page = Image.new("RGB", (side, side), PAPER)

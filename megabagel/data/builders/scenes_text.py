@@ -1,17 +1,17 @@
-"""Texts about scenes: captions, prompts in the six GenEval tags, questions, and the rule of held-out combinations.
+"""Texts about scenes: captions, prompts of the six GenEval tags, questions, and the rule of held-out combinations.
 
-A prompt is its requirements, in the fields of GenEval's metadata; its wording follows from them. `tag` names what it
-tests:
+A prompt is a list of requirements, with the fields of GenEval's metadata; its wording follows from them. `tag` names
+the ability that it tests:
 
     single_object   a circle at the top left                    colors       a red circle
     two_object      a circle at the top left and a square ...   counting     three red circles
     position        a red circle left of a blue square          color_attr   a red circle and a blue square
     scene           every figure with its place (any number of figures; not a tag of GenEval)
 
-Held out is one prompt in `HELD_OUT_SHARE`, chosen by a hash of tag and requirements, and every scene that any held-out
-prompt describes in full. So no picture of the training data shows, and no caption names, what a held-out prompt asks
-for, while each of its words occurs in others. The rule is a pure function of the prompt, without seed or file, and is
-the same for every data set.
+One prompt in `HELD_OUT_SHARE` is held out for evaluation, chosen by a hash of tag and requirements, and so is every
+scene that a held-out prompt describes completely. Thus no training image shows and no caption names the combination of
+a held-out prompt, while each of its words occurs in other prompts. The rule is a pure function of the prompt, without
+seed or file, so it is the same for every data set.
 """
 
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a picture must show: the requirements, and no other figure."""
+    """A text-to-image prompt: a picture must show the required figures and no others."""
 
     tag: str
     include: tuple[Requirement, ...]
@@ -63,8 +63,9 @@ class Prompt:
 
     @property
     def held_out(self) -> bool:
-        """Whether the prompt is kept for evaluation. Wordings of one thing (left of, right of) share an answer."""
+        """Whether the prompt is held out for evaluation."""
         include = self.include
+        # Two wordings of the same relation (left of, right of) must give the same answer.
         if include[0].position and include[0].position[0] in ("right of", "below"):
             include = _turned(self).include
         parts = [f"{r.count}:{r.colour}:{r.shape}:{r.place}:{r.position}" for r in include]
@@ -86,7 +87,7 @@ class Prompt:
 
 
 def _turned(prompt: Prompt) -> Prompt:
-    """The other wording of a position prompt: "a blue square right of a red circle"."""
+    """The inverse wording of a position prompt: "a blue square right of a red circle"."""
     first, second = prompt.include
     assert first.position
     turned = Requirement(second.shape, 1, second.colour, position=(INVERSE[first.position[0]], 1))
@@ -125,7 +126,7 @@ def _tagged(figures: tuple[Figure, ...]) -> Iterator[Prompt]:
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether the scene is kept for evaluation: any prompt that describes it is."""
+    """Return whether a scene is held out for evaluation, because some prompt that describes it is."""
     return any(prompt.held_out for prompt in prompts(scene))
 
 
@@ -139,9 +140,9 @@ class Question:
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """One question of each kind that the scene allows, and last a yes/no pair: what, colour, where, how many.
+    """One question of each kind that the scene allows (what, colour, where, how many), then a yes/no pair.
 
-    The pair asks for a kind of figure that is there and for one that differs from it in colour or shape and is not.
+    The pair asks about a figure that is on the page, and about one that is not and differs from it in colour or shape.
     """
     place = pick(rng, scene.figures).place if rng.random() < 0.7 else pick(rng, PLACES)
     there = scene.at(place)
@@ -169,8 +170,8 @@ def _how_many(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def mention(scene: Scene, figure: Figure, rng: np.random.Generator) -> str:
-    """A noun phrase that singles out a figure of the scene: by shape or by colour and shape where that suffices, else
-    by its place."""
+    """A noun phrase that identifies a figure of the scene: by shape, or by colour and shape, if that is unambiguous;
+    else by its place."""
     same_shape = sum(figure.shape == other.shape for other in scene.figures)
     same_kind = sum(figure.kind == other.kind for other in scene.figures)
     ways = [f"the figure at the {figure.place}"]
@@ -182,7 +183,7 @@ def mention(scene: Scene, figure: Figure, rng: np.random.Generator) -> str:
 
 
 def all_prompts(tag: str) -> list[Prompt]:
-    """Every prompt of a GenEval tag that some scene has, once per wording, in a fixed order."""
+    """All prompts of a GenEval tag that describe some scene, each wording once, in a fixed order."""
     found: dict[Prompt, None] = {}
     for scene in _scenes_of(tag):
         found |= dict.fromkeys(prompt for prompt in prompts(scene) if prompt.tag == tag)
@@ -190,7 +191,7 @@ def all_prompts(tag: str) -> list[Prompt]:
 
 
 def _scenes_of(tag: str) -> Iterator[Scene]:
-    """Scenes that together have all prompts of a tag."""
+    """Scenes that together cover all prompts of a tag."""
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     if tag in ("single_object", "colors"):
         yield from (Scene((Figure(*kind, place),)) for kind in kinds for place in PLACES)

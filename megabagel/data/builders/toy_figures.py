@@ -1,4 +1,4 @@
-"""Coloured shapes on a page: what the shape data set shows and says."""
+"""Coloured shapes on a page: description, caption and rendering, for the data set `shapes`."""
 
 import io
 from collections.abc import Collection
@@ -38,25 +38,25 @@ class Figure:
         return f"a {self.colour} {self.shape} {'in' if self.place == 'middle' else 'on'} the {self.place}"
 
     def moved(self, place: str, share: float = 1.0) -> "Figure":
-        """The figure at another place, or `share` of the way there."""
+        """The figure moved to another place, or by `share` of the way to it."""
         return replace(self, place=place, x=self.x + share * (PLACES[place] - PLACES[self.place]))
 
 
 def pick(rng: np.random.Generator, options: Collection[str], but: str | None = None) -> str:
-    """One of the options, other than `but`."""
+    """A random option other than `but`."""
     left = [option for option in options if option != but]
     return left[rng.integers(len(left))]
 
 
 def random_figure(rng: np.random.Generator) -> Figure:
-    """A figure near one of the three places, nowhere cut off."""
+    """A random figure near one of the three places, completely on the page."""
     place = pick(rng, PLACES)
     x = PLACES[place] + rng.uniform(-0.04, 0.04)
     return Figure(pick(rng, COLOURS), pick(rng, SHAPES), place, x, rng.uniform(0.4, 0.6), rng.uniform(0.17, 0.23))
 
 
 def draw(figure: Figure, width: int, height: int) -> Image.Image:
-    """The page of `width` x `height` pixels."""
+    """Render a figure on a page of `width` x `height` pixels."""
     page = Image.new("RGB", (width * SMOOTHING, height * SMOOTHING), PAPER)
     x, y, radius = figure.x * page.width, figure.y * page.height, figure.radius * min(page.size)
     box = (x - radius, y - radius, x + radius, y + radius)
@@ -71,7 +71,7 @@ def draw(figure: Figure, width: int, height: int) -> Image.Image:
 
 
 def encode(page: Image.Image, extension: str) -> bytes:
-    """The file of a page: `jpg` or `png`."""
+    """Encode a page as `jpg` or `png`."""
     buffer = io.BytesIO()
     page.save(buffer, "JPEG" if extension == "jpg" else "PNG", quality=95)
     return buffer.getvalue()

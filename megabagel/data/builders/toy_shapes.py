@@ -1,12 +1,12 @@
-"""The project's own data set: coloured shapes as real JPEG and PNG files, small enough to be written on first use.
+"""Synthetic data set `shapes`: coloured shapes as JPEG and PNG files, small enough to be written on first use.
 
     scenes-*.tar     an image and a caption ("a red circle on the left"), for t2i and i2t
-    edits-*.tar      before, instruction, after; some with a second step, some with a thought to be learned
+    edits-*.tar      before, instruction, after; some with a second step, some with a thought as a training target
     clips-*.tar      a caption and 4 to 6 frames of a moving shape
     notes-*.tar      texts about shapes
     tokenizer.json   a byte-level BPE trained on all the texts
 
-Sample i of a kind depends on (seed, kind, i) alone.
+Sample i of a kind depends only on (seed, kind, i).
 """
 
 import json
@@ -25,7 +25,7 @@ from megabagel.data.tokenize.bpe import train_bpe
 from megabagel.sequence.keys import generator
 
 MARKER = "shapes.json"
-"""Written last; holds the parameters of the data set beside it."""
+"""Marker file, written last; holds the parameters of the data set."""
 VOCABULARY = 512
 SAMPLES_PER_SHARD = 1000
 
@@ -40,7 +40,7 @@ Files = dict[str, bytes]
 
 
 def ensure_dataset(data: DataConfig) -> None:
-    """Write the data set that `data.builder` names under `data.root`, unless it is there already.
+    """Write the data set that `data.builder` names into `data.root`, unless it exists already.
 
     Raises:
         UserError: see `write_once`.
@@ -52,9 +52,13 @@ def ensure_dataset(data: DataConfig) -> None:
 
 
 def write_shapes(root: Path, *, samples: int, size: int, seed: int) -> None:
-    """Write `samples` scenes, half as many edits, a quarter as many clips and notes, and the tokenizer.
+    """Write the data set and its tokenizer, unless it exists. Deterministic.
 
-    Most images are `size` x `size` pixels, some wider. Deterministic; complete when its marker is there.
+    Args:
+        root: folder of the data set.
+        samples: number of scenes; there are half as many edits, and a quarter as many clips and as many notes.
+        size: side of most images in pixels; some are wider than high.
+        seed: of all random draws.
 
     Raises:
         UserError: `root` holds a shape data set with other parameters, or cannot be written.
@@ -84,7 +88,7 @@ def _scene(rng: np.random.Generator, size: int) -> Files:
 
 
 def _edit(rng: np.random.Generator, size: int) -> Files:
-    """Before, instruction, after; one in three goes on to a second step, one in four thinks before its last image."""
+    """Before, instruction, after; one in three has a second step, one in four has a thought before its last image."""
     steps = 1 + int(rng.random() < 1 / 3)
     thinks = rng.random() < 1 / 4
     page = _page(rng, size)
@@ -100,7 +104,7 @@ def _edit(rng: np.random.Generator, size: int) -> Files:
 
 
 def _change(rng: np.random.Generator, figure: Figure) -> tuple[str, Figure]:
-    """An instruction and what the figure becomes."""
+    """A random instruction, and the figure after it."""
     match pick(rng, ("colour", "shape", "place")):
         case "colour":
             colour = pick(rng, COLOURS, but=figure.colour)

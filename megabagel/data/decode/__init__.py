@@ -1,7 +1,8 @@
-"""Decoding: from the bytes of image files to the pixel tensors that the model wants (docs/bagel.md#image-sizes).
+"""Decoding: from the bytes of image files to pixel tensors of the model's sizes (docs/bagel.md#image-sizes).
 
-`contract.py` says what every engine does, `headers.py` what is known before pixels are. Engines: `host.py` (Pillow, the
-reference), `dali.py` (NVIDIA DALI); `choice.py` picks one. docs/data.md has the rules per kind of file.
+`contract.py` defines the interface of an engine; `headers.py` reads sizes and enforces limits before pixels are
+decoded. Engines: `host.py` (Pillow, the reference) and `dali.py` (NVIDIA DALI); `choice.py` selects one. docs/data.md
+has the rules per file format.
 """
 
 from megabagel.data.decode.choice import choose_engine

@@ -1,4 +1,4 @@
-"""Which engine decodes, chosen once at start and named in the log with the reason."""
+"""Selection of the decode engine, once at start; the log names the engine and the reason."""
 
 import logging
 from importlib.util import find_spec
@@ -18,12 +18,16 @@ logger = logging.getLogger(__name__)
 def choose_engine(
     name: Literal["auto", "host", "dali"], device: torch.device | str = "cpu", threads: int = 1, workers: int = 0
 ) -> DecodeEngine:
-    """The engine for `data.decode` on a machine that trains on `device`; `threads`: `data.decode_threads`.
+    """Create the decode engine.
 
-    With `workers` (`data.workers`) images are decoded in processes of their own, which leave the GPU to training.
+    Args:
+        name: `data.decode`; `auto` takes DALI if it is installed and training runs on a GPU, else Pillow.
+        device: device that training runs on.
+        threads: `data.decode_threads`.
+        workers: `data.workers`. Worker processes decode on the CPU and leave the GPU to training.
 
     Raises:
-        UserError: DALI is asked for and not installed.
+        UserError: `dali` was requested and is not installed.
     """
     device = torch.device(device)
     installed = _dali_installed()
@@ -52,5 +56,6 @@ def choose_engine(
 def _dali_installed() -> bool:
     try:
         return find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # no package nvidia at all
+    # `find_spec` imports the parent package, and raises if there is no package `nvidia` at all.
+    except ModuleNotFoundError:
         return False

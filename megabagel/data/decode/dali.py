@@ -1,8 +1,9 @@
-"""Engine `dali`: NVIDIA DALI decodes what it decodes like Pillow, in batches, on the CPU or on the GPU.
+"""Engine `dali`: NVIDIA DALI decodes the formats on which it agrees with Pillow, in batches, on the CPU or the GPU.
 
-A file goes to engine `host` by what its header says (`_why_not`) or when DALI refuses it alone, never because of its
-neighbours. Views are resampled by torch on the same device: like Pillow's within 2 levels of 255, where DALI's own
-resize differs by up to 27 (docs/data.md). Orientation is read as the host engine reads it.
+All other files go to engine `host`, by their header (`_why_not`) or because DALI refuses them; the decision depends on
+the file alone, not on the other files of its batch. Views are resampled by torch on the same device, which agrees with
+Pillow within 2 levels of 255; DALI's own resize differs by up to 27 (docs/data.md). Orientation is read by the same
+code as in the host engine.
 """
 
 import logging
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _PNG_DEPTH = 24  # byte of a PNG that holds the bits per channel
 _PNG_TURNED = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
-"""Chunks of a PNG that may hold an orientation, possibly after its pixels."""
+"""Marks of PNG chunks that may hold an orientation, possibly after the pixels."""
 
 _TURNS = {
     2: (False, (1,)),
@@ -39,7 +40,7 @@ _TURNS = {
     7: (True, (0, 1)),
     8: (True, (0,)),
 }
-"""EXIF orientation: whether rows and columns are swapped, and then the axes of [height, width] to mirror."""
+"""By EXIF orientation: whether rows and columns are swapped, and the axes of [height, width] to mirror afterwards."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class DaliEngine:
     """DALI's decoders for JPEG, PNG and WebP in plain 8-bit RGB, grey or opaque palette; Pillow for everything else."""
 
     device: str = "cpu"
-    """`cpu`, or a CUDA device: JPEG is decoded on the GPU then, and views stay there."""
+    """`cpu`, or a CUDA device: then JPEG is decoded on the GPU and views stay there."""
     threads: int = 1
     """CPU threads of DALI's own pool."""
     by_host: Counter[str] = field(default_factory=Counter, compare=False)
@@ -84,10 +85,13 @@ class DaliEngine:
 
 
 def _why_not(blob: bytes) -> tuple[str | None, int]:
-    """Why DALI is not to decode a file (None: it is), and the orientation to apply after it.
+    """Decide from its header whether DALI decodes a file.
+
+    Returns:
+        The reason why engine `host` has to decode it (None: DALI does), and the EXIF orientation to apply after DALI.
 
     Raises:
-        DecodeError: no engine decodes the file.
+        DecodeError: no engine can decode the file.
     """
     image = open_image(blob)
     kind = "JPEG" if image.format == "MPO" else str(image.format)
@@ -111,7 +115,7 @@ _contexts = threading.local()
 
 
 def _context(device: str, threads: int) -> "EvalContext":
-    """DALI's thread pool and stream; one per calling thread, since a context serves one at a time."""
+    """DALI's thread pool and stream. One per calling thread, because a context serves only one thread at a time."""
     import nvidia.dali.experimental.dynamic as ndd
 
     made = _contexts.__dict__.setdefault("made", {})
@@ -123,15 +127,17 @@ def _context(device: str, threads: int) -> "EvalContext":
 
 
 def _decode(blobs: Sequence[bytes], device: str, threads: int) -> list[torch.Tensor | None]:
-    """uint8 [height, width, 3] per file as it is stored; None where DALI refuses.
+    """Decode files with DALI.
 
-    An error takes DALI's whole batch and need not name a file: then each is tried alone, so that every file meets the
-    outcome that it would meet among others.
+    Returns:
+        Per file uint8 [height, width, 3] without its orientation applied, or None if DALI refuses the file.
     """
     parsed = [number for number, blob in enumerate(blobs) if _parses(blob, threads)]
     images: dict[int, torch.Tensor] = {}
     try:
         images = dict(zip(parsed, _batch([blobs[number] for number in parsed], device, threads), strict=True))
+    # An error fails DALI's whole batch and need not name a file. Each file is then decoded alone, so that its outcome
+    # does not depend on the others.
     except RuntimeError:
         for number in parsed:
             with suppress(RuntimeError):
@@ -140,10 +146,10 @@ def _decode(blobs: Sequence[bytes], device: str, threads: int) -> list[torch.Ten
 
 
 def _parses(blob: bytes, threads: int) -> bool:
-    """Whether DALI understands a file's structure, asked for this file alone.
+    """Return whether DALI can parse the structure of a file; each file is tested alone.
 
-    Two files of one large batch that it does not understand end the process (DALI 2.4.0: an exception in a thread of
-    its own), so none of them may enter a batch.
+    Two unparsable files in one large batch end the process (DALI 2.4.0: an exception in one of its own threads), so no
+    unparsable file may enter a batch.
     """
     import nvidia.dali.experimental.dynamic as ndd
 
@@ -165,15 +171,18 @@ def _batch(blobs: Sequence[bytes], device: str, threads: int) -> list[torch.Tens
         images = ndd.decoders.image(
             ndd.batch([np.frombuffer(blob, np.uint8) for blob in blobs]),
             device="gpu" if device.startswith("cuda") else "cpu",
-            output_type=types.DALIImageType.RGB,  # ANY_DATA corrupts the heap on grey JPEG (DALI 2.4.0)
+            # Not ANY_DATA, which corrupts the heap on grey JPEG (DALI 2.4.0).
+            output_type=types.DALIImageType.RGB,
+            # Applied afterwards, as the host engine reads it.
             adjust_orientation=False,
-            jpeg_fancy_upsampling=True,  # as libjpeg does on the CPU
+            # As libjpeg, and so Pillow, on the CPU.
+            jpeg_fancy_upsampling=True,
         )
         return [torch.from_dlpack(image) for image in images.tensors]
 
 
 def _turned(image_hw3: torch.Tensor, turn: int) -> torch.Tensor:
-    """The image as it is shown."""
+    """Apply an EXIF orientation."""
     swap, mirror = _TURNS.get(turn, (False, ()))
     shown = image_hw3.transpose(0, 1) if swap else image_hw3
     return shown.flip(mirror) if mirror else shown
@@ -187,12 +196,14 @@ def _view(image_hw3: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def resample_bytes(levels_3hw: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """uint8 at another size, on the CPU: torch too resamples rows first and rounds in between."""
+    """Resize uint8 [3, height, width] to `size` (height, width) on the CPU. As Pillow in the host engine, torch
+    resamples rows first and rounds to 8 bits between the passes."""
     return F.interpolate(levels_3hw[None], size, mode="bicubic", antialias=True)[0]
 
 
 def resample_floats(levels_3hw: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The same in float32, for GPUs, where torch does not resample uint8: whole levels after each pass."""
+    """Resize as `resample_bytes`, for GPUs, where torch does not resample uint8."""
+    # Two passes in float32, each rounded to whole levels, reproduce the rounding of the uint8 version.
     for step in ((levels_3hw.shape[1], size[1]), size):
         levels = F.interpolate(levels_3hw[None].float(), step, mode="bicubic", antialias=True)[0]
         levels_3hw = levels.round_().clamp_(0, 255)

@@ -1,4 +1,4 @@
-"""What a file says about its image before any pixel is decoded, and which files are refused for that."""
+"""Image headers: sizes, limits and opening of image files, before pixels are decoded."""
 
 import io
 import threading
@@ -14,25 +14,27 @@ from megabagel.data.decode.transforms import orientation, to_rgb
 __all__ = ["MAX_ASPECT", "MAX_PIXELS", "damage_is_named", "decode", "measure", "open_image", "orientation"]
 
 MAX_PIXELS = 2**26
-"""An image with more pixels (8192 x 8192) is refused before its pixels are decoded: 200 kB of PNG can hold more than a
-hundred million, and every one takes up to 12 bytes on its way to RGB."""
+"""Most pixels of an image (8192 x 8192), enforced before decoding: 200 kB of PNG can hold more than a hundred million
+pixels, and each takes up to 12 bytes during conversion to RGB."""
 MAX_ASPECT = 200
-"""Longest over shortest side; beyond it an image is a line."""
+"""Largest ratio of the longer to the shorter side."""
 
-# Pillow's own limit warns at one size and raises at twice that size; ours is the only one, in open_image.
+# Pillow's own limit is switched off: it warns at one size and raises at twice that size. Ours is checked in `_open`.
 Image.MAX_IMAGE_PIXELS = None
 
 Image.init()
-# No others: Pillow would start Ghostscript for PostScript under another name.
+# An explicit list: Pillow detects formats by content, and would run Ghostscript on PostScript with any file name.
 _FORMATS = sorted({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} & Image.OPEN.keys())
 _TRANSPOSED = {5, 6, 7, 8}  # EXIF orientations that swap height and width
 
 
 def measure(blob: bytes, *, verify: bool) -> tuple[int, int]:
-    """Height and width of an image as it is shown, EXIF orientation applied.
+    """Height and width of an image in pixels after its EXIF orientation is applied.
 
-    With `verify` the image is fully decoded, so that no engine can fail on it later. Without, only the header is read
-    (all of a PNG, whose orientation may stand at the end).
+    Args:
+        blob: bytes of the image file.
+        verify: decode the whole image, so that it cannot fail in training. Otherwise only the header is read (all of a
+            PNG, whose orientation may come after the pixels).
 
     Raises:
         DecodeError: the bytes are not a usable image.
@@ -47,10 +49,10 @@ def measure(blob: bytes, *, verify: bool) -> tuple[int, int]:
 
 
 def decode(blob: bytes) -> Image.Image:
-    """The image in 8-bit RGB, as `to_rgb` has it; large ones take turns, so that threads do not add up their memory.
+    """Decode an image to 8-bit RGB (see `to_rgb`).
 
-    A PNG that Pillow refuses is tried once more without its side chunks: a bad or huge text, profile or time is no
-    damage of the pixels, and libpng reads over it.
+    A PNG that Pillow refuses is tried again without its ancillary chunks: a bad or huge text, profile or time does not
+    damage the pixels, and libpng ignores it.
 
     Raises:
         DecodeError: the bytes are not a usable image.
@@ -65,6 +67,7 @@ def decode(blob: bytes) -> Image.Image:
 
 def _decode(blob: bytes) -> Image.Image:
     image = _open(blob)
+    # Large images are decoded one at a time, so that threads don't add up their memory.
     with damage_is_named(), _LARGE if image.width * image.height > LARGE_PIXELS else nullcontext():
         return to_rgb(image)
 
@@ -74,10 +77,10 @@ _LARGE = threading.Lock()
 
 
 def open_image(blob: bytes) -> Image.Image:
-    """The image with its header read and its pixels undecoded.
+    """Open an image: read its header without decoding pixels.
 
     Raises:
-        DecodeError: no image in a format that is read here, or one beyond MAX_PIXELS or MAX_ASPECT.
+        DecodeError: not an image of a supported format, or beyond MAX_PIXELS or MAX_ASPECT.
     """
     try:
         return _open(blob)
@@ -102,12 +105,14 @@ def _open(blob: bytes) -> Image.Image:
 
 @contextmanager
 def damage_is_named() -> Iterator[None]:
-    """Turn whatever Pillow raises on damaged data into a DecodeError."""
+    """Context manager that turns any error of Pillow on damaged data into a DecodeError."""
     try:
         yield
-    except MemoryError:  # says nothing about the file
+    # Lack of memory is no property of the file, and must not be recorded in the index as one.
+    except MemoryError:
         raise
     except UnidentifiedImageError as error:
         raise DecodeError("not an image") from error
-    except Exception as error:  # Pillow's decoders raise what they like: OSError, SyntaxError, struct.error, ...
+    # Not narrower: Pillow's decoders raise OSError, SyntaxError, struct.error and others.
+    except Exception as error:
         raise DecodeError("damaged image", str(error)) from error

@@ -1,8 +1,8 @@
-"""Engine `host`: Pillow decodes and resizes, as the official data pipeline does, bit for bit. The reference.
+"""Engine `host`, the reference: Pillow decodes and resizes, bit for bit as the official data pipeline.
 
-Bits do not depend on the version of Pillow: until version 12 it resampled rows first and columns second, rounding to
-8 bits in between; version 13 swaps the passes where an image shrinks more in height than in width, which moves single
-pixels by up to 20 levels. Here rows always come first.
+The pixels do not depend on the version of Pillow. Up to version 12 it resamples rows first, then columns, and rounds to
+8 bits in between; version 13 swaps the passes if an image shrinks more in height than in width, which moves single
+pixels by up to 20 levels. This engine always resamples rows first.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class HostEngine:
     """Pillow on the CPU: bicubic with antialiasing from the full image (docs/bagel.md#image-sizes)."""
 
     threads: int = 1
-    """Images decoded at the same time: Pillow lets other threads run while it decodes and resizes."""
+    """Images decoded in parallel: Pillow releases the GIL while it decodes and resizes."""
 
     def __call__(self, requests: Sequence[Request]) -> list[Views | DecodeError]:
         """See `contract.DecodeEngine`."""
@@ -33,7 +33,7 @@ class HostEngine:
 
 
 def decode_image(request: Request) -> Views | DecodeError:
-    """The views of one file."""
+    """Decode one file into its views."""
     try:
         image = decode(request.blob)
     except DecodeError as error:
@@ -42,8 +42,9 @@ def decode_image(request: Request) -> Views | DecodeError:
 
 
 def resample(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The image at another size: bicubic, antialiased, rows first; a side that keeps its size is not touched."""
+    """Resize an image: bicubic, antialiased, rows first. A side that keeps its size is not resampled."""
     bicubic = Image.Resampling.BICUBIC
+    # Two calls fix the order of the passes, which a single call leaves to the version of Pillow.
     return image.resize((width, image.height), bicubic).resize((width, height), bicubic)
 
 

@@ -1,18 +1,21 @@
-"""PNG files without the chunks that say nothing about pixels."""
+"""Removal of ancillary PNG chunks that have no effect on pixels."""
 
 import zlib
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOURS_WITH_ALPHA = (4, 6)
 _CLEAR_BYTES = {0: 2, 2: 6}
-"""Bytes of tRNS by colour type; of a palette (3) up to one for each colour."""
+"""Length of a tRNS chunk in bytes by colour type; for a palette (3) it is at most one byte per colour."""
 
 
 def pixels_alone(blob: bytes) -> bytes | None:
-    """A PNG of the chunks that its pixels need, None for what is no PNG or would stay as it is.
+    """Strip a PNG to the chunks that determine its pixels.
 
-    Kept are the critical chunks, transparency where it is well formed, and EXIF, which has the orientation, where it
-    begins as TIFF does. Damage of a critical chunk stays damage.
+    Critical chunks are kept, damaged or not; so are a well-formed transparency chunk, and an EXIF chunk (for the
+    orientation) that begins with a TIFF header.
+
+    Returns:
+        The stripped file, or None if `blob` is no PNG or has nothing to remove.
     """
     if not blob.startswith(SIGNATURE):
         return None
@@ -22,6 +25,7 @@ def pixels_alone(blob: bytes) -> bytes | None:
         data, stop = blob[at + 8 : at + 8 + length], at + 12 + length
         if kind == b"IHDR" and len(data) == 13:
             colour = data[9]
+        # PNG marks ancillary chunks by a lower-case first letter.
         is_critical = not kind[:1].islower()
         if is_critical or (_is_sound(blob[at:stop]) and _is_needed(kind, data, colour)):
             kept.append(blob[at:stop])

@@ -1,4 +1,4 @@
-"""TIFF files that Pillow does not open although they are sound: grey of 16 bits, big-endian, white at zero."""
+"""Workaround for valid TIFF files that Pillow does not open: 16-bit grey, big-endian, white at zero."""
 
 import struct
 
@@ -7,10 +7,10 @@ _HEADER = b"MM\0*"
 
 
 def readable(blob: bytes) -> bytes:
-    """The file, with its pixels turned negative on disk where Pillow knows no mode for white at zero.
+    """Rewrite a big-endian 16-bit WhiteIsZero TIFF as BlackIsZero with inverted pixels, which is the same image.
 
-    Pillow 12 has WhiteIsZero of 16 bits in Intel's byte order only. Uncompressed pixels of the other order are
-    inverted and declared BlackIsZero, which shows the same picture; anything else is returned as it is.
+    Pillow 12 supports 16-bit WhiteIsZero in little-endian files only. Only uncompressed pixels can be inverted; any
+    other file is returned unchanged.
     """
     if not blob.startswith(_HEADER):
         return blob
@@ -30,7 +30,7 @@ def readable(blob: bytes) -> bytes:
 
 
 def _tags(blob: bytes) -> dict[int, tuple[int, tuple[int, ...]]]:
-    """Numbers of the first directory by tag, and where the first of them lies. Raises struct.error."""
+    """Integer tags of the first directory: tag -> (offset of the first value, values). Raises struct.error."""
     (directory,) = struct.unpack_from(">I", blob, 4)
     (count,) = struct.unpack_from(">H", blob, directory)
     found = {}

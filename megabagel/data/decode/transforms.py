@@ -1,4 +1,4 @@
-"""Pixels before the model: what an image file means in RGB, and which size it is brought to."""
+"""Image transforms before the model: conversion to 8-bit RGB, orientation, and the target size of resizing."""
 
 from functools import lru_cache
 from typing import Any
@@ -12,10 +12,17 @@ from megabagel.data.exif import ORIENTATION, orientation_of
 
 @lru_cache(2**14)
 def resize_target(width: int, height: int, rule: ResizeConfig, stride: int, images: int = 1) -> tuple[int, int]:
-    """Width and height, multiples of `stride`, that an image of `width` x `height` pixels is resized to.
+    """Target size of an image by the resize rule of docs/bagel.md#image-sizes.
 
-    The rule of docs/bagel.md#image-sizes, bit for bit: rounding is half to even, the scale that enforces
-    `rule.max_pixels / images` is the ratio of areas and not its root, and `max_size` is enforced once more at the end.
+    Args:
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        rule: bounds of the sides and of the area.
+        stride: pixels per token; both sides become multiples of it.
+        images: images of the sample that share `rule.max_pixels`.
+
+    Returns:
+        Width and height in pixels.
     """
 
     def scaled(width: int, height: int, scale: float) -> tuple[int, int]:
@@ -24,6 +31,7 @@ def resize_target(width: int, height: int, rule: ResizeConfig, stride: int, imag
     shrink = min(rule.max_size / max(width, height), 1.0)
     width, height = scaled(width, height, max(shrink, rule.min_size / min(width, height)))
     max_pixels = rule.max_pixels / images
+    # As released: sides are scaled by the ratio of areas, not by its square root, so the area ends below `max_pixels`.
     if width * height > max_pixels:
         width, height = scaled(width, height, max_pixels / (width * height))
     if max(width, height) > rule.max_size:
@@ -46,16 +54,17 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What brings an image of an EXIF orientation upright."""
+"""Transposition that turns an image of an EXIF orientation upright."""
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1, upright, where the file names none or its EXIF cannot be understood."""
+    """EXIF orientation of an image; 1 (upright) if it has none or its EXIF cannot be read."""
     try:
         turn = image.getexif().get(ORIENTATION)
     except MemoryError:
         raise
-    except Exception:  # Pillow raises what it likes on odd EXIF, which is not the picture
+    # Pillow raises errors of many types on malformed EXIF, which must not cost the picture.
+    except Exception:
         turn = None
     if turn is None and isinstance(block := image.info.get("exif"), bytes):
         turn = orientation_of(block)
@@ -63,21 +72,23 @@ def orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The first frame as a viewer shows it, in 8-bit RGB: turned as EXIF says, transparency on white.
+    """Convert the first frame of an image to 8-bit RGB: upright by EXIF, transparency on white.
 
     Grey of more than 8 bits (PNG, TIFF, PGM, JPEG 2000) is scaled to 8 bits by the range that its file declares, not
-    clipped. Of EXIF nothing but the orientation is looked at: ImageOps.exif_transpose writes all of it anew, and one
-    odd tag lost a sound photo.
+    clipped.
 
     Raises:
         ValueError: a pixel format without a defined range (floating point, signed) or without a conversion to RGB.
         OSError, SyntaxError and others: Pillow, when the data is damaged.
     """
     image.seek(0)
-    depth = _png_depth(image)  # known before pixels are decoded only
+    # Before `load`, which discards the bit depth of the file.
+    depth = _png_depth(image)
     image.load()
+    # Not ImageOps.exif_transpose: it rewrites all EXIF tags, and a single malformed tag lost an intact photo.
     turn = _TURNS.get(orientation(image))
-    if turn is not None:  # FLIP_LEFT_RIGHT is 0
+    # `is not None`, because FLIP_LEFT_RIGHT is 0.
+    if turn is not None:
         image = _transposed(image, turn)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
@@ -87,8 +98,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.info["transparency"] = _at_8_bits(image.info["transparency"], depth)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
+        # Viewers ignore the alpha of a BMP if it is 0 everywhere; the picture would be all white otherwise.
         if image.format == "BMP" and layer.getchannel("A").getextrema() == (0, 0):
-            return layer.convert("RGB")  # viewers take an alpha that is 0 everywhere for none
+            return layer.convert("RGB")
         page = Image.new("RGB", layer.size, "white")
         page.paste(layer, mask=layer.getchannel("A"))
         return page
@@ -96,7 +108,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _transposed(image: Image.Image, turn: Image.Transpose) -> Image.Image:
-    """The image turned, still known by its format and tags."""
+    """Transpose an image and keep its format and TIFF tags, which Pillow drops and later steps need."""
     turned = image.transpose(turn)
     turned.format = image.format
     if hasattr(image, "tag_v2"):
@@ -105,7 +117,7 @@ def _transposed(image: Image.Image, turn: Image.Transpose) -> Image.Image:
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits in RGB; the level that a PNG declares transparent becomes white."""
+    """Convert grey of more than 8 bits to RGB; the level that a PNG declares transparent becomes white."""
     levels = np.asarray(image).astype(np.float64)
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS, (16,))[0]
@@ -120,7 +132,8 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
 
 
 def _png_depth(image: Image.Image) -> int:
-    """Bits per sample of a PNG whose pixels Pillow brings to 8 bits, 0 where they have 8 already."""
+    """Bits per sample of a PNG whose pixels Pillow converts to 8 bits, or 0 if there is no conversion."""
+    # From the arguments of Pillow's decoder: the mode of the image is already that of the converted pixels.
     tiles = getattr(image, "tile", None) if image.format == "PNG" else None
     mode = str(tiles[0][3][0] if isinstance(tiles[0][3], tuple) else tiles[0][3]) if tiles else ""
     if mode == "1":
@@ -129,7 +142,7 @@ def _png_depth(image: Image.Image) -> int:
 
 
 def _at_8_bits(clear: Any, depth: int) -> Any:
-    """The level, or levels, that a PNG of other depth declares transparent, as Pillow has its pixels."""
+    """Convert the transparent level or levels of a PNG of another bit depth to the 8-bit levels of Pillow's pixels."""
     if isinstance(clear, tuple):
         return tuple(_at_8_bits(level, depth) for level in clear)
     if not isinstance(clear, int):

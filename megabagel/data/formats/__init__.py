@@ -1,1 +1,1 @@
-"""Formats of shards: tar, parquet and JSONL in the released layouts, and the records in them."""
+"""Shard formats: tar, parquet and JSONL files in the released layouts, and the records in them."""

@@ -1,4 +1,4 @@
-"""JSONL files: one record per line, found again by the byte offset of its line; images lie in a folder beside."""
+"""JSONL files: one record per line, addressed by byte offset; images are files in a folder of their own."""
 
 import stat
 from collections import Counter
@@ -16,7 +16,16 @@ from megabagel.errors import UserError
 def lines(
     path: Path, shard: int, images: Path, unused: Counter[str]
 ) -> Iterator[tuple[str, Callable[[], list[Declared]]]]:
-    """(key, its items when called) for every line that is not blank, in order; fields without a use are counted.
+    """Iterate over the records of a file.
+
+    Args:
+        path: the JSONL file.
+        shard: its number, for the locations of texts.
+        images: folder to which image paths are relative.
+        unused: is updated with the fields that no layout uses, as records are parsed.
+
+    Returns:
+        Iterator of (key, function that parses the record) for every line that is not blank, in order.
 
     Raises:
         UserError: the file cannot be read.
@@ -38,7 +47,8 @@ def lines(
 
 
 def _pieces(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """(line, its bytes); of a line beyond MAX_RECORD_BYTES only the beginning is held."""
+    """Iterate over (line, length in bytes). Of a line beyond MAX_RECORD_BYTES only the beginning is returned."""
+    # Not `for line in file`, which would hold a line of any length in memory.
     while line := file.readline(MAX_RECORD_BYTES + 1):
         length, piece = len(line), line
         while len(piece) > MAX_RECORD_BYTES and not piece.endswith(b"\n"):
@@ -52,9 +62,9 @@ def _refuse(length: int) -> list[Declared]:
 
 
 def in_folder(folder: Path) -> Locate:
-    """Finds images by their path relative to a folder; paths that lead out of it are refused.
+    """Return a function that locates images by their path relative to a folder; paths that leave it are refused.
 
-    Raises, when called: SampleError if there is no such file, UserError if there may be one that cannot be read.
+    The function raises SampleError if there is no such file, and UserError if a file may exist but cannot be read.
     """
 
     def locate(where: str, name: Any) -> Loose:
@@ -66,11 +76,13 @@ def in_folder(folder: Path) -> Locate:
             about = (folder / name).stat()
         except OSError as error:
             raise image_fault(folder / name, f"{where}: {name!r:.80} in {folder}", error) from error
-        except ValueError as error:  # a name that no file can have
+        # A name that no file can have, such as one with an unpaired surrogate.
+        except ValueError as error:
             raise SampleError("image is missing", f"{where}: {name!r:.80} in {folder}") from error
         if stat.S_ISDIR(about.st_mode):
             raise SampleError("image is missing", f"{where}: {name!r:.80} in {folder} is a folder")
-        if not stat.S_ISREG(about.st_mode):  # reading a FIFO or a device may never end
+        # Reading a FIFO or a device may block for ever.
+        if not stat.S_ISREG(about.st_mode):
             raise SampleError("image is no regular file", f"{where}: {name!r:.80} in {folder}")
         return Loose(name, about.st_size)
 

@@ -1,7 +1,7 @@
-"""Parquet files in the released layouts, and random access to their cells (docs/bagel.md#data-layouts).
+"""Parquet files in the released layouts, with random access to cells (docs/bagel.md#data-layouts).
 
-A cell cannot be read alone: its column is read for the whole row group. Columns are kept, up to a bound, so groups
-should be small (tens of MB) where samples are drawn in random order.
+Parquet has no access to a single cell: its column has to be read for the whole row group. Columns are cached up to
+HELD_BYTES, so files with small row groups (tens of MB) are much faster when samples are drawn in random order.
 """
 
 import re
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 HELD_BYTES = 2**29
-"""Most bytes of columns that a reader holds; the column in use is held whatever its size."""
+"""Size of a reader's column cache in bytes. The column in use is held whatever its size."""
 
 _LAYOUTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("image", "captions"): ("binary", "string"),
@@ -32,11 +32,11 @@ _LAYOUTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("text",): ("string",),
     **{pair: ("binary", "string") for pair in PAIRS if pair[0] == "image"},
 }
-"""Columns of a layout, images first and texts last, and their types."""
+"""Columns of each layout, images first and the text last, and their types as `_kind` writes them."""
 
 
 class ParquetReader:
-    """Cells of a list of shards. Threads may share a reader."""
+    """Reads cells of a list of shards. Thread-safe."""
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self.shards = tuple(shards)
@@ -46,10 +46,10 @@ class ParquetReader:
         self._lock = threading.Lock()
 
     def value(self, cell: Cell) -> Any:
-        """What stands in the cell, or in one element of its list, as a Python value.
+        """Python value of a cell, or of one element of the list in it.
 
         Raises:
-            UserError: the shard is gone or changed.
+            UserError: the shard is missing or has changed.
         """
         column = self.column(cell.shard, cell.group, cell.column)
         if cell.row >= len(column):
@@ -58,7 +58,7 @@ class ParquetReader:
         return scalar.as_py() if cell.element < 0 else scalar[cell.element].as_py()
 
     def read(self, cell: Cell) -> bytes:
-        """The bytes of an image; raises as `value` does."""
+        """Bytes of an image; raises as `value` does."""
         data = self.value(cell)
         if len(data) != cell.size:
             where = f"row group {cell.group}, row {cell.row}"
@@ -66,12 +66,14 @@ class ParquetReader:
         return data
 
     def column(self, shard: int, group: int, column: int) -> "pa.ChunkedArray":
-        """One column of one row group."""
+        """One column of one row group, from the cache or from the file."""
         place = shard, group, column
         with self._lock:
             if place in self._columns:
                 self._columns.move_to_end(place)
                 return self._columns[place]
+        # Read without the lock, so that threads read different columns at the same time. Two of them may read the same
+        # column; the second copy is dropped.
         values = self._read_column(shard, group, column)
         with self._lock:
             if place not in self._columns:
@@ -82,20 +84,20 @@ class ParquetReader:
         return values
 
     def forget(self) -> None:
-        """Let go of all columns."""
+        """Drop all cached columns."""
         with self._lock:
             self._columns.clear()
             self._held = 0
 
     def row_groups(self, shard: int) -> int:
-        """Row groups of a shard."""
+        """Number of row groups of a shard."""
         return self._metadata(shard).num_row_groups
 
     def names(self, shard: int) -> list[str]:
-        """Names of the columns of a shard.
+        """Names of all columns of a shard.
 
         Raises:
-            UserError: the layout is none of those that are understood.
+            UserError: duplicate names, an unknown layout, or a column of another type than its layout has.
         """
         schema = self._schema(shard)
         doubled = sorted({name for name in schema.names if schema.names.count(name) > 1})
@@ -117,7 +119,7 @@ class ParquetReader:
         return schema.names
 
     def layout(self, shard: int) -> tuple[str, ...]:
-        """The columns that are read, images first; raises as `names` does."""
+        """Columns of the layout of a shard, images first; raises as `names` does."""
         found = layout_of(self.names(shard), _LAYOUTS)
         assert found is not None
         return found
@@ -131,7 +133,7 @@ class ParquetReader:
 
     def _read_column(self, shard: int, group: int, column: int) -> "pa.ChunkedArray":
         name = self._schema(shard).names[column]
-        # A file of its own, so that threads do not share a position.
+        # Opened anew for every column, so that threads do not share a file position; the parsed metadata is reused.
         with (
             _named(self.shards[shard]) as parquet,
             parquet.ParquetFile(self.shards[shard], metadata=self._metadata(shard)) as file,
@@ -142,7 +144,15 @@ class ParquetReader:
 def rows(
     reader: ParquetReader, shard: int, unused: Counter[str] | None = None
 ) -> Iterator[tuple[str, Callable[[], list[Declared]]]]:
-    """(key, its items when called) for every row of a shard, in order; `unused` counts the cells of other columns.
+    """Iterate over the rows of a shard.
+
+    Args:
+        reader: reader of the source.
+        shard: number of the shard.
+        unused: is updated with the number of rows for each column that the layout does not use.
+
+    Returns:
+        Iterator of (key, function that parses the row), in order.
 
     Raises:
         UserError: the shard cannot be read, or its layout is unknown.
@@ -152,8 +162,10 @@ def rows(
     *pictures, text = [names.index(name) for name in layout]
     others = left_over(names, layout)
     for group in range(reader.row_groups(shard)):
-        reader.forget()  # the group before: nobody comes back to it
-        texts = reader.column(shard, group, text)  # held here: a large column of images may take its place there
+        # A scan never returns to an earlier row group, so its columns would only take memory.
+        reader.forget()
+        # Held here for all rows of the group: a large column of images may push it out of the cache.
+        texts = reader.column(shard, group, text)
         if unused is not None:
             unused.update(dict.fromkeys(others, len(texts)))
         for row in range(len(texts)):
@@ -165,7 +177,15 @@ def rows(
 def _declare(
     reader: ParquetReader, pictures: Mapping[str, Cell], name: str, texts: "pa.ChunkedArray", place: Cell
 ) -> list[Declared]:
-    """The items of a row: the cells of its images by column, and its text at `place` in the column `name`."""
+    """Items of a row.
+
+    Args:
+        reader: reader of the source.
+        pictures: cells of the images, by column.
+        name: name of the text column.
+        texts: the text column of the row group.
+        place: cell of the text.
+    """
     record = {column: _cells(reader, cell) for column, cell in pictures.items()}
     try:
         text = texts[place.row].as_py()
@@ -175,15 +195,16 @@ def _declare(
 
 
 def texts_of(reader: ParquetReader, cell: Cell) -> dict[str, Any]:
-    """A record of the texts of one row; its images are left open."""
+    """A record with the texts of one row, and None in place of its images: enough to extract a passage."""
     value = reader.value(cell)
     *pictures, name = reader.layout(cell.shard)
+    # A chain of edits is refused unless it has one more image than steps.
     images = [None] * (len(value) + 1) if name == "instruction_list" else None
     return {name: value} | dict.fromkeys(pictures, images)
 
 
 def _cells(reader: ParquetReader, cell: Cell) -> Any:
-    """Where the image or the images of a row lie, None for one that is missing."""
+    """Location of the image, or list of locations of the images, in a cell; None for a missing image."""
     scalar = reader.column(cell.shard, cell.group, cell.column)[cell.row]
     if not scalar.is_valid:
         return None
@@ -202,7 +223,7 @@ def _same(where: str, cell: Any) -> Cell:
 
 
 def _kind(kind: "pa.DataType") -> str:
-    """A type without its size and the names of its elements, as `_plain` makes it."""
+    """Name of an Arrow type after `_plain`, without large/view variants and element names, for comparison."""
     text = str(kind).replace("large_", "").replace("string_view", "string").replace("binary_view", "binary")
     text = re.sub(r"<(?:item|element|array): ", "<", text)
     text = re.sub(r"dictionary<values=(\w+), [^>]*>", r"\1", text)
@@ -210,7 +231,9 @@ def _kind(kind: "pa.DataType") -> str:
 
 
 def _plain(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
-    """A column of texts or bytes: categories as their values, images of `datasets` (bytes and path) as their bytes."""
+    """Normalize a column: dictionary-encoded values become plain, views become large types, and images in the form of
+    Hugging Face `datasets` (struct of bytes and path) become their bytes."""
+    # Imported on use, so that runs without parquet shards start without it.
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -229,7 +252,7 @@ def _plain(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
 
 @contextmanager
 def _named(shard: Path) -> Iterator[Any]:
-    """pyarrow's parquet module; what it raises becomes a UserError that names the shard."""
+    """Context manager that gives pyarrow's parquet module and turns its errors into a UserError naming the shard."""
     try:
         import pyarrow
         import pyarrow.parquet

@@ -1,4 +1,4 @@
-"""Bytes and texts of one source by the place where they lie, whatever the format of its shards."""
+"""Reader of one source: bytes and texts by location, for all shard formats."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,28 +12,31 @@ from megabagel.data.formats.shards import ShardReader
 
 
 class Reader:
-    """Reads from a list of shards and a folder of images. Threads may share a reader."""
+    """Reads from a list of shards and a folder of images. Thread-safe."""
 
     def __init__(self, shards: Sequence[Path], images: Path) -> None:
         self.shards, self.images = tuple(shards), images
         self.files, self.parquet = ShardReader(shards), ParquetReader(shards)
 
     def __reduce__(self) -> tuple[type["Reader"], tuple[Sequence[Path], Path]]:
-        """Another process opens files of its own."""
+        """Pickle as constructor arguments: another process opens its own files."""
         return Reader, (self.shards, self.images)
 
     def scanning(self) -> "Reader":
-        """The same with parquet columns of its own: scans of several shards at once do not take turns in one store."""
+        """A reader with its own cache of parquet columns.
+
+        Parallel scans of several shards would otherwise evict each other's columns from a shared cache.
+        """
         other = Reader(self.shards, self.images)
         other.files = self.files
         return other
 
     def read(self, place: Place) -> bytes:
-        """The bytes of one image, or of one file of a shard.
+        """Read the bytes of one image, or of one file of a shard.
 
         Raises:
-            UserError: a shard is gone, or is not what it was when it was indexed; or a file there cannot be read.
-            SampleError: an image that is a file of its own is gone or changed.
+            UserError: a shard is missing or has changed since it was indexed, or an existing file cannot be read.
+            SampleError: the image is too large, or an image in a file of its own is missing or has changed.
         """
         if place.size > MAX_IMAGE_BYTES:
             raise SampleError("image file too large", f"{place.size:,} bytes; at most {MAX_IMAGE_BYTES:,} are read")
@@ -46,7 +49,7 @@ class Reader:
                 return self._file(self.images / path, size)
 
     def text(self, place: Passage) -> str:
-        """A text of a record; raises as `read` does."""
+        """Read a text of a record; raises as `read` does."""
         match place.place:
             case Member() as line:
                 return passage(parse(self.files.read(line)), place.part)

@@ -1,7 +1,7 @@
-"""What one record of a source says: the layouts that are understood, each checked field by field.
+"""Records: parsing of one sample from JSON or from a parquet row, in one of the following layouts.
 
     {"items": [ITEM, ...]}                                      an interleaved document, with
-        {"type": "text", "text": "make it blue", "role": "condition"}       or a list of wordings: a visit reads one
+        {"type": "text", "text": "make it blue", "role": "condition"}       or a list of wordings, one used per visit
         {"type": "image", "name": "0.png", "role": "target"}
         {"type": "video", "frames": ["0.png", "1.png"], "role": "look"}
     {"conversations": [{"from": "human", "value": "<image> What is it?"}, {"from": "gpt", "value": "A cat."}],
@@ -11,12 +11,12 @@
     {"text": "..."}                                             a text
     {"image": ..., "text": "a cat"}                             a captioned image; also "caption" for the text, and
                                                                 "file_name" for the image (HF imagefolder)
-    {"image": BYTES, "captions": '{"short": "a cat"}'}          a captioned image; a visit reads one of the captions
+    {"image": BYTES, "captions": '{"short": "a cat"}'}          a captioned image; one caption used per visit
     {"image_list": [BYTES, ...], "instruction_list": [["make it blue", ...], ...]}      a chain of edits
 
-Of several layouts whose fields are there, the one that explains most fields is read; fields left over are counted by
-name. `captions`, `image_list`, `text` and conversations are the layouts of the released data sets
-(docs/bagel.md#data-layouts). `role` may be left out where the task decides it (`documents.assign_roles`).
+If the fields of several layouts are present, the layout that uses most of the fields is taken; unused fields are
+counted by name. `captions`, `image_list`, `text` and conversations are the layouts of the released data sets
+(docs/bagel.md#data-layouts). `role` may be omitted if the task determines it (`documents.assign_roles`).
 """
 
 import json
@@ -31,21 +31,22 @@ from typing import Any, get_args
 from megabagel.data.documents import Cell, ImageRole, Member, Passage, Place, SampleError, TextRole
 
 MAX_RECORD_BYTES = 2**24
-"""A record with more bytes is left out: parsed JSON takes up to 20 times its bytes."""
+"""Largest record that is parsed: parsed JSON takes up to 20 times its bytes."""
 MAX_TEXT_BYTES = 2**22
-"""A text with more bytes is left out; no window of a model holds its tokens."""
+"""Largest text that is used; no context window holds the tokens of a longer one."""
 MAX_ITEMS = 2**14
-"""Texts, wordings and images of one record."""
+"""Most texts (every wording counts) and images of one record."""
 MAX_WORDINGS = 2**12
-"""Wordings of two joined instructions, which multiply."""
+"""Most wordings of two joined instructions: the product of the wordings of each."""
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may hold half a character, which no encoding can write
+# JSON may contain an unpaired surrogate ("\ud800"), which UTF-8 cannot encode.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _PLACEHOLDER = re.compile("(<image>|<video>)")
 
 
 @dataclass(frozen=True, slots=True)
 class DeclaredText:
-    """A text of a sample; `place` says where it can be read again. For the flags see `documents.TextItem`."""
+    """A text of a sample; `place` is the location from which it can be read again. Flags as in `documents.TextItem`."""
 
     text: str
     role: TextRole | None = None
@@ -56,7 +57,7 @@ class DeclaredText:
 
 @dataclass(frozen=True, slots=True)
 class DeclaredImage:
-    """An image of a sample, not looked into yet. `name` is for messages."""
+    """An image of a sample, located but not read. `name` is for messages."""
 
     name: str
     place: Place
@@ -67,14 +68,14 @@ class DeclaredImage:
 Declared = DeclaredText | DeclaredImage
 
 Locate = Callable[[str, Any], Place]
-"""(field, what stands there) -> where the bytes of the image lie; raises SampleError, with the field, if nowhere."""
+"""(field, its value) -> location of the image; raises SampleError that names the field if there is no such image."""
 
 
 def parse(data: bytes) -> Any:
-    """The JSON value in `data`.
+    """Parse JSON.
 
     Raises:
-        SampleError: it is none.
+        SampleError: `data` is not valid JSON.
     """
     try:
         return json.loads(data)
@@ -83,23 +84,23 @@ def parse(data: bytes) -> Any:
 
 
 def layout_of(fields: Collection[str], layouts: Collection[tuple[str, ...]] | None = None) -> tuple[str, ...] | None:
-    """The layout that explains most of the fields (of several, the first in the table), None if there is none.
+    """Layout that uses most of the fields (the first in the table on a tie), or None if none matches.
 
-    layouts: those to choose from; default: all.
+    `layouts`: candidates; default: all layouts.
     """
     there = [layout for layout in (_LAYOUTS if layouts is None else layouts) if all(name in fields for name in layout)]
     return max(there, key=lambda layout: sum(name in fields for name in _fields_of(layout)), default=None)
 
 
 def named_layouts(layouts: Collection[tuple[str, ...]]) -> str:
-    """The layouts for a message, those of captioned images as one."""
+    """List of layouts for a message; those of captioned images are merged into one entry."""
     others = ["+".join(layout) for layout in layouts if layout not in PAIRS]
     images, texts = ("/".join(dict.fromkeys(names)) for names in zip(*PAIRS, strict=True))
     return ", ".join([*others, f"{images}+{texts}"])
 
 
 def left_over(fields: Collection[str], layout: tuple[str, ...]) -> list[str]:
-    """The fields that a layout has no use for, in their order."""
+    """Fields that a layout does not use, in their order."""
     return [name for name in fields if name not in _fields_of(layout)]
 
 
@@ -108,16 +109,16 @@ def _fields_of(layout: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def declare(record: Any, locate: Locate, place: Member | Cell, unused: Counter[str] | None = None) -> list[Declared]:
-    """The items of a record, in order; its texts are numbered as its passages.
+    """Parse a record into its items, in order; every text gets its number in the record (`Passage.part`).
 
     Args:
         record: a JSON value.
-        locate: finds the images that it names.
-        place: where the record lies.
-        unused: counts fields for which the record's layout has no use.
+        locate: locates the images that the record names.
+        place: location of the record.
+        unused: is updated with the fields that the layout does not use.
 
     Raises:
-        SampleError: what is wrong, with the field, the value and what was expected there.
+        SampleError: the record is invalid; the message has the field, the value and the expectation.
     """
     if not isinstance(record, dict):
         raise invalid("", "an object", record)
@@ -140,15 +141,16 @@ def declare(record: Any, locate: Locate, place: Member | Cell, unused: Counter[s
 
 
 def passage(record: Any, part: int) -> str:
-    """Text number `part` of a record that has been declared before."""
+    """Text number `part` of a record that was parsed at indexing time."""
     somewhere = Member(0, 0, 0)
-    record = {"image": "", **record}  # of a captioned image in a tar, the record may hold the caption alone
+    # For a captioned image in a tar the record may hold the caption alone; its layout needs the field `image` too.
+    record = {"image": "", **record}
     texts = [item for item in declare(record, lambda *_: somewhere, somewhere) if isinstance(item, DeclaredText)]
     return texts[part].text
 
 
 def invalid(where: str, expected: str, value: object) -> SampleError:
-    """One message for every wrong value."""
+    """The error for a field of a wrong type or value: one reason for all, so that they are counted together."""
     return SampleError("invalid record", f"{where}: expected {expected}, got {value!r:.80}".removeprefix(": "))
 
 
@@ -202,7 +204,7 @@ def _clip(where: str, frames: Any, locate: Locate, role: ImageRole | None) -> It
 
 
 def _conversation(record: Mapping[str, Any], locate: Locate) -> Iterator[Declared]:
-    """Questions are read, answers are learned; images and videos stand where the questions name them."""
+    """Items of a conversation: questions are conditions, answers targets, images and videos at their placeholders."""
     images = record.get("image") or []
     names = [images] if isinstance(images, str) else images
     if not isinstance(names, list):
@@ -227,9 +229,9 @@ def _conversation(record: Mapping[str, Any], locate: Locate) -> Iterator[Declare
 
 
 def _turn(where: str, turn: Any) -> Iterator[str | DeclaredText]:
-    """Texts, and the placeholders between them.
+    """Texts of a turn, and the placeholders between them.
 
-    As in the released loader: white space is removed beside a placeholder, and a turn without one is taken as it is.
+    As in the released loader, white space next to a placeholder is removed, and a turn without one is kept unchanged.
     """
     match turn:
         case {"from": "human", "value": str(value)} if value.strip() and not _PLACEHOLDER.search(value):
@@ -247,7 +249,7 @@ def _turn(where: str, turn: Any) -> Iterator[str | DeclaredText]:
 
 
 def _messages(record: Mapping[str, Any], locate: Locate) -> Iterator[Declared]:
-    """Messages as a conversation: those of system and user are read, those of the assistant learned."""
+    """Items of chat messages, parsed as a conversation: assistant messages are targets, all others conditions."""
     named: list[Any] = []
     turns = [
         _as_turn(f"messages[{number}]", message, named)
@@ -259,7 +261,7 @@ def _messages(record: Mapping[str, Any], locate: Locate) -> Iterator[Declared]:
 
 
 def _as_turn(where: str, message: Any, images: list[Any]) -> dict[str, Any]:
-    """A message as a turn of a conversation; images that its parts name are appended to `images`."""
+    """Convert a message to a turn of a conversation; append the images that its parts name to `images`."""
     match message:
         case {"role": "assistant", "content": str(text)} | {
             "role": "assistant",
@@ -274,7 +276,7 @@ def _as_turn(where: str, message: Any, images: list[Any]) -> dict[str, Any]:
 
 
 def _part(where: str, part: Any, images: list[Any]) -> str:
-    """The text of a part, or the placeholder of its image."""
+    """Text of a message part, or the placeholder of its image."""
     match part:
         case {"type": "text", "text": str(text)}:
             return text
@@ -295,7 +297,7 @@ def _plain(record: Mapping[str, Any], locate: Locate) -> Iterator[Declared]:
 
 
 def _pair(image: str, text: str) -> Callable[[Mapping[str, Any], Locate], Iterator[Declared]]:
-    """Reads a captioned image from the fields `image` and `text`."""
+    """Return a parser of captioned images with the given field names."""
 
     def read(record: Mapping[str, Any], locate: Locate) -> Iterator[Declared]:
         yield DeclaredText(_text(text, record[text]))
@@ -305,13 +307,14 @@ def _pair(image: str, text: str) -> Callable[[Mapping[str, Any], Locate], Iterat
 
 
 def _captioned(record: Mapping[str, Any], locate: Locate) -> Iterator[Declared]:
-    """Where no caption has a word, the text is one space, as in the released loader."""
+    """Items of an image with several captions. If all captions are blank, the text is one space, as released."""
     captions = record["captions"]
     try:
         listed = json.loads(captions)
     except (ValueError, TypeError, RecursionError):
         listed = None
-    if isinstance(captions, list) and captions:  # as in COCO
+    # A plain list of captions, as in COCO.
+    if isinstance(captions, list) and captions:
         listed = dict(enumerate(captions))
     if not isinstance(listed, dict):
         raise invalid("captions", "a JSON object of captions", captions)
@@ -325,10 +328,10 @@ def _captioned(record: Mapping[str, Any], locate: Locate) -> Iterator[Declared]:
 
 
 def _edits(record: Mapping[str, Any], locate: Locate) -> Iterator[Declared]:
-    """Between image i and image i + 1: the wordings of step i, then its joined instructions.
+    """Items of a chain of edits. Between image i and i + 1: the wordings of step i, then its joined instructions.
 
-    Two steps may be written as one, each instruction followed by ". " (the last by "."). Where the two would end at the
-    last image, the released loader writes the first alone, full stop included.
+    A joined instruction merges two steps, each followed by ". " (the last by "."). If the second step would end at the
+    last image, it has the first step alone, full stop included, as in the released loader.
     """
     images = _list("image_list", record["image_list"])
     steps = _list("instruction_list", record["instruction_list"])
@@ -374,7 +377,7 @@ def _image(where: str, value: Any, locate: Locate, role: ImageRole | None = None
 
 
 PAIRS = tuple(product(("image", "file_name", "image_path"), ("text", "caption", "prompt")))
-"""Layouts of a captioned image: the names that data sets have for the image and for its text."""
+"""Layouts of a captioned image: field names that data sets use for the image and for its text."""
 
 _LAYOUTS: Mapping[
     tuple[str, ...], tuple[Callable[[Mapping[str, Any], Locate], Iterator[Declared]], tuple[str, ...]]
@@ -387,4 +390,4 @@ _LAYOUTS: Mapping[
     ("messages",): (_messages, ("images", "image", "video")),
     **{pair: (_pair(*pair), ()) for pair in PAIRS},
 }
-"""Fields that a layout must have: how it is read, and the fields that it may have beside."""
+"""By required fields of a layout: its parser, and its optional fields."""

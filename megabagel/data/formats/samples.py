@@ -1,4 +1,4 @@
-"""What the files of one sample say (WebDataset conventions; a file is KEY.extension, the key ends at the first dot).
+"""Samples in tar shards: parsing of the files that share a key (WebDataset: the key ends at the first dot of a name).
 
     KEY.jpg (or .png, .webp, ...) + KEY.txt     a captioned image; a KEY.json beside them is metadata and is ignored
     KEY.txt                                     a text
@@ -6,8 +6,8 @@
         {"items": [{"type": "text", "text": "make it blue", "role": "condition"},
                    {"type": "image", "name": "0.png", "role": "target"}, ...]}
 
-Images of a record are named by their extension. Whether a file is an image is decided by its extension or, where that
-is unknown, by its first bytes. Files without a use are counted by extension.
+A record names its images by their extensions. A file is an image by its extension or, if that is unknown, by its first
+bytes. Unused files are counted by extension.
 """
 
 import re
@@ -38,21 +38,27 @@ _SIGNATURES = re.compile(
     rb"|\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51|....ftyp(?:avif|avis|heic|heix|mif1|msf1|heif)|8BPS|\x00\x00\x01\x00",
     re.DOTALL,
 )
-"""First bytes of image files, those that no engine here decodes (HEIC, PSD, ICO) included: they are named as such."""
+"""First bytes of image files. Includes formats that no engine decodes (HEIC, PSD, ICO), so that such a file is reported
+as an undecodable image instead of being ignored."""
 
 
 def looks_like_image(head: bytes) -> bool:
-    """Whether the first 16 bytes of a file are those of an image."""
+    """Return whether the first 16 bytes of a file are those of an image."""
     return _SIGNATURES.match(head) is not None
 
 
 def declared_items(
     files: Mapping[str, Member], read: Callable[[Member], bytes], unused: Counter[str] | None = None
 ) -> list[Declared]:
-    """The items of the sample whose files are {extension: member}; `unused` counts files that it has no use for.
+    """Parse the files of one sample into its items.
+
+    Args:
+        files: files of the sample by extension.
+        read: reads a file.
+        unused: is updated with the extensions of unused files.
 
     Raises:
-        SampleError: what is wrong, with the extension of the file and the field.
+        SampleError: the sample is invalid; the message has the extension of the file and the field.
     """
     unused = Counter() if unused is None else unused
     images = [name for name, member in files.items() if _is_image(name, member, read)]
@@ -72,7 +78,7 @@ def declared_items(
 
 
 _TEXTS = frozenset(("txt", "json", "cls", "id"))
-"""Files that are not looked into to find out whether they are images."""
+"""Extensions of texts and labels, which are never images: their first bytes are not read."""
 
 
 def _is_image(name: str, member: Member, read: Callable[[Member], bytes]) -> bool:
@@ -88,7 +94,7 @@ def _limited(member: Member, read: Callable[[Member], bytes], most: int) -> byte
 
 
 def caption_text(data: bytes) -> str:
-    """The text of a caption file: UTF-8, with or without byte order mark, outer white space removed.
+    """Decode a caption file: UTF-8 with or without byte order mark; surrounding white space is removed.
 
     Raises:
         SampleError: not UTF-8, or empty.
@@ -105,7 +111,7 @@ def caption_text(data: bytes) -> str:
 def _record(
     files: Mapping[str, Member], images: Sequence[str], read: Callable[[Member], bytes], unused: Counter[str]
 ) -> list[Declared]:
-    """The items of a sample with a record; a caption in it is that of the one image of the sample."""
+    """Items of a sample with a record. A caption without an image field belongs to the only image of the sample."""
     named = {"json"}
 
     def locate(where: str, name: Any) -> Member:

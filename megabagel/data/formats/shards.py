@@ -1,6 +1,6 @@
-"""WebDataset shards: plain tar files in which the files of one sample lie together and share a key.
+"""WebDataset shards: uncompressed tar files in which the files of a sample are adjacent and share a key.
 
-Reading goes by offset: the headers of a shard are walked once, then each file is one `pread`.
+The headers of a shard are read once, at indexing; after that each file is read with one `pread` at its offset.
 """
 
 import io
@@ -16,11 +16,12 @@ from megabagel.data.tar import NotTar, TarFile, walk
 from megabagel.errors import UserError
 
 OPEN_SHARDS = 256
-"""Most shards that a process holds open, of all its sources: data sets have more shards than it may have open files."""
+"""Most shards that a process keeps open, over all sources: a data set may have more shards than the limit of open
+files."""
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and extension of a member: the key ends at the FIRST dot of the base name.
+    """Split the name of a member into key and extension; the key ends at the FIRST dot of the base name.
 
     >>> split_name("birds/000.0.PNG")
     ('birds/000', '0.png')
@@ -31,9 +32,11 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def list_files(shard: Path) -> tuple[list[TarFile], str | None]:
-    """The files of a shard, and what is wrong with its end (None for a sound shard); see `tar.walk`.
+    """List the files of a shard; see `tar.walk`.
 
-    The last file of a damaged shard may be cut off, and further files of its sample may be lost.
+    Returns:
+        The files, and a description of the damage at the end of the shard (None for an intact one). The last file of a
+        damaged shard may be cut off, and further files of its sample may be missing.
 
     Raises:
         UserError: the shard is missing, unreadable or not an uncompressed tar.
@@ -51,9 +54,16 @@ def list_files(shard: Path) -> tuple[list[TarFile], str | None]:
 def write_shards(
     folder: Path, name: str, samples: Iterable[tuple[str, Mapping[str, bytes]]], samples_per_shard: int
 ) -> list[Path]:
-    """Write (key, {extension: bytes}) samples as `folder/name-000000.tar`, ... and return the paths.
+    """Write samples as `folder/name-000000.tar`, ...
 
-    The bytes of the shards depend on the samples alone: no time, no owner.
+    Args:
+        folder: existing folder.
+        name: prefix of the file names.
+        samples: (key, {extension: bytes}) of every sample.
+        samples_per_shard: samples in every shard but the last.
+
+    Returns:
+        Paths of the shards. Their bytes depend on the samples alone: no times or owners are stored.
 
     Raises:
         OSError: the folder cannot be written.
@@ -71,17 +81,18 @@ def write_shards(
 
 
 class ShardReader:
-    """Reads members of a list of shards; files are opened when first needed. Threads may share a reader."""
+    """Reads members of a list of shards; files are opened on first use. Thread-safe."""
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self.shards = tuple(shards)
+        # Part of the key of open files: a later reader opens a shard anew, because it may have been replaced.
         self._mine = object()
 
     def read(self, member: Member) -> bytes:
-        """The bytes of one member.
+        """Read the bytes of one member.
 
         Raises:
-            UserError: the shard is gone or shorter than when it was indexed.
+            UserError: the shard is missing, or shorter than when it was indexed.
         """
         shard = self.shards[member.shard]
         try:
@@ -99,7 +110,10 @@ class ShardReader:
 
 
 class _Descriptor:
-    """An open file, closed when nobody holds it any more: neither the cache nor a thread that is reading."""
+    """An open file that is closed when its last reference goes: the cache's, or that of a thread that is reading.
+
+    Closing it on eviction from the cache would break a read that another thread has started.
+    """
 
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY)
@@ -111,12 +125,12 @@ class _Descriptor:
 
 @lru_cache(maxsize=OPEN_SHARDS)
 def _open(reader: object, path: Path) -> _Descriptor:
-    """A reader made later opens a shard anew: it may have been replaced."""
+    """The open file of a shard. One cache for all readers, so that OPEN_SHARDS bounds the whole process."""
     return _Descriptor(path)
 
 
 def _pieces(file: _Descriptor, member: Member) -> Iterator[bytes]:
-    """One pread, or several where the system returns less than was asked for (above 2 GiB, on some file systems)."""
+    """Read a member with one pread, or several if the system returns less (above 2 GiB, or on some file systems)."""
     done = 0
     while piece := os.pread(file.number, member.size - done, member.offset + done):
         yield piece

@@ -1,1 +1,1 @@
-"""The index of a source: every sample's key, roles and sizes, and where its bytes lie."""
+"""The index of a source: key, roles, sizes and byte locations of every sample."""

@@ -1,6 +1,8 @@
-"""Documents as records of fixed size, what an index holds in memory and on disk: 37 bytes per item, 8 per document.
+"""Columnar storage of documents, in memory and in cache files: 37 bytes per item, 8 bytes per document.
 
-Items of all documents, and bytes of all keys and texts, lie one after another.
+Four flat NumPy arrays hold the documents, their items, and the bytes of all keys and of all short texts, each back to
+back. Python objects (`documents.Document`) are made on access: a million documents as JSON and Python objects take 3.0
+times the memory and 8.2 times the time to load (benchmarks/index_load.py, docs/data.md).
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +14,7 @@ import numpy as np
 from megabagel.data.documents import Cell, Document, ImageItem, Item, Loose, Member, Passage, Place, Role, TextItem
 
 DOCUMENT = np.dtype([("items", "<i4"), ("key_bytes", "<i4")])
-"""A document: how many items it has, and how long its key is."""
+"""Record of a document: number of its items, and length of its key in bytes."""
 
 ITEM = np.dtype(
     [
@@ -29,54 +31,61 @@ ITEM = np.dtype(
         ),  # of a cell: column; then 1 + element of the cell or number of the passage; of a path: 1 + length
     ]
 )
-"""An item: what it is and where it lies."""
+"""Record of an item: kind, sizes, checksum and location. Little-endian and packed, because it is the format on disk."""
 
 TYPES = {"documents": DOCUMENT, "items": ITEM, "keys": np.dtype("<u1"), "texts": np.dtype("<u1")}
-"""Types of the arrays of a table."""
+"""Element types of the arrays of a `Table`."""
 
+# Layout of the byte `kind`: bit 0 image, bits 1-2 index into _ROLES, bit 3 alternative wording or further frame,
+# bits 4-5 steps of a joined instruction, bit 6 location in a parquet cell.
 _ROLES: tuple[Role | None, ...] = (None, "condition", "target", "look")
 IMAGE = 1
-"""The bit of a kind that tells images from texts."""
+"""Bit of `kind` that distinguishes images from texts."""
 _FURTHER, _CELL = 8, 64
 _ROLE_SHIFT, _JOINED_SHIFT = 1, 4
 MEANING = _CELL - 1
-"""The bits of a kind that say what an item is; the other one says where it lies."""
+"""Bits of `kind` that describe the item itself; the remaining bit (_CELL) belongs to its location."""
 
+# Values of the field `file` for items outside of shards: a text held in the table, an image in a file of its own.
 _INLINE, _LOOSE = -1, -2
 _COLUMN_SHIFT, _GROUP_SHIFT = 20, 32
 
 _NAMES = "surrogateescape"
-"""Keys are names of files, whose bytes need not be UTF-8."""
+"""Error handler for keys: they are file names, whose bytes need not be UTF-8."""
 
 Row = tuple[int, int, int, int, int, int, int, int]
-"""An item as plain numbers, in the order of `ITEM`."""
+"""Fields of an item as Python integers, in the order of `ITEM`."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """The documents of one shard, or of several, see `joined`."""
+    """Documents of one shard, or of several shards (see `joined`), as four arrays."""
 
     documents: np.ndarray
     items: np.ndarray
     keys: np.ndarray
     texts: np.ndarray
-    """Short texts, and paths of images that are files of their own."""
+    """UTF-8 bytes of short texts, and of the paths of images in files of their own."""
 
     def __len__(self) -> int:
         return len(self.documents)
 
     @cached_property
     def first(self) -> np.ndarray:
-        """[documents + 1] int64: the first item of every document."""
+        """int64 [documents + 1]: index of the first item of every document."""
         return _starts(self.documents["items"])
 
     @cached_property
     def key_at(self) -> np.ndarray:
-        """[documents + 1] int64: the first byte of every key."""
+        """int64 [documents + 1]: offset of the first byte of every key."""
         return _starts(self.documents["key_bytes"])
 
     def problem(self) -> str | None:
-        """Why the columns do not belong together, if so: each length and place must be of a document, key or text."""
+        """Check that the arrays are consistent; return what is wrong, or None.
+
+        Lengths and offsets that were read from a file are not trusted: after this check, documents and items refer to
+        bytes inside the arrays.
+        """
         documents, items = self.documents, self.items
         if (documents["items"] < 1).any() or documents["items"].sum(dtype=np.int64) != len(items):
             return "documents do not have the items that are there"
@@ -91,27 +100,28 @@ class Table:
         return None
 
     def chosen(self, numbers: np.ndarray) -> "Table":
-        """The table of some documents alone; `numbers`: int64, rising."""
+        """A table of the documents `numbers` (int64, ascending) alone."""
         selected = np.zeros(len(self), bool)
         selected[numbers] = True
         items = self.items[np.repeat(selected, self.documents["items"])]
         keys = self.keys[np.repeat(selected, self.documents["key_bytes"])]
+        # The texts are shared whole, so the offsets of the items stay valid.
         return Table(self.documents[selected], items, keys, self.texts)
 
     def document(self, number: int) -> Document:
-        """One document; roles are as declared."""
+        """One document, with the roles that the sample itself declares."""
         return Document(self.key(number), tuple(self.item(row, declared_role(row)) for row in self.rows(number)))
 
     def rows(self, number: int) -> list[Row]:
-        """The items of one document as numbers."""
+        """Records of the items of one document."""
         return self.items[self.first[number] : self.first[number + 1]].tolist()
 
     def key(self, number: int) -> str:
-        """The key of one document."""
+        """Key of one document."""
         return self.keys[self.key_at[number] : self.key_at[number + 1]].tobytes().decode(errors=_NAMES)
 
     def item(self, row: Row, role: Role | None) -> Item:
-        """An item in a role."""
+        """Build an item from its record, in the role `role`."""
         kind, high, wide, crc, file, at, size, part = row
         further = bool(kind & _FURTHER)
         number = (part & (1 << _COLUMN_SHIFT) - 1) - 1
@@ -136,7 +146,7 @@ class Table:
 
 
 def declared_role(row: Row) -> Role | None:
-    """The role that the sample itself declares."""
+    """Role that the sample itself declares for an item, or None."""
     return _ROLES[row[0] >> _ROLE_SHIFT & 3]
 
 
@@ -146,7 +156,7 @@ def _cell(file: int, at: int, size: int, part: int, element: int) -> Cell:
 
 
 class TableBuilder:
-    """Takes the documents of one shard, one after another."""
+    """Builds a `Table` from the documents of one shard, added in order."""
 
     def __init__(self) -> None:
         self._documents: list[tuple[int, int]] = []
@@ -154,7 +164,7 @@ class TableBuilder:
         self._keys, self._texts = bytearray(), bytearray()
 
     def add(self, key: str, items: Sequence[Item], checksums: Iterable[int]) -> None:
-        """Append a document; `checksums` holds the CRC-32 of every item."""
+        """Append a document; `checksums` has the CRC-32 of the content of every item."""
         name = key.encode(errors=_NAMES)
         self._documents.append((len(items), len(name)))
         self._keys += name
@@ -170,7 +180,7 @@ class TableBuilder:
             self._items.append((kind | cell, high, wide, checksum, *where))
 
     def table(self) -> Table:
-        """The documents so far."""
+        """The table of the documents added so far."""
         documents, items = np.array(self._documents, DOCUMENT), np.array(self._items, ITEM)
         return Table(documents, items, np.frombuffer(self._keys, np.uint8), np.frombuffer(self._texts, np.uint8))
 
@@ -195,14 +205,14 @@ class TableBuilder:
                 return _placed(place, -1)
 
     def _keep(self, text: str) -> tuple[int, int]:
-        """Append to the texts; returns first byte and length."""
+        """Append a string to the texts; return the offset and length of its bytes."""
         at, data = len(self._texts), text.encode()
         self._texts += data
         return at, len(data)
 
 
 _Placed = tuple[int, tuple[int, int, int, int]]
-"""The bit for cells; file, at, size and part."""
+"""The _CELL bit of `kind`, or 0; and the fields file, at, size and part."""
 
 
 def _placed(place: Member | Cell, number: int) -> _Placed:
@@ -213,7 +223,7 @@ def _placed(place: Member | Cell, number: int) -> _Placed:
 
 
 def joined(tables: Sequence[Table]) -> Table:
-    """One table of the documents of several shards, whose numbers enter it."""
+    """Concatenate the tables of several shards. Items get the number of their shard and shifted text offsets."""
     parts = {name: [getattr(table, name) for table in tables] for name in TYPES}
     joint = Table(**{name: np.concatenate(arrays) for name, arrays in parts.items()})
     counts = [len(table.items) for table in tables]

@@ -1,4 +1,4 @@
-"""The documents that a task can use: made from columns when they are asked for, and told apart by a fingerprint."""
+"""Sequence of the documents that a task can use, built from the table on access, and their fingerprint."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,16 +13,18 @@ from megabagel.data.index.document_table import MEANING, Table
 
 @dataclass(frozen=True, eq=False)
 class Documents(Sequence[Document]):
-    """Documents number `numbers` of a table, with the roles of a task."""
+    """Documents `numbers` of a table, with the roles of a task. Behaves as a sequence of `Document`."""
 
     table: Table
     numbers: np.ndarray
-    """int64, rising."""
+    """int64, ascending."""
     task: Task
     tokenizer: str
-    """Fingerprint of the tokenizer that counted the ids."""
+    """Fingerprint of the tokenizer that counted the token ids."""
+    # Roles and order depend only on the kinds of a document's items, so `assign_roles` runs once per combination of
+    # kinds instead of once per document.
     _arrangements: dict[bytes, "Arrangement"] = field(default_factory=dict, repr=False)
-    """By the kinds of a document's items: what a task makes of a document depends on nothing else."""
+    """Arrangement of the items under the task, by the kinds of a document's items."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -49,7 +51,7 @@ class Documents(Sequence[Document]):
     __hash__ = None  # type: ignore[assignment]
 
     def fingerprint(self, count: int | None = None) -> str:
-        """What the first `count` documents are, all by default: equal for equal contents, wherever they lie."""
+        """Fingerprint of the first `count` documents (default: all); independent of where their bytes are stored."""
         numbers = self.numbers[:count]
         tokenizer = hashlib.sha256(self.tokenizer.encode()).hexdigest()[:12]
         return str(Fingerprint(len(numbers), self.task, tokenizer, _digest(self.table, numbers)))
@@ -66,7 +68,7 @@ class Documents(Sequence[Document]):
 
 
 class Fingerprint(NamedTuple):
-    """The parts of a fingerprint, which is text: number of samples, task, digests of tokenizer and contents."""
+    """Parsed fingerprint: number of samples, task, digest of the tokenizer, digest of the contents."""
 
     samples: int
     task: str
@@ -78,7 +80,7 @@ class Fingerprint(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Fingerprint | None":
-        """The parts of a text, None if it is no fingerprint of this kind."""
+        """Parse a fingerprint; None if the text has another format."""
         parts = text.split(":")
         if len(parts) != len(cls._fields) or not parts[0].isdecimal():
             return None
@@ -86,9 +88,9 @@ class Fingerprint(NamedTuple):
 
 
 def known_samples(documents: Documents, fingerprint: str) -> int | None:
-    """How many samples the source had under an older fingerprint, if these are still its first ones, else None.
+    """Number of samples under an older fingerprint if these are still the first samples of the source, else None.
 
-    Then samples were appended at most: the old ones keep their numbers, and what was planned with them can go on.
+    A number means that at most samples were appended: the old ones keep their numbers, so a saved plan can continue.
     """
     old = Fingerprint.parse(fingerprint)
     if old is None or old.samples > len(documents) or documents.fingerprint(old.samples) != fingerprint:
@@ -97,7 +99,7 @@ def known_samples(documents: Documents, fingerprint: str) -> int | None:
 
 
 def what_changed(documents: Documents, fingerprint: str) -> str:
-    """In words, how the documents differ from those of another fingerprint."""
+    """Description of how the documents differ from those of an older fingerprint, for messages."""
     old, now = Fingerprint.parse(fingerprint), Fingerprint.parse(documents.fingerprint())
     assert now is not None
     if old is None:
@@ -113,11 +115,15 @@ def what_changed(documents: Documents, fingerprint: str) -> str:
 
 
 Arrangement = tuple[tuple[int, Role | None], ...]
-"""The items of a document as a task arranges them: place in the document as declared, role."""
+"""Order and roles of the items under a task: (index of the item in the document as declared, role)."""
 
 
 def usable(table: Table, task: Task) -> tuple[np.ndarray, list[tuple[int, SampleError]]]:
-    """Numbers of the documents that suit the task, and the other ones with what is wrong with each."""
+    """Split the documents of a table by whether they suit a task.
+
+    Returns:
+        int64 numbers of the documents that suit, and (number, error) of each one that does not.
+    """
     kinds, first = (table.items["kind"] & MEANING).tobytes(), table.first.tolist()
     faults: dict[bytes, SampleError | None] = {}
     unusable = []
@@ -141,6 +147,10 @@ def _fault(task: Task, document: Document) -> SampleError | None:
 
 
 def _arrangement(task: Task, document: Document) -> Arrangement:
+    """Order and roles of the items of a document under a task."""
+
+    # The index of an item is stored in its size field, which `assign_roles` leaves alone, and is read back afterwards:
+    # `assign_roles` returns new items, among which equal ones could not be told apart otherwise.
     def marked(item: Item, place: int) -> Item:
         return replace(item, n_ids=place) if isinstance(item, TextItem) else replace(item, height=place)
 
@@ -150,7 +160,7 @@ def _arrangement(task: Task, document: Document) -> Arrangement:
 
 
 def _digest(table: Table, numbers: np.ndarray) -> str:
-    """SHA-256, shortened, of what the documents are, without where they lie."""
+    """Shortened SHA-256 of the contents of documents: kinds, sizes, checksums and keys, not their locations."""
     chosen = table.chosen(numbers)
     items = chosen.items
     digest = hashlib.sha256(chosen.documents.tobytes())

@@ -1,9 +1,9 @@
-"""The index of one source: every sample's key, roles and sizes, and where its bytes lie, before any step runs.
+"""The index of one source: key, roles, sizes and byte locations of every sample, known before the first step.
 
-Shards are read once: every record, every text (for its token count) and every image, which is decoded in full so that
-nothing undecodable reaches the planner. Samples with a fault are counted and named, never fatal. What was found is
-cached (`index_cache.py`) and held as a table (`table.py`); roles are assigned afterwards (`catalog.py`), so that
-several tasks share one cache.
+Every shard is scanned once: all records, all texts (for their token counts) and all images, which are decoded in full
+so that no undecodable image reaches the planner. Faulty samples are counted and named, never fatal. A scan is cached on
+disk (`index_cache.py`) and held as a table (`document_table.py`). Roles are assigned afterwards (`documents_view.py`),
+so that several tasks share one cache.
 """
 
 import logging
@@ -47,20 +47,20 @@ from megabagel.log import RANK0
 logger = logging.getLogger(__name__)
 
 INLINE_BYTES = 1024
-"""A text up to this size is held in the index; a longer one is read when it is needed."""
+"""Texts up to this many UTF-8 bytes are held in the index; longer ones are read from their shard when needed."""
 _CHECK = "`megabagel data index --check` finds such shards and indexes them again"
 NAMED_UNUSED = 20
-"""Unused fields that a message names."""
+"""Most unused fields that a message lists."""
 NAMED_SKIPS = 5
-"""Skipped samples that a log message names; `Index.skipped` has all."""
+"""Most skipped samples that a log message lists; `Index.skipped` has all."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """The usable samples of one source, in stable order: shards by path, then the order in the shard.
+    """The usable samples of one source, in a fixed order: shards by path, then position in the shard.
 
-    `fingerprint` depends on the documents alone (keys, roles, sizes, contents), not on where the shards lie or how old
-    they are: equal fingerprints mean that a saved data state fits.
+    `fingerprint` depends on the documents alone (keys, roles, sizes, checksums, task, tokenizer), not on the paths or
+    times of the shards. With equal fingerprints a saved data state can be resumed.
     """
 
     documents: Sequence[Document]
@@ -68,20 +68,21 @@ class Index:
     fingerprint: str
     reader: Reader = field(repr=False)
     unused: Mapping[str, int] = field(default_factory=dict)
-    """Fields, columns and files for which samples have no use, and how many samples have each."""
+    """Fields, columns and files that no layout uses, with the number of samples that have each."""
 
     def read(self, place: Place) -> bytes:
-        """The bytes of one image; raises UserError when its shard is gone or changed."""
+        """Read the bytes of one image, without a check of their checksum; raises as `Reader.read` does."""
         return self.reader.read(place)
 
     def image(self, item: ImageItem) -> bytes:
-        """The bytes of one image, compared with the checksum of when it was indexed; raises as `read` does too.
+        """Read the bytes of one image and compare them with the checksum in the index.
 
-        A shard that was restored with other contents may have its old size and times, which is all that is looked at
-        when a run starts.
+        At the start of a run only the size and time of a shard are compared; a shard that was restored with other
+        contents may have both unchanged.
 
         Raises:
-            SampleError: they are other bytes.
+            SampleError: the bytes differ from those that were indexed.
+            UserError: as `read`.
         """
         data = self.reader.read(item.member)
         if item.crc is not None and zlib.crc32(data) != item.crc:
@@ -89,10 +90,11 @@ class Index:
         return data
 
     def text(self, item: TextItem) -> str:
-        """The text of one item.
+        """Read the text of one item and compare it with the checksum in the index.
 
         Raises:
-            SampleError: it is another one than when it was indexed.
+            SampleError: the text differs from the one that was indexed.
+            UserError: as `read`.
         """
         match item.source:
             case str(text):
@@ -112,7 +114,7 @@ class Index:
         return "; ".join(filter(None, (line, counts, self.not_used())))
 
     def not_used(self) -> str:
-        """The fields, columns and files without a use, in words; empty if there are none."""
+        """Line that lists the unused fields, columns and files; empty if there are none."""
         most = Counter(self.unused).most_common()
         named = ", ".join(f"{printable(name)} ({count})" for name, count in most[:NAMED_UNUSED])
         more = f" and {len(most) - NAMED_UNUSED} more" if len(most) > NAMED_UNUSED else ""
@@ -120,7 +122,17 @@ class Index:
 
 
 def index_source(data: DataConfig, source: SourceConfig, tokenizer: TextTokenizer, *, check: bool = False) -> Index:
-    """The index of one entry of `data.sources`; see `build_index`."""
+    """Index one entry of `data.sources`; see `build_index`.
+
+    Args:
+        data: root folder of the shards and folder of the cached scans.
+        source: path pattern, task and image folder of the source.
+        tokenizer: counts the token ids of texts.
+        check: compare the contents of all shards with the cached scans.
+
+    Raises:
+        UserError: as `build_index`, or no shard matches the path.
+    """
     root = Path(data.root)
     images = root / source.images if source.images else None
     cache = Path(data.index_dir) if data.index_dir else None
@@ -140,12 +152,12 @@ def build_index(
     """Index the samples of `shards` for `task`.
 
     Args:
-        shards: tar, parquet and JSONL files, in the order in which they are to be indexed.
+        shards: tar, parquet and JSONL files; their order is the order of the samples.
         tokenizer: counts the token ids of texts.
         task: decides the roles of items; a document that does not suit it is skipped and counted.
-        images: folder of the images that JSONL files name; default: the folder of the first shard.
+        images: folder to which image paths in JSONL files are relative; default: the folder of the first shard.
         cache: folder of the cached scans; default: `.index` beside each shard.
-        check: compare the contents of every shard with those that were scanned, whatever its time of change.
+        check: compare the digest of every shard with the cached scan, also if its modification time is unchanged.
 
     Raises:
         UserError: a shard is missing or of no known format, or no sample at all is usable.
@@ -155,7 +167,8 @@ def build_index(
     counted = tokenizer.fingerprint()
 
     def scan(number: int) -> Scan:
-        # "verify" says that images were decoded in full. It stays the same: without it, all would be indexed again.
+        # "verify" (images were decoded in full) is constant. Removing it would change the name of every cache file, and
+        # all shards would be indexed again.
         how = {"tokenizer": counted, "verify": True, "images": _images_of(reader, number)}
         path = index_cache.file_of(shards[number], cache, how)
         found = index_cache.load(path, shards[number], check=check)
@@ -164,6 +177,7 @@ def build_index(
             index_cache.save(path, found)
         return found
 
+    # Results in the order of the shards, whichever scan finishes first: sample numbers must not depend on timing.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         scans = list(pool.map(scan, range(len(shards))))
     table = joined([found.table for found in scans])
@@ -180,15 +194,20 @@ def build_index(
 
 
 def _images_of(reader: Reader, number: int) -> str:
-    """The folder in which a JSONL shard finds its images, seen from the shard: both may be moved together."""
+    """Image folder of a JSONL shard, part of the key of its cached scan; empty for other formats.
+
+    Relative to the shard, so that the cache stays valid if both are moved together.
+    """
     if SUFFIXES.get(reader.shards[number].suffix, "jsonl") != "jsonl":
         return ""
     return os.path.relpath(reader.images.resolve(), reader.shards[number].parent.resolve())
 
 
 def _scan(reader: Reader, number: int, tokenizer: TextTokenizer) -> Scan:
-    """Look into every sample of one shard."""
+    """Read and measure every sample of one shard."""
     shard, start = reader.shards[number], time.perf_counter()
+    # Before the samples are read: if the shard changes meanwhile, the recorded digest no longer fits it, and the next
+    # start scans it again.
     state = State.of(shard)
     builder, skipped, count, unused = TableBuilder(), [], 0, Counter[str]()
     for found in samples_of(reader, number, unused):
@@ -211,7 +230,7 @@ def _scan(reader: Reader, number: int, tokenizer: TextTokenizer) -> Scan:
 
 
 def _measured(declared: Sequence[Declared], tokenizer: TextTokenizer, reader: Reader) -> Iterator[tuple[Item, int]]:
-    """The items with their sizes, each with the CRC-32 of its content."""
+    """Determine the sizes of declared items; yields (item, CRC-32 of its content)."""
     for one in declared:
         if isinstance(one, DeclaredText):
             data = one.text.encode()
@@ -231,6 +250,7 @@ def _measured(declared: Sequence[Declared], tokenizer: TextTokenizer, reader: Re
 
 
 def _report(index: Index, task: Task) -> None:
+    """Log the counts of an index; UserError if no sample is usable."""
     shards = index.reader.shards
     name = str(shards[0]) if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
     if not index.documents:

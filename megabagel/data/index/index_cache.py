@@ -1,11 +1,11 @@
-"""The cache of an index: what a scan of one shard found, in one file that is either current and sound or built anew.
+"""On-disk cache of shard scans: one file per shard, which is used only if it is undamaged and up to date.
 
-A cache file lies in `.index/` beside its shard (or in a folder of your choice): indexing that was interrupted goes on
-where it stopped, and new shards cost only their own scan. The first line is JSON: the state of the shard, the samples
-that are not used, and the digest of the rest, which holds the columns of `table.py`.
+A cache file lies in `.index/` beside its shard (or in `data.index_dir`). One file per shard means that interrupted
+indexing resumes at the next shard, and that new shards cost only their own scan. The first line of a file is JSON: the
+state of the shard, the skipped samples, and the SHA-256 of the rest, which holds the arrays of `document_table.py`.
 
-A shard is current if its size and time of change are those on record. If only the time differs, its contents are read
-and their BLAKE2 digest decides, which is far cheaper than a scan: nothing is decoded.
+A scan is up to date if the size and modification time of the shard are those recorded. If only the time differs, the
+shard is read and its BLAKE2 digest decides, which is far cheaper than a scan because nothing is decoded.
 """
 
 import hashlib
@@ -28,18 +28,20 @@ from megabagel.log import RANK0
 logger = logging.getLogger(__name__)
 
 FORMAT = 3
-"""Raised whenever a scan of the same shard would find something else, or is written in another way."""
+"""Version of the scan and of its file format. Increase it whenever a scan of the same shard would give another result
+or is stored in another way."""
+# Other names than those of the fields, kept because existing cache files have them.
 ON_DISK = {"documents": "documents_D", "items": "items_I", "keys": "keys_B", "texts": "texts_B"}
-"""Names of a table's arrays in the header of format 2."""
+"""Names of a table's arrays in the header of a cache file."""
 
 FOLDER = ".index"
 MOST_BYTES = 2**36
-"""Of a cache file: 64 GiB are the index of more than a billion items."""
+"""Largest cache file that is read: 64 GiB hold the index of more than a billion items."""
 
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A sample that is not used: shard and key name it, `reason` can be counted, `detail` says more."""
+    """A sample that was left out: its shard and key, the reason by which it is counted, and details."""
 
     shard: str
     key: str
@@ -53,7 +55,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class State:
-    """A shard as it was when it was scanned: bytes, time of change in ns, digest of the contents."""
+    """State of a shard when it was scanned: size in bytes, modification time in ns, BLAKE2 digest of its contents."""
 
     size: int
     changed: int
@@ -61,7 +63,7 @@ class State:
 
     @classmethod
     def of(cls, shard: Path) -> "State":
-        """The state of a shard, all of which is read.
+        """The current state of a shard; reads the whole file for the digest.
 
         Raises:
             UserError: the shard is missing or cannot be read.
@@ -72,29 +74,40 @@ class State:
 
 @dataclass(frozen=True)
 class Scan:
-    """What one shard holds, before any task: documents with roles as declared, and what was skipped."""
+    """Result of scanning one shard, independent of the task: documents with declared roles, and skipped samples."""
 
     table: Table
     skipped: tuple[Skip, ...]
     state: State
     unused: Mapping[str, int]
-    """Fields, columns and files for which samples have no use, and how many samples have each."""
+    """Fields, columns and files that no layout uses, with the number of samples that have each."""
 
 
 def file_of(shard: Path, folder: Path | None, how: Mapping[str, Any]) -> Path:
-    """The cache file of a shard scanned in one way; other ways (another tokenizer, ...) have files of their own.
+    """Path of the cache file of a shard.
 
-    In a `folder` shared by many shards, the file is that of this path.
+    Args:
+        shard: path of the shard.
+        folder: common folder of all cache files, or None for `.index` beside the shard.
+        how: settings of the scan (tokenizer, image folder, ...), as JSON values; each combination has its own file.
     """
+    # In a common folder the whole path distinguishes shards of the same name. Beside the shard its name suffices, and
+    # the cache stays valid when the folder is moved.
     place = str(shard) if folder else shard.name
     tag = hashlib.sha256(json.dumps([FORMAT, place, how], sort_keys=True).encode()).hexdigest()[:16]
     return (folder or shard.parent / FOLDER) / f"{shard.name}-{tag}.index"
 
 
 def load(path: Path, shard: Path, *, check: bool = False) -> Scan | None:
-    """The cached scan, or None where there is none, the shard has changed, or the file is damaged (said in the log).
+    """Load the cached scan of a shard.
 
-    With `check` the contents of the shard are compared although nothing suggests a change.
+    Args:
+        path: the cache file.
+        shard: the shard, compared with the recorded state.
+        check: compare the digest of the shard even if its size and modification time are unchanged.
+
+    Returns:
+        The scan, or None if there is none, the shard has changed, or the cache file is damaged (both are logged).
 
     Raises:
         UserError: the shard is missing.
@@ -119,6 +132,7 @@ def load(path: Path, shard: Path, *, check: bool = False) -> Scan | None:
         message = "%s changed since it was indexed (same size, other contents): indexing again"
         logger.warning(message, shard, extra=RANK0)
         return None
+    # Same contents with another time (a copied shard): record the new time, so that the next start skips the digest.
     if changed != scan.state.changed:
         scan = replace(scan, state=State(size, changed, scan.state.digest))
         save(path, scan)
@@ -126,7 +140,7 @@ def load(path: Path, shard: Path, *, check: bool = False) -> Scan | None:
 
 
 def save(path: Path, scan: Scan) -> None:
-    """Write the scan atomically; a folder that cannot be written only costs the next start its time."""
+    """Write a scan atomically. A folder that cannot be written is not an error: the next start scans again."""
     columns = {name: getattr(scan.table, name) for name in TYPES}
     body = b"".join(column.tobytes() for column in columns.values())
     fields = {
@@ -146,7 +160,7 @@ def save(path: Path, scan: Scan) -> None:
 
 @dataclass(frozen=True)
 class _Head:
-    """The first line of a cache file."""
+    """Fields of the first line of a cache file."""
 
     state: tuple[Count, int, str]
     skipped: tuple[tuple[str, str, str, str], ...]
@@ -156,11 +170,12 @@ class _Head:
 
 
 def _read(path: Path) -> bytes:
-    """A cache file, which is as large as it has to be. Raises OSError, for what is no regular file too."""
+    """Read a whole cache file. Raises OSError if it cannot be read or is no regular file."""
     return read_file(path, MOST_BYTES)
 
 
 def _unpack(fields: _Head, body: bytes) -> Scan:
+    """Build a scan from the header and the body of a cache file. Raises ValueError if they do not fit together."""
     columns, offset = {}, 0
     for name, kind in TYPES.items():
         length = fields.lengths.get(name, -1)

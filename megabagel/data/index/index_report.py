@@ -1,4 +1,4 @@
-"""What `megabagel data index` prints: counts of one source, and its unusable samples by name."""
+"""Output of `megabagel data index`: counts of one source, and its skipped samples by name."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +12,13 @@ from megabagel.data.index.index_cache import Skip
 
 
 def survey(index: Index, title: str, named: int | None) -> str:
-    """Lines about an index. Of the samples that are not used, the first `named` are named, all if it is None."""
+    """Report on an index as text.
+
+    Args:
+        index: the index of one source.
+        title: first line.
+        named: number of skipped samples that are listed by name; None lists all.
+    """
     lines = [title, f"  samples: {len(index.documents)}, skipped: {len(index.skipped)}"]
     assert isinstance(index.documents, Documents)
     lines += _items(index.documents)
@@ -24,7 +30,7 @@ def survey(index: Index, title: str, named: int | None) -> str:
 
 
 def _items(documents: Documents) -> list[str]:
-    """Texts and images of the samples that are used; every wording and every frame counts."""
+    """Lines with counts of texts and images of the usable samples; every wording and every frame counts."""
     items = documents.table.chosen(documents.numbers).items
     is_image = (items["kind"] & IMAGE).astype(bool)
     texts, images = items[~is_image], items[is_image]

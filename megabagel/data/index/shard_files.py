@@ -1,4 +1,4 @@
-"""Formats of shards: which files of a folder are shards, what format a file has, and the samples in it."""
+"""Shard files of a source: finding them, detecting their format, and iterating over their samples."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,21 +20,24 @@ from megabagel.errors import UserError
 Format = Literal["tar", "parquet", "jsonl"]
 
 SUFFIXES: dict[str, Format] = {".tar": "tar", ".parquet": "parquet", ".jsonl": "jsonl"}
-"""Names of the shards in a folder."""
+"""Format by file name suffix. Files of a folder with other suffixes are not taken as shards."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A sample: `declare` looks into it, and raises SampleError where it has a fault."""
+    """A sample of a shard, not parsed yet: `declare` parses it, and raises SampleError if it is faulty."""
 
     key: str
     declare: Callable[[], list[Declared]]
 
 
 def find_shards(root: Path, pattern: str) -> list[Path]:
-    """The shards that a glob or the name of a folder stands for, under `root` unless it is absolute, sorted.
+    """Shards that match a path, sorted.
 
-    A folder stands for the files in it that end in .tar, .parquet or .jsonl. Hidden files are no shards.
+    Args:
+        root: `data.root`; relative patterns are under it.
+        pattern: a file, a glob, or a folder, which stands for its files that end in .tar, .parquet or .jsonl. Hidden
+            files are left out.
 
     Raises:
         UserError: no file matches, or the glob is malformed.
@@ -60,10 +63,10 @@ def find_shards(root: Path, pattern: str) -> list[Path]:
 
 
 def format_of(shard: Path) -> Format:
-    """The format of a file by its first bytes, which must agree with its name where that says one.
+    """Detect the format of a file from its first bytes.
 
     Raises:
-        UserError: they do not agree, or the file cannot be read.
+        UserError: the suffix of its name names another format, or the file cannot be read.
     """
     try:
         with shard.open("rb") as file:
@@ -73,8 +76,9 @@ def format_of(shard: Path) -> Format:
             f"{shard}: cannot be read ({error}). Bring the shard back or remove it from data.sources."
         ) from error
     by_name, start = SUFFIXES.get(shard.suffix), head.removeprefix(b"\xef\xbb\xbf")
+    # First, because a tar begins with the name of its first file, which may look like one of the other formats.
     if head[257:].startswith((b"ustar\0", b"ustar  \0")):
-        by_content: Format = "tar"  # whatever the name of its first file begins with
+        by_content: Format = "tar"
     elif start[:4] == b"PAR1":
         by_content = "parquet"
     elif start.lstrip()[:1] == b"[" and by_name in (None, "jsonl"):
@@ -85,9 +89,9 @@ def format_of(shard: Path) -> Format:
     elif start.lstrip()[:1] == b"{":
         by_content = "jsonl"
     elif by_name == "jsonl" and not start.strip():
-        by_content = "jsonl"  # without a record
+        by_content = "jsonl"  # an empty file is JSONL without a record
     else:
-        by_content = "tar"  # whose headers are checked one by one
+        by_content = "tar"  # an old format without a magic number; `tar.walk` checks its headers
     if by_name and by_name != by_content:
         raise UserError(
             f"{shard}: cannot be read as a shard (named {shard.suffix}, but it begins with {start[:8]!r}). Expected an"
@@ -97,9 +101,15 @@ def format_of(shard: Path) -> Format:
 
 
 def samples_of(reader: Reader, number: int, unused: Counter[str]) -> Iterator[Found | Skip]:
-    """The samples of one shard in order, and those that are known to be unusable before one looks into them.
+    """Iterate over the samples of one shard in order.
 
-    `unused` counts fields, columns and files for which their samples have no use, as these are looked into.
+    Args:
+        reader: reader of the source.
+        number: number of the shard.
+        unused: is updated with fields, columns and files that no layout uses, as samples are parsed.
+
+    Returns:
+        Iterator of samples, and of `Skip` for those that are unusable before they are parsed.
 
     Raises:
         UserError: the shard is missing, unreadable or of no known format.
@@ -133,6 +143,7 @@ def _tar(reader: Reader, number: int, unused: Counter[str]) -> Iterator[Found | 
         last = split_name(files[-1].name)[0] if files and not damage.startswith(BEHIND_THE_END) else ""
         faults[last] = Skip(shard.name, last, "damaged shard", damage)
     yield from faults.values()
+    # Only after all headers were read: a fault of one file excludes its whole sample, and comes in any order.
     for key, sample in samples.items():
         if key not in faults:
             yield Found(key, partial(declared_items, sample, reader.files.read, unused))

@@ -1,5 +1,5 @@
-"""The viewer: one sample as training sees it, printed and drawn (`megabagel data inspect`).
+"""Sample viewer (`megabagel data inspect`): one sample exactly as training uses it, as text, PNG or HTML.
 
-`view.py` gathers what there is to see, `table.py` prints it, `mask.py` draws the attention mask, `page.py` a PNG page
-and `html.py` an HTML page.
+`view.py` collects the data, `table.py` formats it as text, `mask.py` draws the attention mask, `page.py` a PNG page and
+`html.py` an HTML page.
 """

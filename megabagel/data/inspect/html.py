@@ -1,4 +1,4 @@
-"""A sample as one HTML page that needs no other file: images and the mask lie in it as PNG."""
+"""A sample as a self-contained HTML page: images and the attention mask are embedded as PNG."""
 
 import base64
 import html
@@ -13,12 +13,12 @@ from megabagel.errors import printable
 
 
 def escape(text: str) -> str:
-    """Foreign text for HTML: markup and invisible characters escaped."""
+    """Escape markup and invisible characters of untrusted text for HTML."""
     return html.escape(printable(text, keep="\n\t"))
 
 
 MASK = 720
-"""Most pixels of a side of the mask."""
+"""Largest side of the mask in pixels."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #202228; max-width: 1500px; margin: 2rem auto; padding: 0 2rem }
@@ -35,7 +35,7 @@ th, td { text-align: left; padding: .15rem .5rem; border-bottom: 1px solid #dee0
 
 
 def draw_html(view: SampleView) -> str:
-    """The page: mask and table above, texts and images in their order below."""
+    """The HTML page: mask and table on top, texts and images in sequence order below."""
     name, _, rest = heading(view).partition("   ")
     parts = [
         "<!doctype html>",

@@ -1,4 +1,4 @@
-"""The attention mask as a picture: a row per query, a column per key, in the colour of the key's segment."""
+"""Picture of the attention mask: a row per query, a column per key, in the colour of the key's segment."""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,14 +18,14 @@ LOSS: Colour = (32, 34, 40)
 HIDDEN: Colour = (250, 250, 248)
 BORDER: Colour = (255, 255, 255)
 RULER, GAP = 14, 4
-"""Width of the strips beside the mask, and their distance, pixels."""
+"""Width of the strips beside the mask, and distance between them, in pixels."""
 
 
 def draw_mask(view: SampleView, side: int) -> Image.Image:
-    """The mask of at most `side` pixels a side, with its rulers.
+    """Draw the mask with at most `side` pixels per side, and rulers beside it.
 
-    Above and left of the mask every row and column has its split's colour; the outer strip on the left is dark where a
-    row bears loss. A sample of more tokens than pixels is averaged.
+    Strips above and on the left show the segment of every column and row; the outer strip on the left is dark for rows
+    with loss. If there are more tokens than pixels, pixels are averages.
     """
     colour_S = np.array([COLOURS[kind] for kind in view.kinds()], np.float32)
     scale = max(1, side // len(colour_S))
@@ -47,11 +47,18 @@ def draw_mask(view: SampleView, side: int) -> Image.Image:
 
 
 def thumbnail(view: SampleView, colour_S: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """uint8 [n, n, 3]: pixel (i, j) covers queries edges[i] to edges[i + 1] and keys edges[j] to edges[j + 1].
+    """Average the mask over blocks of queries and keys.
 
-    Its colour is the mean over these pairs, HIDDEN where the mask forbids one. An empty range takes the token at its
-    start.
+    Args:
+        view: the sample.
+        colour_S: colour of every token, float32 [tokens, 3].
+        edges: n + 1 ascending token indices. Pixel (i, j) covers queries edges[i] to edges[i + 1] and keys edges[j] to
+            edges[j + 1]; an empty range takes the token at its start.
+
+    Returns:
+        uint8 [n, n, 3]: mean colour of the pairs of each pixel; a masked pair has the colour HIDDEN.
     """
+    # One row of pixels at a time, with a running sum over the keys: the full mask of a long sample is never held.
     codes, paint_S = view.pack.codes, colour_S - np.array(HIDDEN)
     first, last = edges[:-1], np.maximum(edges[1:], edges[:-1] + 1)
     keys_before = np.zeros((len(colour_S) + 1, 3))
@@ -66,12 +73,12 @@ def thumbnail(view: SampleView, colour_S: np.ndarray, edges: np.ndarray) -> np.n
 
 
 def _strip(colour_S: np.ndarray, edges: np.ndarray) -> Image.Image:
-    """One pixel wide: the colour of the token at each place."""
+    """Column of pixels, one wide: the colour of the token at each edge."""
     return Image.fromarray(colour_S[edges[:-1], None].astype(np.uint8))
 
 
 def _borders(page: Image.Image, places: list[float], margin: int) -> None:
-    """White lines between segments."""
+    """Draw white lines between segments."""
     pen = ImageDraw.Draw(page)
     for place in places:
         at = margin + round(place)

@@ -1,4 +1,4 @@
-"""A sample as one PNG page, drawn with Pillow alone: mask and table above, texts and images below."""
+"""A sample as a PNG page, drawn with Pillow alone: mask and table on top, texts and images below."""
 
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -12,22 +12,22 @@ from megabagel.data.inspect.view import Branch, ImageView, Kind, SampleView, Tex
 
 WIDTH, MARGIN = 1600, 48
 MASK = 560
-"""Most pixels of a side of the mask."""
+"""Largest side of the mask in pixels."""
 COLUMNS, GUTTER = 3, 40
 COLUMN = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GUTTER) // COLUMNS
 PANEL_GAP = 14
 PANEL = (COLUMN - PANEL_GAP) // 2
-"""Longest side of an image."""
+"""Longest side of an image in pixels."""
 LINE, TEXT_LINES = 26, 8
-"""Height of a line of text, and lines that a text may take; the rest is counted."""
+"""Height of a line of text in pixels, and most lines per text; further tokens are only counted."""
 TOKEN_LINE = (120, 124, 132, 90)
 INK, FAINT, RULE = (32, 34, 40), (110, 116, 128), (222, 224, 228)
 SPELLED = str.maketrans({"\u2192": ">", "\u00d7": "x", "\u2013": "-", "\u2014": "-", "\u2022": "*", "\n": "\u00b7"})
-"""Characters that Pillow's own font lacks; a line break shows as a dot in the middle."""
+"""Replacements for characters that Pillow's built-in font lacks, and a middle dot for a line break."""
 
 
 def draw_page(view: SampleView) -> Image.Image:
-    """The page; as high as it has to be."""
+    """Draw the page; its height depends on the content."""
     blocks = [_title(view), _plan(view), *_contents(view)]
     page = Image.new("RGB", (WIDTH, MARGIN + sum(block.height + 24 for block in blocks)), "white")
     top = MARGIN
@@ -49,7 +49,7 @@ def _title(view: SampleView) -> Image.Image:
 
 
 def _plan(view: SampleView) -> Image.Image:
-    """The mask, its legend, and the table of segments beside it."""
+    """Mask and legend, with the table of segments beside them."""
     mask, legend = draw_mask(view, MASK), _legend(view)
     table = _table(view)
     block = _blank(max(mask.height + 16 + legend.height, table.height))
@@ -94,7 +94,7 @@ def _table(view: SampleView) -> Image.Image:
 
 
 def _contents(view: SampleView) -> Iterator[Image.Image]:
-    """Texts and images in reading order, in rows of COLUMNS."""
+    """Texts and images in sequence order, COLUMNS per row."""
     cards = [
         _text(view, content) if isinstance(content, TextView) else _image(view, content) for content in view.contents
     ]
@@ -107,7 +107,7 @@ def _contents(view: SampleView) -> Iterator[Image.Image]:
 
 
 def _text(view: SampleView, content: TextView) -> Image.Image:
-    """The tokens of a text, each on a tile of its own."""
+    """Card of a text: each token on its own tile."""
     kinds = _uses(view, content.slot)
     tint = COLOURS[next(iter(kinds))]
     lines = _lines([_spelled(token) for token in content.tokens], 17, COLUMN, gap=1)
@@ -128,7 +128,7 @@ def _text(view: SampleView, content: TextView) -> Image.Image:
 
 
 def _image(view: SampleView, content: ImageView) -> Image.Image:
-    """An image in its branches, cut into their tokens."""
+    """Card of an image as the VAE and the ViT get it, with lines between tokens."""
     card = Image.new("RGB", (COLUMN, 30 + PANEL + 26), "white")
     height, width = content.size
     header = f"item {content.slot}, {width} x {height}   {_described(_uses(view, content.slot))}"
@@ -145,7 +145,7 @@ def _image(view: SampleView, content: ImageView) -> Image.Image:
 
 
 def _cut(branch: Branch) -> Image.Image:
-    """The pixels at a legible size, with lines between tokens."""
+    """Scale the pixels of a branch to PANEL and draw lines between tokens."""
     (rows, cols), (height, width) = branch.grid, branch.pixels.shape[:2]
     scale = PANEL / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -161,7 +161,7 @@ def _cut(branch: Branch) -> Image.Image:
 
 
 def _uses(view: SampleView, slot: int) -> dict[Kind, bool]:
-    """The kinds of segment that show an item, and whether it was dropped."""
+    """Kinds of the segments that an item is in, and whether each was dropped."""
     return {segment.kind: segment.dropped for segment in view.segments if slot in segment.slots}
 
 
@@ -170,7 +170,7 @@ def _described(kinds: dict[Kind, bool]) -> str:
 
 
 def _lines(words: Sequence[str], size: int, room: int, gap: int) -> list[list[str]]:
-    """Words dealt to lines of at most `room` pixels, `gap` pixels between two."""
+    """Break words into lines of at most `room` pixels, with `gap` pixels between words."""
     lines: list[list[str]] = [[]]
     used = 0
     for word in words:
@@ -184,7 +184,7 @@ def _lines(words: Sequence[str], size: int, room: int, gap: int) -> list[list[st
 
 
 def _spelled(text: str) -> str:
-    """What the font can show of a text."""
+    """Reduce a text to characters that the font has: accents are removed, unknown characters become `?`."""
     plain = unicodedata.normalize("NFKD", text.translate(SPELLED))
     kept = "".join(letter for letter in plain if not unicodedata.combining(letter))
     return "".join(letter if letter == " " or _has_glyph(letter) else "?" for letter in kept)
@@ -193,6 +193,7 @@ def _spelled(text: str) -> str:
 @lru_cache(maxsize=4096)
 def _has_glyph(letter: str) -> bool:
     font = _font(17)
+    # Pillow has no query for glyphs: a missing one is drawn like U+FFFF, which no font has.
     return bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))
 
 

@@ -1,4 +1,4 @@
-"""`megabagel data inspect`: from a config and the name of a sample to what is printed and what is drawn."""
+"""`megabagel data inspect`: text and drawing of one sample, given a config and the name of the sample."""
 
 from pathlib import Path
 
@@ -18,9 +18,16 @@ FORMATS = (".html", ".png")
 
 
 def show(config: Config, source: str | None, sample: str, out: Path | None) -> str:
-    """The sample in words; drawn as well if `out` says where.
+    """Describe one sample of a config as text, and optionally draw it.
 
-    source: name of an entry of data.sources; None: the first. sample: a key, or a number from 0.
+    Args:
+        config: the config of a run.
+        source: name of an entry of `data.sources`; None takes the first.
+        sample: key of the sample, or its number, from 0.
+        out: file for the drawing (.html or .png), or None.
+
+    Returns:
+        The text.
 
     Raises:
         UserError: no such source or sample, an image cannot be decoded, or `out` cannot be written.
@@ -38,7 +45,7 @@ def show(config: Config, source: str | None, sample: str, out: Path | None) -> s
 
 
 def draw(view: SampleView, out: Path) -> None:
-    """Write the page of a sample as HTML or PNG, as the ending of `out` says."""
+    """Write the page of a sample as HTML or PNG, by the suffix of `out`."""
     try:
         if out.suffix == ".html":
             write_atomic(out, draw_html(view).encode())

@@ -1,4 +1,4 @@
-"""A sample in words: one line per segment, as plain cells for every way of showing it, and as text."""
+"""Text of a sample: a table with one line per segment. The cells are also used by the PNG and HTML pages."""
 
 from megabagel.data.inspect.view import ImageView, SampleView, SegmentView, TextView
 from megabagel.sequence.items import Clip, Text
@@ -6,18 +6,18 @@ from megabagel.sequence.sample import LATENT, VIT
 
 HEADER = ("#", "split", "item", "grid", "mode", "tokens", "loss", "RoPE", "noise group", "draw", "dropout")
 NUMERIC = frozenset(("#", "tokens", "loss", "draw"))
-"""Columns that are set flush right."""
+"""Right-aligned columns."""
 PRINTED = 80
-"""Tokens of a text that are printed."""
+"""Most tokens of a text that are printed."""
 
 
 def heading(view: SampleView) -> str:
-    """Which sample this is."""
+    """Identity of the sample: key, source, task and number."""
     return f"{view.name}   source {view.key.source}, task {view.task}, sample {view.key.sample} of {view.of}"
 
 
 def summary(view: SampleView) -> str:
-    """What it amounts to."""
+    """Token counts by type, loss rows, share of visible pairs, seed and epoch."""
     pack = view.pack
     vit, latent = (int((pack.kind_S == kind).sum()) for kind in (VIT, LATENT))
     text = pack.tokens - vit - latent
@@ -30,7 +30,7 @@ def summary(view: SampleView) -> str:
 
 
 def cells(number: int, segment: SegmentView) -> tuple[str, ...]:
-    """One line of the table, in the order of HEADER."""
+    """Cells of one segment, in the order of HEADER."""
     slots = segment.slots
     place = f"{slots[0]}" if len(slots) == 1 else f"{slots[0]}-{slots[-1]}"
     chance = f"{segment.probability:g}" if segment.probability else ""
@@ -45,7 +45,7 @@ def cells(number: int, segment: SegmentView) -> tuple[str, ...]:
 
 
 def as_text(view: SampleView) -> str:
-    """The whole sample for a terminal."""
+    """The whole sample as text for a terminal."""
     lines = [HEADER, *(cells(number, segment) for number, segment in enumerate(view.segments))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join(_flush(*cell) for cell in zip(HEADER, line, widths, strict=True)).rstrip() for line in lines]

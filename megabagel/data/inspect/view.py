@@ -1,4 +1,7 @@
-"""What there is to see of a sample: its segments, the mask behind them, its texts as tokens, its images as pixels."""
+"""Data behind the views of a sample: its segments, its pack with the mask, texts as tokens, images as pixels.
+
+Built by the same functions as a training batch (`plan/planned_sample.py`), so that the view shows what is trained on.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ from megabagel.sequence.sample import dropped_items, lay_out
 
 
 class Kind(Enum):
-    """What a segment is to the model."""
+    """Kinds of segments, by the loss or role of their tokens; the values are the names shown."""
 
     READ = "text"
     LEARNED = "text, learned"
@@ -32,11 +35,20 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class SegmentView:
-    """One item of the sample. `dropped`: conditioning dropout leaves it out, so it has no tokens.
+    """One item of the sample as an attention segment.
 
-    slots: places in the document (several for a clip). rows: its rows in the sequence. loss: how many of them bear
-    loss. rope: first and last RoPE id. group: number of its private key and its chain, for noised segments. timestep:
-    the normal draw behind its noise level. probability: of being dropped.
+    Args:
+        kind: its kind.
+        item: the sequence item.
+        slots: indices into the items of the document (several for a clip).
+        mode: attention mode, in lower case.
+        rows: its rows in the sequence, delimiters included; empty if dropped.
+        loss: number of its rows with loss.
+        rope: first and last RoPE position.
+        group: for noised segments, the number of its private key code, and its chain; else empty.
+        timestep: raw normal draw from which its noise level follows; None for segments without noise.
+        probability: probability of conditioning dropout.
+        dropped: whether conditioning dropout removed it from this visit.
     """
 
     kind: Kind
@@ -59,7 +71,7 @@ class SegmentView:
 
 @dataclass(frozen=True)
 class TextView:
-    """A text as tokens, each written out on its own."""
+    """A text as tokens, each decoded by itself."""
 
     slot: int
     role: str
@@ -68,7 +80,7 @@ class TextView:
 
 @dataclass(frozen=True)
 class Branch:
-    """An image as the ViT or the VAE gets it: uint8 [height, width, 3], and rows and columns of its tokens."""
+    """An image as the ViT or the VAE gets it: (rows, columns) of its token grid, and uint8 [height, width, 3]."""
 
     name: str
     grid: tuple[int, int]
@@ -77,7 +89,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class ImageView:
-    """An image: its size on file (height, width), and what its branches get."""
+    """An image: its (height, width) in pixels in the file, and its pixels as the ViT and the VAE get them."""
 
     slot: int
     role: str
@@ -87,7 +99,7 @@ class ImageView:
 
 @dataclass(frozen=True)
 class SampleView:
-    """One visit of one sample. `contents` are in the order of the document."""
+    """One visit (use in one epoch) of a sample. `of`: samples of the source; `contents`: in document order."""
 
     key: SampleKey
     name: str
@@ -98,12 +110,18 @@ class SampleView:
     contents: tuple[TextView | ImageView, ...]
 
     def kinds(self) -> list[Kind]:
-        """The kind of every row of the sequence."""
+        """Kind of every row of the sequence."""
         return [segment.kind for segment in self.segments for _ in range(segment.tokens)]
 
 
 def view_sample(config: Config, source: Source, tokenizer: TextTokenizer, wanted: str) -> SampleView:
-    """The first visit of sample `wanted` (a key, or a number from 0) of a source.
+    """View of a sample in its first epoch.
+
+    Args:
+        config: the config of a run.
+        source: the opened source.
+        tokenizer: encodes and decodes texts.
+        wanted: key of the sample, or its number, from 0.
 
     Raises:
         UserError: there is no such sample, or one of its images cannot be decoded.
@@ -131,8 +149,9 @@ def view_sample(config: Config, source: Source, tokenizer: TextTokenizer, wanted
 
 
 def find_sample(source: Source, wanted: str) -> int:
-    """The number of a sample, by its key or its number from 0."""
+    """Number of a sample, given its key or its number from 0; UserError if there is none."""
     documents = source.index.documents
+    # Keys first: a key may consist of digits.
     for number, document in enumerate(documents):
         if document.key == wanted:
             return number
@@ -199,7 +218,7 @@ def _text(source: Source, document: Document, slot: int, item: TextItem) -> str:
 def _images(
     config: Config, source: Source, document: Document, segments: tuple[SegmentView, ...]
 ) -> dict[int, ImageView]:
-    """The images of the sample by slot; a branch appears once, however often its pixels are used."""
+    """Images of the sample by slot; a branch (ViT or VAE) appears once, however often its pixels are used."""
     sides = {"VAE": config.model.latent_stride, "ViT": config.model.vit.patch}
     grids: dict[int, dict[str, tuple[int, int]]] = {}
     for segment in segments:
@@ -212,6 +231,7 @@ def _images(
         assert isinstance(item, ImageItem)
         sizes = tuple((rows * sides[name], cols * sides[name]) for name, (rows, cols) in wanted.items())
         try:
+            # The reference engine, whatever `data.decode` is: a view needs no GPU.
             (outcome,) = choose_engine("host")([Request(source.index.image(item), sizes)])
             if isinstance(outcome, DecodeError):
                 raise outcome
@@ -225,5 +245,5 @@ def _images(
 
 
 def _levels(pixels: torch.Tensor) -> np.ndarray:
-    """[3, h, w] in [-1, 1] as uint8 [h, w, 3]."""
+    """Convert [3, height, width] in [-1, 1] to uint8 [height, width, 3]."""
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()

@@ -1,1 +1,1 @@
-"""Loading: a rank's share of every step, read, decoded and laid out in worker processes."""
+"""Loading: reads, decodes and packs this rank's share of every step, in worker processes or a thread."""

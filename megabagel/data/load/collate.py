@@ -1,7 +1,9 @@
-"""From a planned pack to a packed batch: lays it out, writes its words, reads and decodes its images.
+"""Collation: turns a planned pack into a packed batch (layout, token ids, decoded images).
 
-Nothing here decides an order: the plan does. An image that fails although the index found it sound is replaced:
-latents by NaN, which the model side turns into rows without loss, ViT patches by grey.
+The order of samples comes from the global plan; nothing here changes it. An image that cannot be read or decoded
+although it was sound at indexing time keeps its tokens, so that the layout of the pack stays as planned: its pixels for
+the VAE (or cached moments) become NaN, which the model side turns into rows without loss, and its ViT patches become
+mid-grey.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,7 +30,7 @@ from megabagel.sequence.sample import SamplePlan
 
 @dataclass(frozen=True)
 class LostImage:
-    """An image that could not be decoded: whose visit, which slot, and why."""
+    """An image (or text) that could not be read: the visit, the slot in its document, and the message to log."""
 
     key: SampleKey
     slot: int
@@ -37,7 +39,7 @@ class LostImage:
 
 @dataclass(frozen=True)
 class Filled:
-    """A packed batch and the images that it lacks."""
+    """A packed batch, and the images that could not be read."""
 
     batch: PackedBatch
     lost: tuple[LostImage, ...]
@@ -45,9 +47,10 @@ class Filled:
 
 @dataclass(frozen=True)
 class Filler:
-    """Fills packs for one rank. Plain data: a worker process holds a copy.
+    """Callable that turns a `Task` into a `Filled` batch of one rank. Picklable: each worker process has a copy.
 
-    indexes: by source, for their readers; documents come with the packs. batches: what makes a rank's batch of them.
+    `indexes`: per source, used for their readers only; documents arrive with the tasks. `batches`: selects and lays out
+    the rows of this rank. `latents`: cached VAE moments to read instead of encoding pixels, or None.
     """
 
     rules: Rules
@@ -67,22 +70,32 @@ class Filler:
         batches: BatchBuilder,
         latents: LatentCache | None,
     ) -> "Filler":
-        """The filler of a plan's packs."""
+        """The filler for the packs of a plan.
+
+        Args:
+            plan: global plan of the run; gives config, rules and sources.
+            tokenizer: encodes texts.
+            decode: decodes image files.
+            batches: builds the batch of this rank.
+            latents: cache of VAE moments, or None to pass pixels to the VAE.
+        """
+        # Without documents: they are large, every worker gets a copy of this object, and tasks carry those needed.
         indexes = {name: replace(source.index, documents=(), skipped=()) for name, source in plan.sources.items()}
         return cls(plan.rules, indexes, tokenizer, decode, plan.config, batches, latents)
 
     @property
     def most_bytes(self) -> int:
-        """Upper bound of the pixels and patches of one pack: a token stands for 3 x side x side of them, in fp32."""
+        """Upper bound in bytes of the images of one pack: each token covers 3 x side x side values in fp32."""
         model = self.config.model
         return self.config.data.max_tokens * 3 * max(model.latent_stride, model.vit.patch) ** 2 * 4
 
     def __call__(self, task: Task) -> Filled:
-        """One pack with the words and the images that this rank encodes."""
+        """Fill one pack: all token ids, and the images that this rank encodes."""
         rank = self.batches.lay_out(self.rules.pack(task.plan, task.documents))
         vits, vaes, model = rank.vit_images, rank.vae_images, self.config.model
         patch, stride = model.vit.patch, model.latent_stride
-        sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}  # by (sample, slot): an image is decoded once
+        # Keyed by (sample, slot), so that an image that is used several times is read and decoded once.
+        sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for sample, vit in vits:
             sizes.setdefault((sample, vit.slot), []).append((vit.rows * patch, vit.cols * patch))
         encoded = vaes if self.latents is None else []
@@ -90,22 +103,28 @@ class Filler:
             sizes.setdefault((image.sample, image.slot), []).append((image.rows * stride, image.cols * stride))
         token_ids, unread = self._token_ids(task, rank.pack.samples)
         views, lost = self._views(task, sizes, unread)
+        # `views` has one iterator per image; it yields sizes in the order in which they were requested above (all ViT
+        # uses, then all VAE uses), so the next two lines must stay in this order.
         patches = [patchify(torch.nan_to_num(next(views[sample, vit.slot])), patch) for sample, vit in vits]
         pixels = [next(views[image.sample, image.slot]) for image in encoded]
         moments, missed = (None, ()) if self.latents is None else self._moments(task, vaes, self.latents, unread)
-        if unread:  # nothing is learned from a sample without its text
+        # A sample with a missing text has no correct condition or label: it keeps its rows, but none has cross-entropy.
+        if unread:
             pack = rank.pack
             rank = replace(rank, pack=replace(pack, ce_S=pack.ce_S & ~np.isin(pack.sample_S, list(unread))))
         batch = self.batches.build(rank, np.array(token_ids, np.int64), patches, pixels, moments)
         return Filled(batch, lost + missed + tuple(unread.values()))
 
     def _token_ids(self, task: Task, samples: tuple[SamplePlan, ...]) -> tuple[list[int], dict[int, LostImage]]:
-        """The token ids of all samples, and by number the samples of which a text cannot be had, written as `eos`."""
+        """Token ids of all samples, and the samples with a text that cannot be read, by sample number.
+
+        An unreadable text is replaced by as many eos tokens as the index counted, so the layout does not change.
+        """
         writer = Writer(self.tokenizer)
         words: list[int] = []
         unread: dict[int, LostImage] = {}
         for number, (document, sample) in enumerate(zip(task.documents, samples, strict=True)):
-
+            # Loop variables are bound as default values: a closure would see those of a later iteration.
             def ids(
                 slot: int, number: int = number, document: Document = document, source: str = sample.key.source
             ) -> list[int]:
@@ -123,8 +142,17 @@ class Filler:
     def _views(
         self, task: Task, sizes: Mapping[tuple[int, int], list[tuple[int, int]]], unread: Collection[int]
     ) -> tuple[dict[tuple[int, int], Iterator[torch.Tensor]], tuple[LostImage, ...]]:
-        """The views [3, height, width] in [-1, 1] of images (sample, slot), all decoded in one call; NaN for one that
-        cannot be had."""
+        """Decode all images of a pack in one call of the decode engine.
+
+        Args:
+            task: the pack.
+            sizes: wanted (height, width) of every view in pixels, by (sample, slot).
+            unread: samples with an unreadable text; their images are not read.
+
+        Returns:
+            Per (sample, slot) an iterator over its views, float32 [3, height, width] in [-1, 1] (NaN for an image that
+            cannot be read); and the images that were lost.
+        """
         keys = [visit.key for visit in task.plan.visits]
         found: dict[tuple[int, int], Views | SampleError] = {}
         requests: dict[tuple[int, int], Request] = {}
@@ -148,7 +176,7 @@ class Filler:
     def _moments(
         self, task: Task, images: Sequence[VaeImage], cache: LatentCache, unread: Collection[int]
     ) -> tuple[list[torch.Tensor], tuple[LostImage, ...]]:
-        """The codec's moments of images [C, h, w]; NaN for one that cannot be had."""
+        """Cached VAE moments [C, h, w] of images, NaN for an image that is not available; and the lost images."""
         stride, cells = self.config.model.latent_stride, self.config.model.latent_patch
         moments, lost = [], []
         for image in images:
@@ -169,7 +197,7 @@ class Filler:
 
 
 def _refuse(sample: int, unread: Collection[int]) -> None:
-    """Raise SampleError for an image of a sample whose text is lost: it would be learned with a wrong text."""
+    """Raise SampleError for an image of a sample with a lost text: it would be trained with a wrong condition."""
     if sample in unread:
         raise SampleError("its text is lost")
 

@@ -1,8 +1,9 @@
-"""The latent cache: what the frozen codec makes of every image, computed once instead of in every step.
+"""The latent cache: VAE moments of every training image, computed once instead of in every step.
 
-Kept are the codec's moments (mean and log variance of the posterior, or the one point of an exact codec), so that
-training still draws its own latents. An image is found by the digest of its file and its training size, whatever shards
-it lies in: a cache outlives other tokenizers and tasks, and an image that is in two sources is in it once.
+The codec (the frozen VAE) is applied ahead of training. The cache holds its moments (mean and log variance of the
+posterior, or the single point of a deterministic codec) rather than latents, so that training still samples latents
+from the posterior. Images are looked up by the digest of their file and their training size, not by shard or sample:
+the cache stays valid with other tokenizers, tasks and shards, and an image that is in two sources is stored once.
 
     OUT/manifest.json                  what the cache is valid for
     OUT/latents-000000.safetensors     "<digest>-<height>x<width>": [C, height / downsample, width / downsample]
@@ -39,9 +40,9 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 SHARD_BYTES = 1 << 28
-"""A shard is written once it holds this much."""
+"""Tensor bytes after which a shard is written."""
 BATCH = 32
-"""Images decoded in one call."""
+"""Images per call of the decode engine."""
 
 Precision = Literal["fp32", "bf16"]
 TYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,17 +50,25 @@ TYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat1
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Reads moments. Plain data: a worker process holds a copy. `shards`: by image, about 150 bytes for each."""
+    """Reader of cached moments. Picklable: each worker process has a copy.
+
+    `channels`: channels of the moments. `shards`: file name by image name, about 150 bytes per image.
+    """
 
     folder: Path
     channels: int
     shards: Mapping[str, str]
 
     def read(self, blob: bytes, height: int, width: int) -> Tensor:
-        """float32 [C, h, w] of an image file at a training size.
+        """Moments of an image file, float32 [C, h, w].
+
+        Args:
+            blob: bytes of the image file.
+            height: training height in pixels.
+            width: training width in pixels.
 
         Raises:
-            SampleError: the cache has no such image: it could not be decoded, or its file has changed since.
+            SampleError: not in the cache: the image could not be decoded, or its file has changed since.
         """
         name = image_name(blob, height, width)
         if name not in self.shards:
@@ -69,28 +78,34 @@ class LatentCache:
 
 @dataclass(frozen=True)
 class Report:
-    """What `write_latents` did, in images."""
+    """Image counts of one call of `write_latents`."""
 
     written: int
     known: int
-    """In the cache already: from an earlier run, or met before under another key."""
+    """Already in the cache: from an earlier run, or as an image of another sample."""
     lost: int
-    """Gone, changed or not decodable; training loses them too."""
+    """Missing, changed or not decodable; training cannot use them either."""
 
     def __str__(self) -> str:
         return f"images written: {self.written}, in the cache already: {self.known}, lost: {self.lost}"
 
 
 def image_name(blob: bytes, height: int, width: int) -> str:
-    """Name of an image file at a training size."""
+    """Name of an image in the cache: digest of its file and training size in pixels."""
     return f"{hashlib.blake2b(blob, digest_size=16).hexdigest()}-{height}x{width}"
 
 
 def open_latents(folder: Path, config: Config, sources: Sequence[Source], codec: str) -> LatentCache:
-    """The cache in `folder` (`data.latents`) for a run; `codec`: fingerprint of its codec.
+    """Open a latent cache for a training run.
+
+    Args:
+        folder: folder of the cache (`data.latents`).
+        config: its VAE sizes must be those of the cache.
+        sources: sources of the run; those with VAE images must be covered by the cache.
+        codec: fingerprint of the run's codec.
 
     Raises:
-        UserError: there is no cache, it is of another codec or of other sizes, or a source is not in it.
+        UserError: there is no cache, it belongs to another codec or other sizes, or it lacks a source.
     """
     manifest = _manifest(folder)
     if manifest is None:
@@ -118,15 +133,20 @@ def write_latents(
     codec: tuple[str, int],
     precision: Precision,
 ) -> Report:
-    """Write the moments of every image that training encodes, except those that the cache has; may be interrupted.
+    """Write the moments of all training images that are not in the cache yet. An interrupted call can be repeated.
 
     Args:
-        moments: [1, 3, h, w] in [-1, 1] -> float32 [1, C, h, w].
-        codec: fingerprint, and M.
+        config: resize rule and patch sizes.
+        sources: sources whose images are encoded; tasks without VAE images are skipped.
+        folder: folder of the cache; created if absent.
+        decode: engine that decodes image files.
+        moments: the codec: [1, 3, height, width] in [-1, 1] -> float32 [1, C, h, w].
+        codec: fingerprint of the codec, and C, the channels of its moments.
         precision: bf16 halves the cache and rounds every moment to 8 significant bits.
 
     Raises:
-        UserError: the folder holds a cache of something else, another process adds to it, or it cannot be written.
+        UserError: the folder holds a cache of another codec, size or precision; another process writes to it; or it
+            cannot be written.
     """
     with locked(inside(folder), str(folder)):
         return _write_latents(config, sources, folder, decode, moments, codec, precision)
@@ -145,6 +165,8 @@ def _write_latents(
     manifest = _manifest(folder) or {**validity, "precision": precision, "channels": codec[1], "sources": []}
     _check(folder, manifest, {**validity, "precision": precision})
     try:
+        # Written before the shards, so that shards of an interrupted run have a manifest to be checked against; written
+        # again after them with the sources, because a source counts as covered only when all its images are there.
         _write_manifest(folder, manifest)
         report = _fill(config, sources, folder, decode, moments, TYPES[precision])
         known = {*manifest["sources"], *(source.index.fingerprint for source in _with_latents(sources))}
@@ -177,6 +199,7 @@ def _fill(
             name = image_name(blob, *size)
             known += name in names
             if name not in names:
+                # Added before decoding: the same image in two samples of one batch is encoded once.
                 names.add(name)
                 new[name] = Request(blob, (size,))
         for name, outcome in zip(new, decode(list(new.values())), strict=True):
@@ -194,7 +217,10 @@ def _fill(
 
 
 def _images(config: Config, sources: Sequence[Source]) -> Iterator[tuple[Callable[[], bytes], tuple[int, int]]]:
-    """What reads the file, and the training size, of every image that a sample may show to the codec."""
+    """(function that reads the file, training height and width) of every image that training may encode.
+
+    Every frame and alternative of a document is included, whichever of them a visit selects.
+    """
     expander = Expander.of(config)
     for source in _with_latents(sources):
         for number in range(len(source.index.documents)):
@@ -204,12 +230,12 @@ def _images(config: Config, sources: Sequence[Source]) -> Iterator[tuple[Callabl
 
 
 def _with_latents(sources: Sequence[Source]) -> list[Source]:
-    """Sources whose images go through the codec."""
+    """Sources with images that the codec encodes."""
     return [source for source in sources if source.task not in ("i2t", "text")]
 
 
 def _validity(config: Config, codec: str) -> dict[str, Any]:
-    """What moments depend on beside the files."""
+    """Settings on which moments depend, apart from the image files."""
     return {
         "format": FORMAT,
         "codec": codec,
@@ -229,7 +255,7 @@ def _check(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Any])
 
 @dataclass(frozen=True)
 class _Written:
-    """What a manifest has in it, beside `data.vae_resize`."""
+    """Fields of a manifest, except `data.vae_resize`."""
 
     format: int
     codec: str
@@ -259,7 +285,8 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _write_shard(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    shards = _shards(folder)  # one in the middle may have been removed
+    # One more than the last number, not the count: a user may have removed a damaged shard in the middle.
+    shards = _shards(folder)
     number = int(shards[-1].stem.removeprefix("latents-")) + 1 if shards else 0
     write_atomic(folder / f"latents-{number:06d}.safetensors", save({n: t.contiguous() for n, t in tensors.items()}))
 
@@ -269,10 +296,11 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _names(folder: Path) -> dict[str, str]:
-    """{image: file name} of all shards."""
+    """File name of the shard of every image, by image name."""
     return {name: path.name for path in _shards(folder) for name in _open(path).keys()}  # noqa: SIM118
 
 
+# Bounds the number of open files per process.
 @lru_cache(maxsize=256)
 def _open(path: Path) -> Any:
     try:

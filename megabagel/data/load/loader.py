@@ -1,10 +1,11 @@
-"""From the plan to packed batches: this rank's share of every step, prepared ahead of training.
+"""Data loader: packed batches of this rank's share of every step, prepared ahead of training.
 
-Without workers (`data.workers` = 0) a background thread plans and fills. With N workers one process plans and N fill
-packs, and this one only takes what they made, so training shares its interpreter with nobody.
+With `data.workers` = 0 a background thread plans and fills the packs. With N workers, one planner process plans and N
+worker processes fill packs; the training process only receives results, so data loading takes no time of its
+interpreter.
 
-At most `data.prefetch` steps wait beside the one that is being trained; with a thread one more is made or waits too.
-What comes out is the same in every case: the plan decides, and results are taken in its order.
+At most `data.prefetch` finished steps wait beside the one in training (with a thread, one more may be in the making).
+The batches are the same in every case: their order comes from the global plan, and results are received in that order.
 """
 
 import logging
@@ -32,26 +33,26 @@ from megabagel.sequence.keys import SampleKey
 logger = logging.getLogger(__name__)
 
 NAMED = 8
-"""Samples and files of a pack that a message names."""
+"""Most samples and files of a pack that an error message lists."""
 
 LostImage = tuple[SampleKey, int]
-"""Visit and slot of an image."""
+"""Key of the visit and slot of an image."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A planned step and this rank's packed batches of it."""
+    """One optimizer step: its plan, and the packed batches of this rank, one per micro-batch."""
 
     plan: StepPlan
     batches: list[PackedBatch]
     lost: frozenset[LostImage]
-    """Images of this rank's batches that could not be decoded."""
+    """Images (and texts) of this rank's batches that could not be read."""
     waited: float = 0.0
-    """Seconds that training waited for this step, on any rank."""
+    """Seconds that training waited for the data of this step, on the slowest rank."""
 
 
 class Loader:
-    """Fills packs with content for one rank."""
+    """Iterator over the steps of a run for one data-parallel rank."""
 
     def __init__(
         self,
@@ -63,15 +64,26 @@ class Loader:
         dp: tuple[int, int] = (0, 1),
         latents: LatentCache | None = None,
     ) -> None:
-        """batches: makes this rank's batches. latents: read instead of pixels for the codec."""
+        """Set up loading; no thread or process starts before `steps` is called.
+
+        Args:
+            plan: global plan; its state is the position from which steps are prepared.
+            tokenizer: encodes texts.
+            decode: decodes image files.
+            config: workers, prefetch and sizes.
+            batches: builds the batch of this rank from a pack.
+            dp: data-parallel (rank, size).
+            latents: cache of VAE moments that replaces pixels for the VAE, or None.
+        """
         self.plan, self.config, self.dp = plan, config, dp
         self.filler = Filler.of(plan, tokenizer, decode, batches, latents)
 
     def steps(self, count: int) -> Iterator[Step]:
-        """The next `count` steps, prepared ahead. Errors of whoever prepares them surface here.
+        """Iterate over the next `count` steps, prepared ahead.
 
         Raises:
-            UserError: what a user can mend: a shard is gone, a worker died.
+            UserError: a shard is missing or has changed, or a worker died.
+            Exception: any error of the loading thread or of a worker, raised here at the step that it affects.
         """
         data, packs = self.config.data, self.config.train.packs_per_step // self.dp[1]
         who = f"{data.workers} workers and a planner" if data.workers else "a thread"
@@ -93,6 +105,7 @@ class Loader:
                     item = _step(plan, [self.filler(task) for task in tasks])
                 except BaseException as error:
                     item = error
+                # With a timeout: a consumer that has stopped no longer empties the queue; `put` would block for ever.
                 while not stopped.is_set():
                     try:
                         ready.put(item, timeout=0.2)
@@ -113,10 +126,12 @@ class Loader:
             stopped.set()
 
     def _from_workers(self, count: int) -> Iterator[Step]:
-        """Packs go to the fillers in turn, so that results are due in the order in which tasks were sent."""
+        """Steps from worker processes. Tasks go to the fillers round robin, so results are due in the same order."""
         with ExitStack() as stack:
             state = self.plan.state()
-            stack.callback(lambda: self.plan.load_state(state))  # where this process's copy of the plan has got to
+            # The planner process advances its own copy of the plan. When iteration ends, this process's copy is set to
+            # the state after the last step that was delivered. A lambda, because `state` is rebound below.
+            stack.callback(lambda: self.plan.load_state(state))
             planner = stack.enter_context(
                 self._worker("planner", _Planning(self.plan), lambda number: f"step {number}")
             )
@@ -127,6 +142,7 @@ class Loader:
             asked = sent = taken = 0
             first, planned = self.plan.step, deque[StepPlan]()
             for step in range(count):
+                # Planning runs one step ahead of filling, so that the planner works while packs are filled.
                 while asked < min(count, step + self.config.data.prefetch + 2):
                     planner.send(first + asked)
                     asked += 1
@@ -144,11 +160,13 @@ class Loader:
 
     def _worker(self, name: str, work: Callable[[Any], Any], describe: Callable[[Any], str]) -> Worker:
         plan = self.filler.batches.plan_attention
-        modules = (Filler.__module__, getattr(plan, "func", plan).__module__)  # `func`: of a functools.partial
+        # Imported once in the fork server instead of once per worker. `plan_attention` may be a functools.partial,
+        # whose function is in `func`.
+        modules = (Filler.__module__, getattr(plan, "func", plan).__module__)
         return Worker(name, work, describe, self.config.data.worker_timeout, logger.warning, modules)
 
     def _describe(self, task: Task) -> str:
-        """A pack with the names of its samples and files, for a message."""
+        """Description of a pack for messages: its number, samples and files."""
         samples = [
             f"{visit.key.source}/{document.key}"
             for visit, document in zip(task.plan.visits, task.documents, strict=True)
@@ -167,7 +185,7 @@ def _few(names: list[str]) -> str:
 
 
 def _file(item: Item, reader: Reader) -> str:
-    """The file in which an item lies; none for a short text, which the index holds."""
+    """Name of the file that holds an item; empty for a short text, which the index itself holds."""
     place = item.source if isinstance(item, TextItem) else item.member
     match place.place if isinstance(place, Passage) else place:
         case str():
@@ -179,18 +197,19 @@ def _file(item: Item, reader: Reader) -> str:
 
 
 class _Planning:
-    """The planner's work: the next step of its copy of the plan, whatever number is asked for."""
+    """Work function of the planner process: plans the next step of its own copy of the plan."""
 
     def __init__(self, plan: GlobalPlan) -> None:
         self.plan = plan
 
     def __call__(self, number: int) -> StepPlan:
+        # Steps can only be planned in order; the number is sent for messages and for this check.
         assert number == self.plan.step
         return self.plan.next_step()
 
 
 def _step(plan: StepPlan, filled: list[Filled]) -> Step:
-    """A step, with a line in the log for every image lost."""
+    """Assemble a step, and log every image that was lost."""
     lost = [image for pack in filled for image in pack.lost]
     for image in lost:
         logger.warning("%s", image.message)

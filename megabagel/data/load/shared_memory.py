@@ -1,11 +1,12 @@
-"""Objects that hold large arrays, handed from one process to another over a Unix socket.
+"""Transfer of objects with large arrays between processes: shared memory passed over a Unix socket.
 
-Arrays and tensors travel in anonymous shared memory, which the receiver maps without a copy; the rest is pickled. The
-memory has no name, only holders: it is gone when the last of them is, however that one ends.
+Arrays and tensors travel in anonymous shared memory (memfd), which the receiver maps without a copy; the rest is
+pickled. Anonymous memory has no name in the file system, so nothing has to be unlinked: the kernel frees it when the
+last process that holds it ends, even if that process is killed.
 
-On the socket a value is one byte that carries the file descriptor of its memory, then a message with the sizes of its
-parts; or, from `send_small`, one byte without a descriptor, then the pickle itself. The descriptor comes first because
-passing one can fail (too many on their way): then nothing has been written yet, and the error can still be sent.
+Protocol: one byte that carries the file descriptor of the memory, then a message with the sizes of its parts; or, from
+`send_small`, one byte without a descriptor, then the pickle itself. The descriptor is sent first because passing it can
+fail (too many descriptors in flight): at that point nothing has been written, so the error can still be sent instead.
 """
 
 import errno
@@ -22,20 +23,20 @@ import numpy as np
 import torch
 
 ALIGNMENT = 64
-"""Bytes; of every array."""
+"""Alignment of every array in the shared memory, in bytes."""
 _MEMORY, _INLINE = b"M", b"I"
 
 
 def send(connection: Connection, value: Any) -> None:
-    """Send a value that can be pickled. Tensors arrive on the CPU.
+    """Send a picklable value. Tensors arrive on the CPU.
 
-    Never waits for the receiver: what goes through the socket itself is a few bytes. Where it raises anything but
-    BrokenPipeError nothing has been sent, and the caller may send something else.
+    Does not block on the receiver, because only a few bytes go through the socket. If it raises anything but
+    BrokenPipeError, nothing has been sent, and the caller may send something else.
 
     Raises:
         BrokenPipeError: the receiver is gone.
         OSError: no memory or no file descriptor is left.
-        Exception: whatever pickling raises.
+        Exception: any error of pickling.
     """
     buffers: list[pickle.PickleBuffer] = []
     stream = io.BytesIO()
@@ -57,7 +58,7 @@ def send(connection: Connection, value: Any) -> None:
 
 
 def send_small(connection: Connection, value: Any) -> None:
-    """Send a value of a few kilobytes through the socket itself: what is left when `send` has failed."""
+    """Send a value of a few kilobytes through the socket itself, without shared memory; for use after `send` failed."""
     data = pickle.dumps(value)
     with _socket(connection) as channel:
         channel.sendall(_INLINE)
@@ -65,7 +66,7 @@ def send_small(connection: Connection, value: Any) -> None:
 
 
 def receive(connection: Connection) -> Any:
-    """The next value that was sent. Its arrays may be written to.
+    """Receive the next value. Its arrays are writable.
 
     Raises:
         EOFError, ConnectionError: the sender is gone.
@@ -78,6 +79,7 @@ def receive(connection: Connection) -> Any:
     message = connection.recv_bytes()
     if kind == _INLINE:
         return pickle.loads(message)
+    # The kernel drops the descriptor without an error if this process has none left to give.
     if not files:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     try:
@@ -91,12 +93,13 @@ def receive(connection: Connection) -> Any:
 
 
 def _socket(connection: Connection) -> socket.socket:
-    """A second handle of a connection's socket, to be closed by the caller."""
+    """A second handle of a connection's socket, which the caller closes."""
+    # A multiprocessing.Connection can't pass descriptors; the functions of `socket` for it need a socket object.
     return socket.fromfd(connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
-    """Where parts of these sizes begin, and where they end."""
+    """Aligned start offset of each part of these sizes, and the end of the last one, in bytes."""
     starts = [0]
     for size in sizes:
         starts.append(-(-(starts[-1] + size) // ALIGNMENT) * ALIGNMENT)
@@ -104,15 +107,19 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 
 
 def _write(file: int, part: memoryview) -> None:
-    """All of a part: one call writes 2 GiB at most."""
+    """Write all bytes of a part."""
+    # An empty buffer may have strides that `cast` refuses.
     if not part.nbytes:
-        return  # an empty buffer may have strides that no cast takes
+        return
+    # In a loop: one call of `write` takes at most 2 GiB.
     part = part.cast("B")
     while part.nbytes:
         part = part[os.write(file, part) :]
 
 
 class _Pickler(pickle.Pickler):
+    """Pickler that turns plain dense tensors into NumPy arrays, whose data goes out of band (protocol 5)."""
+
     def reducer_override(self, value: object) -> Any:
         if type(value) is not torch.Tensor or value.layout is not torch.strided:
             return NotImplemented
@@ -120,18 +127,18 @@ class _Pickler(pickle.Pickler):
 
 
 def _bytes(value: torch.Tensor) -> np.ndarray:
-    """The elements of a tensor of any shape and strides, in order, as uint8 [bytes].
-
-    The copy is for what `reshape` leaves with a stride other than 1, which `view(uint8)` refuses: x[::2], one element
-    of a longer row, and empty tensors (numpy 2.4 makes those with stride 0).
-    """
+    """The elements of a tensor of any shape and strides, in order, as uint8 [bytes]."""
+    # Also correct for lazily conjugated or negated views, whose memory doesn't hold the values.
     flat = value.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+    # `reshape` may return a view with a stride other than 1, which `view(uint8)` refuses: x[::2], one element of a
+    # longer row, and empty tensors (numpy 2.4 makes those with stride 0).
     if flat.stride() != (1,):
         flat = torch.empty(flat.shape, dtype=flat.dtype, device="cpu").copy_(flat)
     return flat.view(torch.uint8).numpy()
 
 
 def _tensor(data: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    # An empty array has a stride that `view(dtype)` refuses: see `_bytes`.
     if not data.size:
-        return torch.empty(shape, dtype=dtype, device="cpu")  # not a view: see `_bytes`
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.from_numpy(data).view(dtype).reshape(shape)

@@ -1,7 +1,8 @@
-"""A worker: a process that applies one function to tasks and gives its results back in their order.
+"""Worker processes: each applies one function to tasks and returns the results in the order of the tasks.
 
-It is forked from a clean server process in which modules are imported and nothing runs, so no thread, lock or GPU
-context of this process is copied. It ends when the connection does: also when this process is killed.
+Workers are forked from a clean server process (multiprocessing's forkserver) that has imported the modules and runs no
+threads, so no thread, lock or CUDA context of the training process is copied. A worker ends when its connection is
+closed, which also happens when the training process is killed.
 """
 
 import ctypes
@@ -27,40 +28,45 @@ from megabagel.data.load import shared_memory
 from megabagel.errors import TransientFailure, UserError, named
 
 IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Signals to a whole job: what becomes of a worker is up to the process that it works for."""
+"""Signals that a scheduler or terminal sends to all processes of a job. Workers ignore them: the training process
+reacts (it may write a checkpoint first) and stops its workers itself."""
+# From linux/prctl.h; Python has no binding.
 _PR_SET_PDEATHSIG = 1
 _TRANSIENT_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGBUS)
-"""How the system ends a process for want of memory: SIGBUS where a page of shared memory cannot be had."""
+"""Signals that end a process for lack of memory (SIGBUS: a page of shared memory cannot be allocated) or from outside;
+a restart may succeed."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """What a worker sends instead of a result."""
+    """Message that a worker sends instead of a result: the error, and its formatted traceback."""
 
     error: Exception
     trace: str
 
 
 class WorkerError(Exception):
-    """An error of a worker whose own type cannot travel: pickling it, or the way back, fails. Named in the message."""
+    """Stand-in for an error of a worker that cannot be pickled and unpickled; the message names its type."""
 
 
 class WorkerTraceback(Exception):
-    """Where in the worker an error came from: the cause of the error that is raised here."""
+    """The traceback in the worker, attached as the cause of the error that is raised in the training process."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 class Worker:
-    """One process; use as a context manager.
+    """One worker process; use as a context manager.
 
     Args:
-        name: in messages.
+        name: name of the worker in messages.
         work: the function; it is pickled, like tasks and results.
-        describe: what a task is, for messages about it.
-        late: called with a message when a result has not come for `timeout` seconds, again and again.
-        modules: what `work` needs, imported once by the server and not by every process; of the first worker.
+        describe: returns a description of a task for messages.
+        timeout: seconds to wait for a result before `late` is called.
+        late: called with a message each time that a result has been awaited for another `timeout` seconds.
+        modules: modules that `work` needs, imported once by the fork server instead of by every worker. Only those of
+            the first worker count: the server starts with it.
     """
 
     def __init__(
@@ -74,12 +80,13 @@ class Worker:
     ) -> None:
         self.name, self.describe, self.timeout, self.late = name, describe, timeout, late
         self.tasks: deque[Any] = deque()
-        """Sent, and their results not yet received."""
+        """Tasks that were sent and whose results have not been received."""
         context = get_context("forkserver")
         context.set_forkserver_preload([__name__, *modules])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, work), name=name, daemon=True)
         self.process.start()
+        # This process must not hold the worker's end, else `receive` would not see it close when the worker dies.
         theirs.close()
         self.stop = util.Finalize(self, _stop, (self.connection, self.process), exitpriority=10)
 
@@ -92,18 +99,19 @@ class Worker:
         self.stop()
 
     def send(self, task: Any) -> None:
-        """Give the worker one more task; it is taken at once, and done when those before it are."""
+        """Queue one more task. Does not wait for the tasks before it."""
         self.tasks.append(task)
-        with suppress(OSError):  # dead: `receive` says so, after the results that it left
+        # A dead worker is reported by `receive`, after the results that it sent before.
+        with suppress(OSError):
             self.connection.send(task)
 
     def receive(self) -> Any:
-        """The result of the oldest task.
+        """Wait for the result of the oldest task and return it. Log records of the worker are logged here.
 
         Raises:
-            TransientFailure: the process was killed.
-            UserError: it has died in another way.
-            Exception: whatever `work` raised, or what kept its result from being sent.
+            TransientFailure: the process was killed by a signal of `_TRANSIENT_SIGNALS`.
+            UserError: the process died in another way.
+            Exception: any error of `work`, or of sending its result.
         """
         waited = 0.0
         try:
@@ -148,8 +156,7 @@ def _stop(connection: Connection, process: Any) -> None:
 
 
 def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
-    """The life of a worker. Tasks are taken as they come, so that the other side never waits to send one. What is
-    logged goes with the result, to be logged there."""
+    """Main loop of a worker process. Log records travel with each result and are logged by the receiver."""
     _end_with_parent()
     allow_open_files()
     for number in IGNORED:
@@ -159,13 +166,15 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
     logging.getLogger().addHandler(QueueHandler(records))
     logging.getLogger().setLevel(logging.INFO)
 
+    # Tasks are received in a thread, while `work` runs: the pipe never fills up, so the sender never blocks.
     def listen() -> None:
         while True:
             try:
                 tasks.put(connection.recv())
             except (EOFError, ConnectionError):
                 os._exit(0)
-            except BaseException as error:  # a task that cannot be unpickled here is an answer too, not silence
+            # Every task needs a result, also one that cannot be unpickled here; else the receiver would wait for ever.
+            except BaseException as error:
                 tasks.put(_failed(error))
 
     threading.Thread(target=listen, daemon=True).start()
@@ -173,29 +182,32 @@ def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
         task = tasks.get()
         try:
             result = task if isinstance(task, Failed) else work(task)
-        except BaseException as error:  # SystemExit as well: a library that exits would look like a killed process
+        # SystemExit as well: otherwise a library that calls exit() would look like a process that died.
+        except BaseException as error:
             result = _failed(error)
         _answer(connection, result, [records.get() for _ in range(records.qsize())])
 
 
 def _end_with_parent() -> None:
-    """Be killed when the server process ends, which ends with the process that it works for: a worker that is stopped
-    (SIGSTOP) would not see the end of its connection, and stay for ever.
+    """Ask the kernel to kill this worker when the fork server ends, which ends with the training process.
 
-    The server ends when nobody holds the other end of a pipe. Every process that it forks gets that end too (a private
-    of multiprocessing), so that it can start more processes; a worker starts none, and lets it go.
+    Closing the connection is not enough: a worker that is stopped (SIGSTOP) doesn't notice it and would stay for ever.
     """
     server = os.getppid()
+    # A private of multiprocessing: the server ends when no process holds the other end of its "alive" pipe. Every
+    # forked process inherits that end so that it can start processes itself; a worker starts none, and would only keep
+    # the server alive.
     if (alive := forkserver._forkserver._forkserver_alive_fd) is not None:  # type: ignore[attr-defined]
         os.close(alive)
         forkserver._forkserver._forkserver_alive_fd = None  # type: ignore[attr-defined]
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The server may have ended before the call of prctl; then the signal never comes.
     if os.getppid() != server:
         os._exit(0)
 
 
 def _answer(connection: Connection, result: Any, records: list[logging.LogRecord]) -> None:
-    """Send a result, or the error that keeps it from being sent."""
+    """Send a result, or the error that prevented sending it; exit if the receiver is gone."""
     try:
         shared_memory.send(connection, (result, records))
     except BrokenPipeError:
@@ -205,10 +217,15 @@ def _answer(connection: Connection, result: Any, records: list[logging.LogRecord
 
 
 def _failed(error: BaseException) -> Failed:
-    """The error being handled, in a form that arrives: pickling forgets causes, and not every type comes back."""
+    """Convert the error being handled into a message that can be pickled.
+
+    The traceback is formatted here because pickling drops causes and tracebacks. Types that cannot be pickled and
+    unpickled are replaced by WorkerError.
+    """
     trace = traceback.format_exc()
     error = named(error) or error
-    if isinstance(error, Exception):  # raised over there, SystemExit would end the run without a word
+    # Not BaseException: SystemExit, raised again in the training process, would end the run without a message.
+    if isinstance(error, Exception):
         with suppress(Exception):
             pickle.loads(pickle.dumps(error))
             return Failed(error, trace)

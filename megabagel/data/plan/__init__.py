@@ -1,1 +1,1 @@
-"""The global plan: which samples form which pack of which step, for the whole job."""
+"""The global plan: assignment of samples to packs and of packs to steps, for the whole job."""

@@ -1,7 +1,8 @@
-"""What one visit of a document shows: which wording of a text, which frames of a clip, which part of a chain of edits.
+"""Random selection inside a document: one of several captions, some frames of a clip, a part of a chain of edits.
 
-Every choice is keyed by the visit (`sequence/keys.py`): it does not depend on the order of visits, and another epoch
-may choose otherwise. A document without choices is shown whole.
+A visit is one use of a sample in one epoch. Every choice is drawn from a generator keyed by the visit
+(`sequence/keys.py`), so it depends neither on the order of visits nor on the number of ranks, and differs between
+epochs. A document without alternatives is used whole.
 """
 
 from collections.abc import Iterator
@@ -11,14 +12,15 @@ from megabagel.data.documents import Document, ImageItem, Item, TextItem
 from megabagel.sequence.keys import SampleKey
 
 FEWEST_FRAMES, MOST_FRAMES = 8, 12
-"""Frames that a visit looks at, of a clip that has as many (docs/bagel.md#data-layouts)."""
+"""Bounds of the number of frames that a visit uses of a clip with role `look` (docs/bagel.md#data-layouts)."""
 
 Shown = list[tuple[int, Item]]
-"""(slot, item) in order; a slot is a place in `document.items`."""
+"""(slot, item) pairs in sequence order; a slot is an index into `document.items`."""
 
 
 def shown_items(document: Document, key: SampleKey) -> Shown:
-    """The items of one visit. The roles of `document` are assigned."""
+    """Select the items of one visit of a document whose roles are assigned."""
+    # Most documents have no alternatives; they are returned without any random draw.
     if not any(map(_is_further, document.items)):
         return list(enumerate(document.items))
     if any(isinstance(item, TextItem) and item.joined for item in document.items):
@@ -30,12 +32,12 @@ def shown_items(document: Document, key: SampleKey) -> Shown:
 
 
 def _is_further(item: Item) -> bool:
-    """Whether an item stands for the same thing as items before it: another wording, frame or way to say an edit."""
+    """Return whether an item is an alternative or continuation of the one before: a wording, frame or joined text."""
     return item.alternative or item.joined > 0 if isinstance(item, TextItem) else item.frame
 
 
 def _groups(document: Document) -> Iterator[Shown]:
-    """The wordings of one text, the frames of one clip, or a single item."""
+    """Split the items into groups: the wordings of one text, the frames of one clip, or a single item."""
     group: Shown = []
     for slot, item in enumerate(document.items):
         if group and not _is_further(item):
@@ -47,7 +49,7 @@ def _groups(document: Document) -> Iterator[Shown]:
 
 
 def _choose(group: Shown, key: SampleKey) -> Shown:
-    """One of several wordings; some frames of a clip that is looked at, all of one that is generated."""
+    """Pick one wording of a text, a subset of the frames of a `look` clip, and all frames of any other clip."""
     slot, item = group[0]
     if len(group) == 1:
         return group
@@ -57,7 +59,7 @@ def _choose(group: Shown, key: SampleKey) -> Shown:
 
 
 def _frames(count: int, slot: int, key: SampleKey) -> list[int]:
-    """One frame, at random, of each of 8 to 12 equal intervals; all frames where there are fewer."""
+    """Indices of one random frame from each of 8 to 12 equal intervals; all frames if the clip has fewer."""
     draws = key.generator("frames", slot)
     wanted = min(int(draws.integers(FEWEST_FRAMES, MOST_FRAMES + 1)), count)
     borders = [count * i // wanted for i in range(wanted + 1)]
@@ -65,8 +67,11 @@ def _frames(count: int, slot: int, key: SampleKey) -> list[int]:
 
 
 def _part_of_chain(document: Document, key: SampleKey) -> Shown:
-    """One or two steps of a chain of edits, as the released loader draws them (docs/bagel.md#data-layouts): any start,
-    an end one or two images later; of two steps, half are joined into one, and then end before the last image."""
+    """Pick one or two steps of a chain of edits, as the released loader does (docs/bagel.md#data-layouts).
+
+    The start is any image but the last, the end one or two images later. Two steps are joined into one instruction with
+    probability 0.5; the end then moves back by one if it was the last image.
+    """
     images = [slot for slot, item in enumerate(document.items) if isinstance(item, ImageItem)]
     draws = key.generator("chain")
     start = int(draws.integers(len(images) - 1))
@@ -82,4 +87,5 @@ def _part_of_chain(document: Document, key: SampleKey) -> Shown:
         wordings = [slot for slot, item in between if isinstance(item, TextItem) and item.joined == joined]
         slots += [wordings[int(draws.integers(len(wordings)))], images[after]]
     (slot, first), *others = [(slot, document.items[slot]) for slot in slots]
+    # The task made only the first image of the whole chain a condition; here the part starts at any image.
     return [(slot, replace(first, role="condition")), *others]

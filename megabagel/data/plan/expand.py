@@ -1,7 +1,7 @@
-"""From a document with roles to the items of a sample: which token sets every image gets (BAGEL section 2.3).
+"""Expansion of a document into sequence items: the token sets of every image (BAGEL section 2.3).
 
-A generated image enters noised; if anything follows it, its clean latents and ViT tokens follow at once, so that later
-items are conditioned on the finished picture (docs/bagel.md#tasks).
+A generated image enters as noised latents. If anything follows it, its clean latents and ViT tokens are inserted right
+after, so that later items are conditioned on the clean image (docs/bagel.md#tasks).
 """
 
 from dataclasses import dataclass
@@ -16,21 +16,31 @@ from megabagel.sequence.keys import SampleKey
 
 @dataclass(frozen=True)
 class Expander:
-    """Sizes and token sets for the documents of one run."""
+    """Computes token sets and token grid sizes for documents, with the resize rules and patch sizes of one run."""
 
     data: DataConfig
     model: ModelConfig
 
     @classmethod
     def of(cls, config: Config) -> "Expander":
-        """The expander of a config."""
+        """The expander for a config."""
         return cls(config.data, config.model)
 
     def items(self, document: Document, task: str, key: SampleKey) -> list[Item]:
-        """Items of one visit of a document whose roles are assigned. Slots are places in `document.items`."""
+        """Sequence items of one visit (one use of a sample in one epoch).
+
+        Args:
+            document: its roles are assigned.
+            task: task of the source.
+            key: identity of the visit; keys all random choices.
+
+        Returns:
+            Items in sequence order; their slots are indices into `document.items`.
+        """
         shown = shown_items(document, key)
         if task == "video":
             return self._video(shown, key)
+        # Conditioning dropout serves classifier-free guidance, so texts are droppable only if an image is generated.
         generates = any(item.role == "target" for _, item in shown if isinstance(item, ImageItem))
         looks = sum(item.role == "look" for _, item in shown) or 1
         last = shown[-1][0]
@@ -49,8 +59,11 @@ class Expander:
         return result
 
     def _video(self, shown: Shown, key: SampleKey) -> list[Item]:
-        """Texts, then frames in random groups of consecutive ones: one noise level and full attention per group, each
-        group conditioned on the noisy ones before it (diffusion forcing)."""
+        """Items of a video: texts, then the frames in random groups of consecutive frames (diffusion forcing).
+
+        Each group has one noise level and full attention inside, and attends to the noised groups before it
+        (docs/bagel.md#samples).
+        """
         result: list[Item] = []
         frames: list[Latent] = []
         for slot, item in shown:
@@ -76,6 +89,6 @@ class Expander:
         return Vit(slot, height // patch, width // patch, droppable)
 
     def vae_size(self, item: ImageItem) -> tuple[int, int]:
-        """Height and width that an image is brought to for the VAE."""
+        """Height and width in pixels to which an image is resized for the VAE."""
         width, height = resize_target(item.width, item.height, self.data.vae_resize, self.model.latent_stride)
         return height, width

@@ -1,9 +1,11 @@
-"""The global plan: which samples form which pack of which step, for the whole job (docs/architecture.md#five-ideas).
+"""The global plan: assignment of samples to packs and of packs to steps (docs/architecture.md#five-ideas).
 
-It is a pure function of (indices, config, seed, state). Every rank computes all of it and keeps its share, so the
-number of ranks and workers has no influence on it. Its state is small JSON, the same on every rank.
+The plan is a pure function of (indexes, config, seed, state). Every rank computes the plan of the whole job and keeps
+its share, so the number of ranks and workers has no influence on the order of data, and a run resumes on another grid.
+The state is a few kB of JSON, the same on every rank.
 
-The plan knows sizes alone; a pack is laid out by the rank that runs it (`visits.py`).
+The plan works on token counts only; the rank that trains on a pack lays it out (`planned_sample.py`). A visit is one
+use of a sample in one epoch.
 """
 
 import logging
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of the mixture: its index and how its documents are used."""
+    """One entry of the data mixture: its index, its task and its sampling weight."""
 
     name: str
     task: str
@@ -45,7 +47,7 @@ class Source:
 
 
 def open_sources(config: Config, tokenizer: TextTokenizer) -> list[Source]:
-    """Index every source of the mixture; the first call reads the shards, later ones the cache beside them."""
+    """Index every source of the mixture. The first call reads all shards; later calls read the cached scans."""
     return [
         Source(source.name, source.task, source.weight, index_source(config.data, source, tokenizer))
         for source in config.data.sources
@@ -54,49 +56,58 @@ def open_sources(config: Config, tokenizer: TextTokenizer) -> list[Source]:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """All packs of one optimizer step, and the plan's state and counters after it."""
+    """All packs of one optimizer step, and the state of the plan after it."""
 
     number: int
     packs: tuple[PackPlan, ...]
     flops: tuple[Flops, ...]
-    """Per pack."""
+    """FLOPs of each pack."""
     loads: tuple[float, ...]
-    """Estimated time per pack, to balance ranks by."""
+    """Estimated relative time of each pack; data-parallel ranks are balanced by it."""
+    # Stored with every step: packs are prepared ahead, so the plan object is past the step that is being trained.
     state: dict[str, Any]
     skipped: dict[str, int]
-    """Samples left out since the start, by reason."""
+    """Samples left out since the start of the run, by source and reason."""
 
     @property
     def size(self) -> Size:
-        """What the global batch amounts to."""
+        """Token counts and work of the global batch."""
         return total(pack.size for pack in self.packs)
 
     def size_by_source(self) -> dict[str, Size]:
-        """The same, by source; sources without a sample in it are left out."""
+        """Size of the global batch per source; sources without a sample in the step are absent."""
         sizes: dict[str, list[Size]] = {}
         for visit in (visit for pack in self.packs for visit in pack.visits):
             sizes.setdefault(visit.key.source, []).append(visit.size)
         return {name: total(parts) for name, parts in sizes.items()}
 
     def tokens_by_source(self) -> dict[str, tuple[int, int]]:
-        """Tokens with (cross-entropy, flow loss) in the global batch, by source."""
+        """Numbers of tokens with (cross-entropy, flow loss) in the global batch, per source."""
         return {name: (size.ce_tokens, size.mse_tokens) for name, size in self.size_by_source().items()}
 
     def share(self, rank: int, size: int) -> list[int]:
-        """Packs of one of `size` data-parallel ranks, in the order in which it runs them."""
+        """Pack numbers of data-parallel rank `rank` of `size`, in the order in which it runs them."""
         return [turn[rank] for turn in self.turns(size)]
 
     def turns(self, size: int) -> list[list[int]]:
-        """The packs that `size` data-parallel ranks run at the same time, turn by turn: balanced by estimated time."""
+        """Pack numbers by turn: the packs that `size` data-parallel ranks run at once, balanced by estimated time."""
         return turns(self.loads, size)
 
     def micro_steps(self, size: int) -> list[list[Size]]:
-        """Sizes of the packs of every turn."""
+        """Sizes of the packs, arranged as in `turns`."""
         return [[self.packs[number].size for number in turn] for turn in self.turns(size)]
 
 
 class GlobalPlan:
-    """Draws samples from the mixture and packs them, one step after another."""
+    """Sequential planner: draws samples from the mixture and packs them, step by step.
+
+    Args:
+        sources: the opened sources, in the order of the config.
+        config: sizes, limits, seed and packs per step.
+
+    Raises:
+        UserError: a source has no sample that fits into a pack.
+    """
 
     def __init__(self, sources: Sequence[Source], config: Config) -> None:
         self.config, self.sources = config, {source.name: source for source in sources}
@@ -104,6 +115,7 @@ class GlobalPlan:
         self.limit = config.data.max_sample_tokens or config.data.max_tokens
         weights = np.array([source.weight for source in sources], np.float64)
         shares = (weights / weights.sum()).cumsum()
+        # Divided once more so that the last bound is exactly 1: rounding in the sum may leave it slightly below.
         self.names, self.bounds = list(self.sources), (shares / shares[-1]).tolist()
         self.step, self.draws = 0, 0
         self.cursors = {name: [0, 0] for name in self.sources}  # epoch, place in the epoch's order
@@ -115,24 +127,24 @@ class GlobalPlan:
             self._check(source)
 
     def document(self, key: SampleKey) -> Document:
-        """The document behind a sample."""
+        """The document of a visit."""
         return self.sources[key.source].index.documents[key.sample]
 
     def task(self, step: StepPlan, pack: int) -> Task:
-        """What is needed to fill one pack of a step."""
+        """The work order by which a loader worker fills pack number `pack` of a step."""
         plan = step.packs[pack]
         return Task(step.number, pack, plan, tuple(self.document(visit.key) for visit in plan.visits))
 
     def lay_out(self, pack: PackPlan) -> Pack:
-        """A pack laid out."""
+        """Lay out a pack: see `Rules.pack`."""
         return self.rules.pack(pack, [self.document(visit.key) for visit in pack.visits])
 
     def epochs(self) -> dict[str, float]:
-        """How often each source has been gone through."""
+        """Number of passes over each source so far, as a fraction."""
         return {name: epoch + place / self._samples(name, epoch) for name, (epoch, place) in self.cursors.items()}
 
     def next_step(self) -> StepPlan:
-        """Plan one step."""
+        """Plan the next step and advance the state."""
         packs = tuple(self._next_pack() for _ in range(self.config.train.packs_per_step))
         flops = tuple(count_flops(pack.size, self.config.model) for pack in packs)
         loads = tuple(relative_time(pack.size, self.config.model) for pack in packs)
@@ -140,7 +152,7 @@ class GlobalPlan:
         return StepPlan(self.step - 1, packs, flops, loads, self.state(), dict(self.skipped))
 
     def state(self) -> dict[str, Any]:
-        """Everything the plan needs to go on from here, as JSON values."""
+        """Complete state of the plan as JSON values; see `PlanState`."""
         return {
             "fingerprint": self.fingerprint(),
             "seed": self.config.train.seed,
@@ -153,15 +165,15 @@ class GlobalPlan:
         }
 
     def fingerprint(self) -> dict[str, str]:
-        """What the state is valid for: the index of every source."""
+        """Fingerprint of the index of every source; a state can be loaded only with the same or grown sources."""
         return {name: source.index.fingerprint for name, source in self.sources.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state. A source to which samples were appended finishes its epoch with the old ones.
+        """Continue from a saved state. A source to which samples were appended finishes its epoch with the old ones.
 
         Raises:
-            UserError: the sources have changed in another way since the state was made.
-            WrongValue: it is no state of a plan.
+            UserError: the sources have changed in another way since the state was saved, or the seed differs.
+            WrongValue: not a valid state of a plan.
         """
         saved = read_as(PlanState, state, "plan")
         grown = grown_sources({name: source.index for name, source in self.sources.items()}, saved.fingerprint)
@@ -175,6 +187,8 @@ class GlobalPlan:
         saved.check(samples)
         self.step, self.draws = saved.step, saved.draws
         self.cursors = {name: list(cursor) for name, cursor in saved.cursors.items()}
+        # An epoch begun before the samples were appended keeps its old length, else the shuffle of the epoch would
+        # change and samples would be repeated or skipped. Entries of the state win: the source may have grown twice.
         begun = {name: list(entry) for name, entry in saved.begun.items()}
         self.begun = {name: [self.cursors[name][0], known] for name, known in grown.items()} | begun
         for name, (epoch, place) in self.cursors.items():
@@ -183,7 +197,8 @@ class GlobalPlan:
         self._orders = {}
         self.skipped = Counter(saved.skipped)
         window = (self._visit(SampleKey(seed, *entry)) for entry in saved.window)
-        self.window = [visit for visit in window if self._fits(visit)]  # limits may have changed since
+        # Limits may have changed since the state was saved.
+        self.window = [visit for visit in window if self._fits(visit)]
 
     def _next_pack(self) -> PackPlan:
         data = self.config.data
@@ -195,8 +210,9 @@ class GlobalPlan:
         return pack
 
     def _next_visit(self) -> Visit:
-        """The next sample that fits; others are counted and left out."""
+        """The next sample that fits into a pack; others are counted and left out."""
         while True:
+            # Keyed by the number of the draw: the state is one integer, and no generator has to be saved.
             draw = uniform(self.config.train.seed, "mixture", self.draws)
             self.draws += 1
             visit = self._visit(self._advance(self.names[bisect_right(self.bounds, draw)]))
@@ -204,7 +220,7 @@ class GlobalPlan:
                 return visit
 
     def _fits(self, visit: Visit) -> bool:
-        """Whether a sample may enter a pack; one that may not is counted."""
+        """Return whether a sample may enter a pack, and count it if it may not."""
         key, tokens = visit.key, visit.size.tokens
         if 0 < tokens <= self.limit:
             return True
@@ -219,21 +235,23 @@ class GlobalPlan:
         return False
 
     def _advance(self, name: str) -> SampleKey:
+        """The next sample of a source; moves its cursor, past the end of an epoch to the start of the next one."""
         epoch, place = self.cursors[name]
         order = self._order(name, epoch)
         self.cursors[name] = [epoch, place + 1] if place + 1 < len(order) else [epoch + 1, 0]
         return SampleKey(self.config.train.seed, name, int(order[place]), epoch)
 
     def _order(self, name: str, epoch: int) -> np.ndarray:
-        """Shuffled sample numbers of one pass over a source."""
+        """int64 [samples]: shuffled sample numbers of one epoch of a source."""
         if (name, epoch) not in self._orders:
+            # One order per source is kept: cursors only move forward.
             self._orders = {key: order for key, order in self._orders.items() if key[0] != name}
             shuffle = generator(self.config.train.seed, "order", name, epoch)
             self._orders[name, epoch] = shuffle.permutation(self._samples(name, epoch))
         return self._orders[name, epoch]
 
     def _samples(self, name: str, epoch: int) -> int:
-        """Samples in one pass over a source."""
+        """Number of samples in one epoch of a source."""
         begun = self.begun.get(name)
         return begun[1] if begun and begun[0] == epoch else len(self.sources[name].index.documents)
 
@@ -241,7 +259,7 @@ class GlobalPlan:
         return self.rules.visit(key, self.document(key))
 
     def _check(self, source: Source) -> None:
-        """Refuse a source of which no sample can ever enter a pack."""
+        """Raise UserError for a source without a sample that fits: drawing from it would never end."""
         keys = (SampleKey(self.config.train.seed, source.name, i, 0) for i in range(len(source.index.documents)))
         if not any(0 < self._visit(key).size.tokens <= self.limit for key in keys):
             raise UserError(

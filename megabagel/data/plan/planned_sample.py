@@ -1,6 +1,7 @@
-"""Visits: a sample's turn in a run, as sizes for the plan of the whole job and laid out for the rank that runs it.
+"""Planned samples: token counts for the global plan, and the full layout for the rank that trains on them.
 
-Both are pure functions of the config, the key and the document, so a worker process needs nothing else.
+Both are pure functions of the config, the key and the document, so a worker process can lay out a pack without the
+global plan.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,10 @@ from megabagel.sequence.sizes import Size, sample_size, total
 
 
 class Visit(NamedTuple):
-    """One visit of one sample, as the plan knows it (a tuple: a step may have 160,000 to hand over)."""
+    """One scheduled use of a sample in one epoch: its identity and its token counts, no content.
+
+    A tuple rather than a dataclass: a step may have 160,000 of them, which the planner process passes on.
+    """
 
     key: SampleKey
     size: Size
@@ -26,20 +30,23 @@ class Visit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PackPlan:
-    """Which visits form a pack, in order, and what it amounts to."""
+    """A pack as planned: its visits in sequence order, and their total size."""
 
     visits: tuple[Visit, ...]
     size: Size
 
     @classmethod
     def of(cls, visits: tuple[Visit, ...]) -> "PackPlan":
-        """The pack of these visits."""
+        """The pack of these visits, with their sizes added up."""
         return cls(visits, total(visit.size for visit in visits))
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A pack to fill: number `pack` of step `step`, and the documents behind its visits."""
+    """Work order for a loader worker: pack number `pack` of step `step`, with the documents of its visits.
+
+    The documents travel with the task, so that workers need no copy of the index.
+    """
 
     step: int
     pack: int
@@ -49,7 +56,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Rules:
-    """How documents become samples in one run. `tasks`: by source."""
+    """Rules by which documents become samples in one run: expansion, task per source, conditioning dropout.
+
+    `advance_dropped`: whether the RoPE counter advances over dropped images (`data.dropped_images_advance`).
+    """
 
     expander: Expander
     tasks: Mapping[str, str]
@@ -65,12 +75,17 @@ class Rules:
         return cls(Expander.of(config), tasks, dropout, data.dropped_images_advance)
 
     def visit(self, key: SampleKey, document: Document) -> Visit:
-        """A visit with its size."""
+        """A visit of a document, with its size after conditioning dropout."""
         items = self._items(key, document)
         return Visit(key, sample_size(items, dropped_items(items, key, self.dropout)))
 
     def pack(self, plan: PackPlan, documents: Sequence[Document]) -> Pack:
-        """A pack laid out; `documents`: of its visits."""
+        """Lay out a pack: positions, mask integers and loss masks of all its tokens.
+
+        Args:
+            plan: the pack.
+            documents: one per visit, in the order of the visits.
+        """
         return build_pack([
             self._lay_out(visit.key, document) for visit, document in zip(plan.visits, documents, strict=True)
         ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""What became of the sources since a checkpoint was written: the same, grown by appended samples, or another thing."""
+"""Comparison of the data sources with those of a checkpoint: unchanged, grown by appended samples, or incompatible."""
 
 import logging
 from collections.abc import Mapping
@@ -11,14 +11,18 @@ logger = logging.getLogger(__name__)
 
 
 def grown_sources(indexes: Mapping[str, Index], fingerprints: Mapping[str, str]) -> dict[str, int]:
-    """How many samples each source had that has grown since: the old ones are its first ones and keep their numbers.
+    """Find the sources to which samples were appended since a checkpoint.
 
     Args:
-        indexes: of all sources, now.
-        fingerprints: of all sources, then.
+        indexes: current index of every source.
+        fingerprints: fingerprint of every source when the checkpoint was written.
+
+    Returns:
+        For every grown source, its number of samples at the checkpoint. The old samples come first and keep their
+        numbers.
 
     Raises:
-        UserError: a source is new or gone, or has changed in another way; the message says which and how.
+        UserError: a source is new, gone or changed in another way; the message names the source and the change.
     """
     grown, changes = {}, {}
     for name in sorted(indexes.keys() | fingerprints.keys()):

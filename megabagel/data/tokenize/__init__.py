@@ -1,1 +1,1 @@
-"""Text to token ids: Hugging Face tokenizers, sentencepiece, bytes; special tokens around texts and images."""
+"""Tokenizers (Hugging Face, sentencepiece, bytes), and the special tokens around texts and images."""

@@ -1,4 +1,4 @@
-"""A tokenizer for a corpus of one's own: byte-level BPE, so that every text has ids."""
+"""Training of a byte-level BPE tokenizer on a given corpus. Byte-level, so that every text can be encoded."""
 
 from collections.abc import Iterable
 
@@ -8,13 +8,22 @@ from megabagel.sequence.items import SPECIAL_TOKENS
 
 
 def train_bpe(texts: Iterable[str], vocabulary: int) -> str:
-    """`tokenizer.json` with at most `vocabulary` ids; the special tokens have ids 0 to 3."""
+    """Train a tokenizer.
+
+    Args:
+        texts: the corpus.
+        vocabulary: largest number of token ids, including the special tokens, which have ids 0 to 3.
+
+    Returns:
+        Content of a `tokenizer.json`.
+    """
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=list(SPECIAL_TOKENS),
+        # All 256 bytes, also those that the corpus lacks; without them other texts could not be encoded.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -1,4 +1,4 @@
-"""The word ids of a sample's TEXT tokens: contents and the special tokens around every text and image."""
+"""Token ids of a sample: the texts, and the special tokens around every text and image."""
 
 from collections.abc import Callable, Iterable
 
@@ -7,14 +7,17 @@ from megabagel.sequence.items import Clip, Item, Text
 
 
 class Writer:
-    """Writes samples as word ids (docs/bagel.md#samples, #special-tokens)."""
+    """Writes the text tokens of samples as token ids (docs/bagel.md#samples, docs/bagel.md#special-tokens)."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.bos, self.eos = tokenizer.token_id("<|im_start|>"), tokenizer.token_id("<|im_end|>")
         self.image = [tokenizer.token_id("<|vision_start|>"), tokenizer.token_id("<|vision_end|>")]
 
     def words(self, items: Iterable[Item], ids: Callable[[int], list[int]]) -> list[int]:
-        """bos, ids, eos per text; start- and end-of-image per image. `ids` gives the text of a slot."""
+        """Token ids of a sample: bos, ids, eos per text; start and end of image per image.
+
+        Tokens of images have no ids and are not included. `ids` returns the token ids of the text in a slot.
+        """
         words: list[int] = []
         for item in items:
             if isinstance(item, Text):

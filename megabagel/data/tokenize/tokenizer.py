@@ -1,7 +1,7 @@
-"""Text to token ids: one small interface over Hugging Face `tokenizers`, sentencepiece and plain bytes.
+"""Tokenizers: one interface over Hugging Face `tokenizers`, sentencepiece and plain UTF-8 bytes.
 
-The four special tokens mark texts and images (docs/bagel.md#special-tokens). They enter a sequence by id only: their
-names inside a caption are encoded as ordinary text.
+The four special tokens delimit texts and images (docs/bagel.md#special-tokens). They enter a sequence by id only: if
+the name of a special token occurs in a caption, it is encoded as ordinary text, so data cannot forge delimiters.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from megabagel.errors import UserError
 from megabagel.sequence.items import SPECIAL_TOKENS
 
 MOST_BYTES = 2**28
-"""Of a tokenizer's file; the largest published ones have some tens of megabytes."""
+"""Largest tokenizer file that is read; the largest published ones have some tens of megabytes."""
 
 
 class TextTokenizer(Protocol):
-    """What the program asks of a tokenizer."""
+    """Interface of a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
-        """Rows that a word embedding needs: the highest id + 1."""
+        """Rows that the token embedding needs: the highest id + 1."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; never a special token."""
@@ -38,11 +38,14 @@ class TextTokenizer(Protocol):
         """Id of one special token; KeyError if the vocabulary has none of this name."""
 
     def fingerprint(self) -> str:
-        """Equal for tokenizers that give equal ids; stored with checkpoints and indexes."""
+        """Identifier that differs if two tokenizers may give different ids; stored in checkpoints and indexes."""
 
 
 def load_tokenizer(spec: str) -> TextTokenizer:
-    """The tokenizer that `data.tokenizer` names: `bytes`, a `*.model` file, a `tokenizer.json` or a folder with one.
+    """Load a tokenizer.
+
+    Args:
+        spec: `data.tokenizer`: `bytes`, a `*.model` file, a `tokenizer.json`, or a folder with a `tokenizer.json`.
 
     Raises:
         UserError: the file is missing or cannot be read, or lacks one of the special tokens.
@@ -63,7 +66,8 @@ def load_tokenizer(spec: str) -> TextTokenizer:
         if not data:
             raise ValueError("it is empty")
         tokenizer = kind(data)
-    except Exception as error:  # both libraries raise bare Exception or RuntimeError
+    # Not narrower: both libraries raise bare Exception or RuntimeError.
+    except Exception as error:
         raise UserError(
             f"data.tokenizer = {spec!r}: {path} is not a readable tokenizer ({error}). Copy or train the file again."
         ) from error
@@ -85,7 +89,7 @@ def _has(tokenizer: TextTokenizer, token: str) -> bool:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0..255, then the special tokens. Needs no file."""
+    """UTF-8 bytes as ids 0 to 255, followed by the special tokens. Needs no file."""
 
     vocab_size = 256 + len(SPECIAL_TOKENS)
 
@@ -94,7 +98,7 @@ class ByteTokenizer:
         return list(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
+        """Text of ids; special tokens are left out, invalid UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
     def token_id(self, token: str) -> int:
@@ -102,7 +106,7 @@ class ByteTokenizer:
         return {token: 256 + number for number, token in enumerate(SPECIAL_TOKENS)}[token]
 
     def fingerprint(self) -> str:
-        """Constant: there is one byte tokenizer."""
+        """A constant, since there is only one byte tokenizer."""
         return "bytes-1"
 
 
@@ -112,19 +116,22 @@ class JsonTokenizer:
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._model = tokenizers.Tokenizer.from_buffer(data)
-        if getattr(self._model.model, "dropout", None):  # of BPE: one text must always have the same ids
+        # BPE dropout in the file is switched off: the index counts the ids of a text once, and the count must not vary.
+        if getattr(self._model.model, "dropout", None):
             self._model.model.dropout = None
         vocabulary = self._model.get_vocab(with_added_tokens=True)
-        # Special or merely added: both are matched in text, unless they are special and this switch is on.
+        # The library matches added tokens inside texts, except special ones while `encode_special_tokens` is on. A file
+        # may have ours as merely added tokens, so they are first registered as special.
         self._model.add_special_tokens([token for token in SPECIAL_TOKENS if token in vocabulary])
         self._model.encode_special_tokens = True
-        self._model.no_truncation()  # the file may ask for a length; ours is decided by the planner
+        # The file may ask for truncation or padding; here lengths are decided by the planner.
+        self._model.no_truncation()
         self._model.no_padding()
         self._fingerprint = f"tokenizers-{hashlib.sha256(data).hexdigest()}"
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
 
     def __reduce__(self) -> tuple[type, tuple[bytes]]:
-        """Pickled as its file: the library's own pickle forgets `encode_special_tokens`."""
+        """Pickle as the bytes of the file: the library's own pickling loses `encode_special_tokens`."""
         return JsonTokenizer, (self._data,)
 
     def encode(self, text: str) -> list[int]:
@@ -158,7 +165,8 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; never a special token."""
-        # A user-defined symbol is matched wherever it stands in a text: cut its name in two before the library sees it.
+        # The library matches a user-defined symbol anywhere in a text. Its name is cut in two before encoding, so that
+        # it is encoded as ordinary text.
         return [number for part in _INSIDE_SPECIAL.split(text) for number in self._model.encode(part)]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -169,7 +177,8 @@ class SentencePieceTokenizer:
 
     def token_id(self, token: str) -> int:
         """Id of one special token; KeyError if the vocabulary has none of this name."""
-        number = self._model.piece_to_id(token)  # the id of <unk> where the piece is unknown
+        # For an unknown piece the library returns the id of <unk> instead of an error.
+        number = self._model.piece_to_id(token)
         if self._model.id_to_piece(number) != token:
             raise KeyError(token)
         return number

@@ -1,6 +1,6 @@
-"""The command `megabagel`.
+"""Command line `megabagel`.
 
-A command imports what it needs when it runs, so that `--help` answers at once. A user's mistake ends in one message on
+Each command imports what it needs when it runs, so that `--help` is fast. A user's mistake ends in one message on
 stderr and exit code 2, a run that has to stop in one with a code of its own (errors.py), Ctrl-C in exit code 130.
 """
 
@@ -20,9 +20,9 @@ from megabagel.log import PrintableFormatter
 NOBODY_READS, UNFORESEEN = 141, 1
 """Exit codes; 141 is what a shell makes of SIGPIPE."""
 TRACEBACK = "MEGABAGEL_TRACEBACK"
-"""Environment variable: set, an error that nobody foresaw is shown with its traceback."""
+"""Environment variable: if set, unexpected errors are shown with their traceback."""
 _RUNS = ("train", "bench")
-"""Commands whose errors always come with their traceback: what fails there is seldom a file."""
+"""Commands whose unexpected errors always show their traceback: what fails there is seldom a file."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _unforeseen(words: Sequence[str], error: Exception) -> int:
-    """One line for an error that nobody foresaw, with the command's words, which name the file that it was reading."""
+    """Print one line for an unexpected error, with the command line, which names the file being read."""
     _give_up_stdout()
     if os.environ.get(TRACEBACK) or (words[:1] and words[0] in _RUNS):
         traceback.print_exception(error)
@@ -72,7 +72,7 @@ def _tell(prefix: str, message: str) -> None:
 
 
 def _prepare_streams() -> None:
-    """Characters that a stream's encoding lacks are escaped, and so are those in logs that command a terminal."""
+    """Escape characters that a stream's encoding lacks, and terminal control characters in logs."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -81,7 +81,7 @@ def _prepare_streams() -> None:
 
 
 def _give_up_stdout() -> None:
-    """What is left in the buffer goes nowhere, so that the interpreter does not fail on it once more at its end."""
+    """Redirect stdout to /dev/null, so that the interpreter does not fail on its buffer again at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

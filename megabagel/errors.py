@@ -1,6 +1,7 @@
-"""Ends of a command that have a name: each is one message, without a traceback, with an exit code of its own.
+"""Errors that end a command with one message, without a traceback, and with an exit code of their own.
 
-`EXITS` is the one table of exit codes; docs/faults.md shows it and examples/slurm/train.sbatch requeues by it.
+`EXITS` is the only table of exit codes: docs/faults.md#exit-codes shows it, and examples/slurm/train.sbatch requeues by
+it.
 """
 
 import errno
@@ -8,27 +9,29 @@ import re
 from typing import NamedTuple
 
 ERROR_PREFIX = "megabagel: error: "
-"""Opens the message of a `UserError` on stderr, which is the last thing its process prints."""
+"""Start of a UserError's message on stderr, the last thing its process prints."""
 STOP_PREFIX = "megabagel: stopped: "
-"""Opens the message of a `Stopped` on stderr."""
+"""Start of a Stopped's message on stderr."""
 USER_ERROR = 2
 """Exit code of a `UserError`."""
 INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as a shell counts."""
+"""Exit code after Ctrl-C: 128 + SIGINT, by the convention of shells."""
 KILLED = 137
-"""Exit code of a process that SIGKILL ended: 128 + 9."""
+"""Exit code of a process ended by SIGKILL: 128 + 9."""
 
 
 _INVISIBLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufff9-\ufffb]"
 )
-"""Controls (ESC begins a command to the terminal), characters that turn or hide text, and halves of characters."""
+"""Control characters (ESC starts a terminal command), characters that reorder or hide text, and lone surrogates."""
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Foreign text for terminals, logs and HTML: control characters escaped, bytes that were no UTF-8 as \\xNN.
+    """Escape foreign text for terminals, logs and HTML: control characters, and bytes that are not UTF-8 as \\xNN.
 
-    keep: control characters to leave alone, such as "\\n" in a message of several lines.
+    Args:
+        text: text from a file, another rank or another program.
+        keep: control characters to leave as they are, such as "\\n" in a message of several lines.
     """
 
     def escape(found: re.Match[str]) -> str:
@@ -45,7 +48,7 @@ def printable(text: str, keep: str = "") -> str:
 class UserError(Exception):
     """A mistake in a config, file, environment or command line.
 
-    The message names the key or file, the value found, what was expected and the next step. The command line prints it
+    The message names the key or file, the value found, the expectation and the next step. The command line prints it
     and exits with `code`; library callers may catch it.
     """
 
@@ -53,9 +56,10 @@ class UserError(Exception):
 
 
 class TransientFailure(UserError):
-    """The machine failed, not the config: a worker was killed, a disk is full or broken. 74 is EX_IOERR of sysexits.h.
+    """A failure of the machine rather than of the config: a killed worker, a full disk, an I/O error.
 
-    Not 75, though both requeue: nothing was saved here, and a batch script has to bound how often it tries again.
+    74 is EX_IOERR of sysexits.h. Not 75, though a batch script requeues after both: nothing was saved here, so the
+    script has to limit the number of retries.
     """
 
     code = 74
@@ -68,25 +72,25 @@ class Stopped(Exception):
 
 
 class Preempted(Stopped):
-    """Asked to stop by a signal; everything is saved. 75 is EX_TEMPFAIL of sysexits.h: start the same command again."""
+    """Stopped by a signal, with everything saved. 75 is EX_TEMPFAIL of sysexits.h: start the same command again."""
 
     code = 75
 
 
 class Interrupted(Stopped):
-    """Ctrl-C in a run: nothing is saved any more; the message says what was."""
+    """Ctrl-C in a run: nothing more is saved; the message names the newest checkpoint."""
 
     code = INTERRUPTED
 
 
 class RankLost(Stopped):
-    """A rank died, hung or failed; the message names it. What followed the newest checkpoint is lost."""
+    """A rank died, hung or failed; the message names it. Steps after the newest checkpoint are lost."""
 
     code = 76
 
 
 class BadStep(Stopped):
-    """A step whose loss or gradient the config does not let pass; its samples were written out."""
+    """A step with an anomaly for which the config demands a stop; its samples were written out."""
 
     code = 77
 
@@ -97,9 +101,9 @@ class Exit(NamedTuple):
     code: int
     meaning: str
     again: str
-    """Whether the same command may be started again."""
+    """Whether to start the same command again."""
     requeue: bool
-    """Whether a batch script puts the job back into the queue."""
+    """Whether a batch script requeues the job."""
 
 
 EXITS = (
@@ -125,7 +129,7 @@ EXITS = (
     Exit(141, "nobody reads the output any more (a closed pipe)", "as you like", False),
     Exit(1, "a bug, with its traceback", "after reporting it", False),
 )
-"""Every exit code of `megabagel train`. 128 + n stands for signal n where no other row does."""
+"""All exit codes of `megabagel train`. 128 + n stands for signal n where no other row does."""
 
 TRANSIENT = frozenset(
     (
@@ -153,18 +157,19 @@ TRANSIENT = frozenset(
         errno.ENFILE,
     )
 )
-"""Numbers of OSErrors that another start, perhaps on another node, need not meet: of a disk, network or memory."""
+"""errno values that another start, perhaps on another node, may not meet: failures of disk, network or memory."""
 
 
 def no_space(text: str) -> OSError:
-    """The error of a disk that will not hold what is about to be written: ENOSPC before it is met."""
+    """Return ENOSPC as an OSError for a disk that is known to be too small, before anything is written."""
     error = OSError(text)
-    error.errno = errno.ENOSPC  # with strerror unset the message stays `text`
+    # Set after construction: OSError(errno, text) would print as "[Errno 28] text".
+    error.errno = errno.ENOSPC
     return error
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether an error, or what it was raised from, is a failure of the machine that another start need not meet."""
+    """Whether an error or one of its causes (`raise ... from`) is a failure of the machine, by `TRANSIENT`."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, TransientFailure) or (isinstance(seen, OSError) and seen.errno in TRANSIENT):
@@ -174,11 +179,10 @@ def is_transient(error: BaseException) -> bool:
 
 
 def named(error: BaseException) -> UserError | Stopped | None:
-    """The end that `error` comes to by name, or None for a bug.
+    """Return the UserError or Stopped that `error` amounts to, or None for a bug.
 
-    Rooms turn what a disk refuses into a UserError `from` the OSError. Whether that is the user's to mend or the
-    machine's is decided here alone: where an error leaves its chain of causes (for another process or rank) and where
-    the command ends.
+    Code that writes files raises UserError `from` the OSError. Whether the user or the machine is the cause is decided
+    here alone: where an error leaves its chain of causes (for another process or rank) and where the command ends.
     """
     if is_transient(error) and not isinstance(error, TransientFailure | Stopped):
         return TransientFailure(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
@@ -186,7 +190,7 @@ def named(error: BaseException) -> UserError | Stopped | None:
 
 
 def exit_table() -> str:
-    """`EXITS` as docs/faults.md shows it."""
+    """Return `EXITS` as the Markdown table of docs/faults.md."""
     head = "| code | meaning | start the same command again? | a batch script requeues |\n| --- | --- | --- | --- |\n"
     rows = (f"| {x.code} | {x.meaning} | {x.again} | {'yes' if x.requeue else 'no'} |\n" for x in EXITS)
     return head + "".join(rows)

@@ -1,9 +1,9 @@
-"""One owner per folder: an advisory lock that a process holds on a folder which its command writes.
+"""Advisory lock of a folder: a command holds it while it writes there, so that two commands cannot write at once.
 
-flock(2), because the kernel drops it with its holder, also after kill -9, and NFS carries it to the server (Linux turns
-it into a byte-range lock there); Lustre needs the mount option `flock`. Lock files by O_EXCL were rejected: nobody
-removes the file of a killed process, and a pid in it says nothing on another host. Python opens files close-on-exec, so
-no worker process inherits the lock.
+flock(2), because the kernel releases it with its process, also after kill -9, and NFS passes it to the server (Linux
+turns it into a byte-range lock there); Lustre needs the mount option `flock`. Lock files made with O_EXCL were
+rejected: nobody removes the file of a killed process, and its pid means nothing on another host. Python opens files
+close-on-exec, so no worker process inherits the lock.
 """
 
 import errno
@@ -21,21 +21,21 @@ from pathlib import Path
 from megabagel.errors import TransientFailure, UserError, printable
 
 PATIENCE_S = 5.0
-"""How long any start waits for the holder: it may have been killed a moment ago."""
+"""Seconds that any start waits for the holder, which may have been killed a moment ago."""
 _POLL_S = 0.1
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-"""A file system that has no locks, such as Lustre mounted without `flock`."""
+"""errno values of file systems without locks, such as Lustre mounted without `flock`."""
 
 logger = logging.getLogger(__name__)
 
 
 def inside(folder: Path) -> Path:
-    """Lock file of a folder that is added to."""
+    """Lock file inside a folder that exists or is extended."""
     return folder / ".lock"
 
 
 def beside(folder: Path) -> Path:
-    """Lock file of a folder that does not exist yet."""
+    """Lock file beside a folder that does not exist yet."""
     return folder.with_name(f".{folder.name}.lock")
 
 
@@ -43,17 +43,17 @@ def beside(folder: Path) -> Path:
 def locked(
     file: Path, what: str, restart_wait: float = PATIENCE_S, alive: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Hold the lock `file` inside the block; the file goes at the end, unless the process is killed, which is harmless.
+    """Hold the lock `file` inside the block; the file is removed at the end. One left by a killed process does no harm.
 
     Args:
-        file: made with its folder where absent; holds host, process and time of its owner, for messages.
-        what: the folder as the user named it; opens the message.
-        restart_wait: seconds to wait where this process is a later start of the same job, whose ranks of the start
-            before may be ending still.
-        alive: called while waiting.
+        file: created with its folder if absent; holds host, process and time of its owner, for messages.
+        what: the folder as the user named it; starts the message.
+        restart_wait: seconds to wait if this process is a later start of the same job: ranks of the earlier start may
+            still be ending.
+        alive: called repeatedly while waiting.
 
     Raises:
-        UserError: another process holds it (a TransientFailure for a later start), or the file cannot be written.
+        UserError: another process holds the lock (a TransientFailure for a later start), or the file cannot be written.
     """
     again = restarted()
     try:
@@ -71,19 +71,22 @@ def locked(
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)  # before the lock goes: who waits finds that the file is another one, see _acquire
+        # Unlink while the lock is held: a waiting process that opened this file notices the change (`_same`). After the
+        # release, unlink could remove a file that another process has locked meanwhile.
+        file.unlink(missing_ok=True)
         os.close(handle)
 
 
 def restarted(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether the launcher has started this job before: Slurm's requeue, torchrun's restart."""
+    """Whether the launcher has started this job before: Slurm's requeue or torchrun's restart."""
     return any(env.get(name, "0") not in ("", "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def _acquire(file: Path, what: str, seconds: float, alive: Callable[[], None]) -> int | None:
-    """The descriptor that holds the lock, or None where another process has held it for so long."""
+    """Return the descriptor that holds the lock, or None if another process still holds it after `seconds`."""
     end, told = time.monotonic() + seconds, False
     while True:
+        # Opened anew each time: the owner removes the file, and a lock on a removed file protects nothing.
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,7 +112,7 @@ def _acquire(file: Path, what: str, seconds: float, alive: Callable[[], None]) -
 
 
 def _same(handle: int, file: Path) -> bool:
-    """Whether the locked file is still the one of that name: its last owner may have removed it meanwhile."""
+    """Whether the locked file still has its name: its last owner may have removed it between open and lock."""
     try:
         return os.path.samestat(os.fstat(handle), file.stat())
     except FileNotFoundError:
@@ -117,7 +120,7 @@ def _same(handle: int, file: Path) -> bool:
 
 
 def _sign(handle: int) -> None:
-    """Write who holds the lock; on a full disk the lock holds without it."""
+    """Write the owner into the lock file. A full disk is ignored: the lock holds without it."""
     about = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -130,7 +133,7 @@ def _sign(handle: int) -> None:
 
 
 def _owner(file: Path) -> str:
-    """Who holds the lock, as its file says."""
+    """Return the owner that the lock file names."""
     try:
         about = json.loads(file.read_bytes())
         text = "process {pid} on {host} since {since} ({command})".format_map(about)

@@ -1,1 +1,1 @@
-"""Checkpoints that any grid can read: sharded tensors through megatron.core.dist_checkpointing, JSON for the rest."""
+"""Checkpoints that any grid can read: sharded tensors by megatron.core.dist_checkpointing, JSON for the rest."""

@@ -1,7 +1,9 @@
-"""The checkpoints of a run: which one to go on from, what it says, and its tensors; `Saver` writes them.
+"""Checkpoints of a run: find the one to resume from, check it against the config, and load its tensors.
 
-RUN/checkpoints/step_00000100/   what is in it: manifest.py
+RUN/checkpoints/step_00000100/   one checkpoint; its files are listed in manifest.py
 RUN/checkpoints/latest           name of the newest complete checkpoint
+
+Writing is in saver.py. docs/checkpoints.md describes the format and its guarantees.
 """
 
 import json
@@ -34,11 +36,13 @@ logger = logging.getLogger(__name__)
 
 
 def find(config: Config, mesh: Mesh) -> Path | None:
-    """The checkpoint to resume from by `run.resume`, or None for a fresh start. Called on every rank.
+    """Return the checkpoint to resume from by `run.resume`, or None for a new run. Collective.
 
-    `auto` takes the newest that is whole; the ranks share the work of comparing every checksum, and a damaged one is
-    named in a warning. Raises UserError, on every rank, when a named checkpoint is damaged or `auto` finds damaged ones
-    only.
+    `auto` takes the newest complete and undamaged one. All checksums are compared, shared among the ranks; a damaged
+    checkpoint is named in a warning and the one before it is tried.
+
+    Raises:
+        UserError: on every rank, if a checkpoint named by the user is damaged, or if `auto` finds only damaged ones.
     """
     if config.run.resume == "none":
         return None
@@ -52,7 +56,8 @@ def find(config: Config, mesh: Mesh) -> Path | None:
     root = Path(config.run.dir) / "checkpoints"
     if mesh.world.first:
         take_back(root)
-    candidates = broadcast([str(folder) for folder in _candidates(root)])  # a shared disk may show them later elsewhere
+    # Rank 0's list for all: on a shared file system other hosts may see a new folder later.
+    candidates = broadcast([str(folder) for folder in _candidates(root)])
     damage = None
     for folder in map(Path, candidates):
         try:
@@ -70,11 +75,11 @@ def find(config: Config, mesh: Mesh) -> Path | None:
 
 
 def _candidates(root: Path) -> list[Path]:
-    """Checkpoints in the order in which to try them: what `latest` names, then those before it, else all.
+    """Return checkpoints in the order in which to try them: the one `latest` names, then earlier ones; without it, all.
 
-    `latest` may name a lower step than another run left behind. A later step that was written when `latest` named the
-    same folder as now is this run's, which was ended before it could write `latest` again: it comes first. What
-    `latest` named then is in its manifest; times of files are of no use, since those of a copy may be in any order.
+    A later step than `latest` names may be left from another, longer run. It is this run's, and comes first, only if it
+    was written while `latest` named the same folder as now: the run was killed before it updated `latest`. The manifest
+    records that name (`after`); file times are useless here, since those of a copy are in any order.
     """
     folders = sorted((path for path in root.glob("step_*") if path.is_dir()), reverse=True)
     with suppress(OSError, ValueError):
@@ -86,7 +91,7 @@ def _candidates(root: Path) -> list[Path]:
 
 
 def _follows(folder: Path, named: str, written: int) -> bool:
-    """Whether a checkpoint was written when `latest` named `named`; by its time where its manifest has no `after`."""
+    """Whether a checkpoint was written while `latest` named `named`; by file time if its manifest has no `after`."""
     try:
         after = read_manifest(folder).after
         return after == named if after is not None else (folder / MANIFEST).stat().st_mtime_ns > written
@@ -95,14 +100,15 @@ def _follows(folder: Path, named: str, written: int) -> bool:
 
 
 def _check(folder: Path, mesh: Mesh) -> None:
-    """Compare every checksum of a checkpoint, together. Raises UserError on every rank."""
+    """Compare every checksum of a checkpoint, shared among the ranks. Raises UserError on every rank."""
     on_all_ranks(lambda: verify(folder, mesh.world.rank, mesh.world.size))
 
 
 def read(folder: Path, config: Config) -> tuple[int, dict[str, Any]]:
-    """(finished steps, JSON state) of a checkpoint, after checking that it is whole and of the same run.
+    """Return (finished steps, JSON state) of a checkpoint, after checking it against the config of the run.
 
-    Raises UserError.
+    Raises:
+        UserError: the checkpoint is incomplete, or differs in model, seed, EMA or freeze list.
     """
     manifest = read_manifest(folder)
     named = folder.name.removeprefix("step_")
@@ -140,10 +146,13 @@ def read(folder: Path, config: Config) -> tuple[int, dict[str, Any]]:
 
 
 def weights_of(folder: Path, config: Config, tensors: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
-    """Which of this rank's tensors to `load` for a new run that starts from the weights of a checkpoint.
+    """Select which of this rank's tensors to `load` for a new run that starts from a checkpoint's weights.
 
-    The averaged weights with `run.init_weights` ema; weights that did not learn have no average but themselves.
-    Raises UserError when the checkpoint is not whole, or its model has other shapes.
+    With `run.init_weights=ema` these are the averaged weights; frozen weights have no average, so their plain values
+    are taken.
+
+    Raises:
+        UserError: the checkpoint is incomplete, or its model has other shapes.
     """
     manifest = read_manifest(folder)
     for key, mine, theirs in _differences(config.model, manifest, but=_FREE_TO_CHANGE):
@@ -160,7 +169,8 @@ def weights_of(folder: Path, config: Config, tensors: dict[str, ShardedTensor]) 
     wanted = {}
     for label, tensor in tensors.items():
         kind, _, name = tensor.key.partition("/")
-        new = not manifest.model["qk_norm"] and ("q_norm" in name or "k_norm" in name)  # keeps its initial ones
+        # QK-norm may be added to a model trained without it; its weights keep their initial ones.
+        new = not manifest.model["qk_norm"] and ("q_norm" in name or "k_norm" in name)
         if kind == "weight" and not new:
             has_average = averaged and not is_frozen(name, config.model, manifest.freeze)
             wanted[label] = replace(tensor, key=f"ema/{name}") if has_average else tensor
@@ -168,14 +178,14 @@ def weights_of(folder: Path, config: Config, tensors: dict[str, ShardedTensor]) 
 
 
 _FREE_TO_CHANGE = {"qk_norm", "rope_precision", "interpolate_pos", "init_std", "vit.norm_eps", "norm_eps", "rope_base"}
-"""Fields of the model that a new run may change: those without a shape, and QK-norm, which the paper adds after
+"""Model fields that a new run may change: those that change no shape, and QK-norm, which the paper adds after
 alignment (BAGEL section 4)."""
 
 
 def _differences(
     model: ModelConfig, manifest: Manifest, but: Collection[str] = ()
 ) -> Iterator[tuple[str, object, object]]:
-    """(dotted key, value here, value there) of fields that differ. Where the codec's weights lie may always change."""
+    """Yield (dotted key, value here, value in the manifest) of model fields that differ, `vae.path` aside."""
     mine = leaves(json.loads(json.dumps(asdict(model))))
     theirs = json.loads(json.dumps(manifest.model))
     for key in sorted((mine.keys() | theirs.keys()) - {"vae.path", *but}):
@@ -184,12 +194,14 @@ def _differences(
 
 
 def load(folder: Path, tensors: dict[str, ShardedTensor]) -> None:
-    """Fill this rank's tensors in place. The checkpoint may come from any grid; no other rank is asked.
+    """Fill this rank's tensors in place from a checkpoint of any grid. Not collective.
 
-    Raises UserError when what is read is damaged or does not fit.
+    Raises:
+        UserError: the bytes read are damaged, or a tensor is missing or has another shape.
     """
     stored = Stored(folder)
     try:
+        # Without the access check, which gathers metadata of all ranks: `load` asks no other rank.
         dist_checkpointing.load(
             dict(tensors), str(folder), LoadBoxes(stored), NothingCommon(), validate_access_integrity=False
         )

@@ -1,7 +1,8 @@
-"""Files with a checksum for every block, so that any part of a file is checked by reading little more than the part.
+"""Checksums per block of a file: any part of a file is verified by reading little more than the part.
 
-SHA-256: one of the two fast ones of the standard library on processors with instructions for it, and no accident or
-mix-up of files passes it. Blocks are independent, so a file is checked by as many threads as there are cores.
+SHA-256, because it is one of the two fast hashes of the standard library on processors with instructions for it (1.4
+GB/s on one core, blake2b 0.9: docs/checkpoints.md#what-it-costs). Blocks are independent, so several threads check a
+file.
 """
 
 import hashlib
@@ -14,11 +15,11 @@ from pathlib import Path
 from megabagel.errors import UserError
 
 BLOCK = 2 << 20
-"""Bytes under one checksum."""
+"""Bytes per checksum."""
 KEPT = 8
-"""Blocks that a reader keeps: as weights, moments and averages of a tensor lie apart, each has its own."""
+"""Blocks that a reader caches: weights, moments and averages of a tensor lie in different blocks."""
 THREADS = 4
-"""Of a rank that reads; Python's lock is free while a block is read and summed up."""
+"""Reading threads per rank; Python's lock is released while a block is read and hashed."""
 ANOTHER = (
     "Name another checkpoint with run.resume or run.init_from, or remove this one: run.resume=auto then takes the one "
     "before it."
@@ -28,7 +29,7 @@ ANOTHER = (
 
 @dataclass(frozen=True)
 class Sums:
-    """What a file must hold: its size, and the SHA-256 of every BLOCK bytes of it."""
+    """Expected size of a file, and the SHA-256 of each BLOCK bytes."""
 
     size: int
     blocks: tuple[str, ...]
@@ -40,17 +41,14 @@ def checksum(content: bytes | memoryview) -> str:
 
 
 def sums_of_file(path: Path) -> Sums:
-    """Checksums of a file as it lies on the disk. Raises OSError."""
+    """Compute the checksums of a file on disk. Raises OSError."""
     with path.open("rb") as file:
         blocks = tuple(checksum(block) for block in iter(lambda: file.read(BLOCK), b""))
     return Sums(path.stat().st_size, blocks)
 
 
 class SummedWriter:
-    """Writes a new file from its start to its end, sums it up on the way, and flushes it to the disk.
-
-    Raises OSError when the disk refuses.
-    """
+    """Sequential writer that computes checksums and flushes to the disk. Raises OSError."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -59,7 +57,7 @@ class SummedWriter:
         self._blocks: list[str] = []
 
     def write(self, content: bytes | memoryview) -> None:
-        """Append bytes; where there are many, they are written by one thread and summed up by another."""
+        """Append bytes; large pieces are written by one thread while another hashes them."""
         content = memoryview(content)
         self._size += len(content)
         while content:
@@ -80,7 +78,7 @@ class SummedWriter:
         self._room, self._hash = BLOCK, hashlib.sha256()
 
     def finish(self) -> Sums:
-        """Everything is on the disk when this returns."""
+        """Flush the file to the disk and return its checksums."""
         if self._room < BLOCK:
             self._end_block()
         self._file.flush()
@@ -89,13 +87,13 @@ class SummedWriter:
         return Sums(self._size, tuple(self._blocks))
 
     def close(self) -> None:
-        """Give the file up, finished or not."""
+        """Close the file, finished or not."""
         self._summer.shutdown()
         self._file.close()
 
 
 class SummedReader:
-    """Reads any part of a file; what it hands out has been checked. Raises UserError for damage."""
+    """Random-access reader that returns only verified bytes. Raises UserError for damage."""
 
     def __init__(self, path: Path, sums: Sums) -> None:
         self.path, self._sums = path, sums
@@ -110,13 +108,13 @@ class SummedReader:
         self._file.close()
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes [start, stop)."""
+        """Return bytes [start, stop)."""
         content = bytearray(stop - start)
         self.read_into(start, memoryview(content))
         return bytes(content)
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        """Fill a buffer with the bytes from `start` on. Whole blocks need no copy, and are read by several threads."""
+        """Fill a buffer from `start` on. Whole blocks are read in place, by several threads."""
         whole = []
         while buffer:
             number, inside = divmod(start, BLOCK)
@@ -133,7 +131,7 @@ class SummedReader:
             list(pool.map(lambda block: self._fetch(*block), whole))
 
     def _kept(self, number: int, size: int) -> memoryview:
-        """A block of which a part is needed; the ones used last are kept, for the parts beside."""
+        """Return a block that is needed in part; the last used ones are cached for neighbouring parts."""
         block = self._blocks.pop(number, None)
         if block is None:
             block = memoryview(bytearray(size))
@@ -163,7 +161,7 @@ class SummedReader:
 
 
 def check_files(files: dict[Path, Sums], rank: int = 0, ranks: int = 1) -> None:
-    """Compare all checksums of files; of `ranks` that share the work this is number `rank`. Raises UserError."""
+    """Compare all checksums of files: share `rank` of `ranks` of the blocks. Raises UserError."""
     mine = [(path, number) for path, sums in files.items() for number in range(len(sums.blocks))][rank::ranks]
 
     def check(some: list[tuple[Path, int]]) -> None:

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and in what two of them differ; read as a stream, without ranks."""
+"""Description of a checkpoint, and differences between two; read in pieces and without ranks."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from megabagel.errors import printable
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """A checkpoint as JSON: step, grid, versions, and shape, type and bytes of every tensor. Raises UserError."""
+    """Return step, grid, versions, and shape, type and bytes of every tensor, as JSON values. Raises UserError."""
     stored = Stored(folder)
     about = stored.manifest
     tensors = {
@@ -42,7 +42,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def as_text(about: dict[str, Any]) -> str:
-    """The same to be read by people."""
+    """Format a description for people."""
     grid = " x ".join(f"{axis} {size}" for axis, size in about["grid"].items()) or "imported"
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [f"{about['folder']}", f"step      {about['step']:,}", f"grid      {grid}", f"versions  {versions}"]
@@ -63,13 +63,13 @@ def as_text(about: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """In what a tensor of two checkpoints differs."""
+    """Difference of one tensor between two checkpoints."""
 
     key: str
     what: str
     """`absent` from one of them, other `shape`, other `type`, or other `numbers`."""
     count: int = 0
-    """Numbers whose bits differ."""
+    """Elements whose bits differ."""
     absolute: float = 0.0
     """Largest difference; infinite where one is no finite number and the other has other bits."""
     relative: float = 0.0
@@ -77,7 +77,7 @@ class Difference:
 
 
 def differences(one: Path, other: Path) -> Iterator[Difference]:
-    """Every tensor in which two checkpoints differ bit by bit, whatever grids wrote them. Raises UserError."""
+    """Yield every tensor in which two checkpoints differ bit by bit, whatever grids wrote them. Raises UserError."""
     mine, theirs = Stored(one), Stored(other)
     for key in sorted(mine.index.keys() | theirs.index.keys()):
         if key not in mine or key not in theirs:
@@ -91,7 +91,7 @@ def differences(one: Path, other: Path) -> Iterator[Difference]:
 
 
 def _numbers(key: str, mine: Stored, theirs: Stored) -> Difference:
-    """What differs, piece by piece."""
+    """Compare the elements of a tensor, piece by piece."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[mine.dtype(key).itemsize]
     count, absolute, relative = 0, 0.0, 0.0
     for a, b in zip(mine.whole(key).read(), theirs.whole(key).read(), strict=True):

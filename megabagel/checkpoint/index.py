@@ -1,10 +1,11 @@
-"""The index of a checkpoint: which box of which tensor lies in which file, as JSON.
+"""Index of a checkpoint: which slice of which tensor lies in which file, as JSON.
 
     {"weight/heads.lm_head.weight": {"dtype": "F32", "shape": [264, 32], "boxes": [
         ["rank_00000.safetensors", [0, 0], [132, 32], 0], ["rank_00001.safetensors", [132, 0], [132, 32], 0]]}}
 
-A box is (file, offset in the tensor, shape, first byte among the file's numbers). The boxes of a tensor tile it: each
-number is in exactly one. Every file is a safetensors file of its own, whose header says the same of its boxes.
+A box of the format is an n-d slice: (file, offset in the tensor, shape, first byte after the file's header). The slices
+of a tensor tile it: each element is in exactly one. Every file is an ordinary safetensors file whose header repeats
+this for its own slices.
 """
 
 import json
@@ -24,13 +25,13 @@ from megabagel.config.typed_json import Count, Positive, WrongValue, read_as
 from megabagel.errors import UserError, printable
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Types that weights may have, by their name in safetensors files."""
+"""Types that weights may have, by their safetensors name."""
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 @dataclass(frozen=True)
 class StoredSlice:
-    """A box of a tensor in a file."""
+    """Slice of a tensor in a file."""
 
     file: str
     offset: tuple[int, ...]
@@ -41,34 +42,34 @@ class StoredSlice:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the whole model."""
+    """Tensor of the whole model."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     boxes: tuple[StoredSlice, ...]
 
     def nbytes(self, box: StoredSlice) -> int:
-        """Bytes of a box."""
+        """Bytes of a slice."""
         return prod(box.shape) * self.dtype.itemsize
 
 
 Index = dict[str, Entry]
-"""By key: `<kind>/<name>`."""
+"""Entries by key, `<kind>/<name>`."""
 
 
 def slice_name(key: str, offset: tuple[int, ...]) -> str:
-    """What a box is called in its file: `weight/heads.lm_head.weight@132,0`."""
+    """Name of a slice in its file, such as `weight/heads.lm_head.weight@132,0`."""
     return f"{key}@{','.join(map(str, offset))}"
 
 
 def header_entry(entry: Entry, box: StoredSlice) -> dict[str, Any]:
-    """What the header of its file says of a box."""
+    """Return the entry of a slice in its file's safetensors header."""
     place = [box.start, box.start + entry.nbytes(box)]
     return {"dtype": NAMES[entry.dtype], "shape": list(box.shape), "data_offsets": place}
 
 
 def merged(parts: Iterable[Index]) -> Index:
-    """The index of all ranks from those of single ranks."""
+    """Merge the indices of single ranks."""
     whole: dict[str, Entry] = {}
     for key, entry in (item for part in parts for item in part.items()):
         boxes = whole[key].boxes if key in whole else ()
@@ -79,7 +80,7 @@ def merged(parts: Iterable[Index]) -> Index:
 
 
 def plain(index: Index) -> dict[str, Any]:
-    """What JSON can hold of an index, in the order of its keys."""
+    """Convert an index to JSON values, sorted by key."""
     return {
         key: {
             "dtype": NAMES[entry.dtype],
@@ -91,7 +92,7 @@ def plain(index: Index) -> dict[str, Any]:
 
 
 def from_plain(content: Mapping[str, Any]) -> Index:
-    """The index that another rank wrote as `plain`, perhaps of single boxes: it is not judged, as files are."""
+    """Convert back from `plain`. Not validated as files are: another rank of this job wrote it."""
     return {key: _entry(about) for key, about in content.items()}
 
 
@@ -101,13 +102,16 @@ def _entry(about: Any) -> Entry:
 
 
 def to_json(index: Index) -> str:
-    """A line per tensor."""
+    """Encode an index as JSON with one line per tensor."""
     lines = [f"{json.dumps(key)}: {json.dumps(about)}" for key, about in plain(index).items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def from_json(path: Path, content: Any, files: Mapping[str, Sums]) -> Index:
-    """The index from parsed JSON. Raises UserError unless it makes sense for these files, whoever wrote it."""
+    """Return the index of parsed JSON.
+
+    Raises UserError unless it is consistent with itself and with the listed files.
+    """
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: no index of tensors, expected a JSON object with some. {ANOTHER}")
     index = {}
@@ -133,7 +137,7 @@ _KEY = re.compile(r"(?:weight|exp_avg|exp_avg_sq|ema)/[\w.]+")
 
 @dataclass(frozen=True)
 class _Written:
-    """An entry as the file has it."""
+    """Schema of an entry in the file."""
 
     dtype: Literal["F64", "F32", "F16", "BF16"]
     shape: tuple[Positive, ...]
@@ -141,7 +145,7 @@ class _Written:
 
 
 def _misplaced(entry: Entry, box: StoredSlice, files: Mapping[str, Sums]) -> str | None:
-    """What is wrong with a box by itself."""
+    """Return what is wrong with a single slice, or None."""
     if box.file not in files:
         return f"a box lies in {box.file!r}, which the manifest does not list"
     if box.start + entry.nbytes(box) > files[box.file].size:
@@ -154,11 +158,11 @@ def _misplaced(entry: Entry, box: StoredSlice, files: Mapping[str, Sums]) -> str
 
 
 def untiled(entry: Entry) -> str | None:
-    """Why the boxes of a tensor do not tile it, if so; each is known to lie inside.
+    """Return why the slices of a tensor do not tile it, or None. Each is known to lie inside.
 
-    Boxes tile the whole if and only if their corners, counted +1 or -1 by the parity of their upper sides, cancel but
-    for those of the whole: a sum of boxes is known by its mixed differences. Comparing pairs took minutes for an index
-    of 20,000 boxes; this is linear in their number.
+    Slices tile the whole exactly if their signed corners (+1 or -1 by the number of upper sides) cancel except for
+    those of the whole: a sum of indicator functions is determined by its mixed differences. Comparing all pairs took
+    minutes for an index of 20,000 slices; this is linear in their number.
     """
     if not entry.shape or len(entry.shape) > MAX_DIMENSIONS:
         return f"{len(entry.shape)} dimensions; expected 1 to {MAX_DIMENSIONS}"
@@ -176,23 +180,24 @@ def untiled(entry: Entry) -> str | None:
 
 
 MAX_DIMENSIONS = 8
+"""Most dimensions of a tensor: a slice has 2 ** dimensions corners."""
 _COMPARED = 500
-"""Boxes among which a pair that overlaps is looked for, for the message."""
+"""Number of slices among which the message looks for an overlapping pair."""
 
 
 def _add_corners(corners: Counter[tuple[int, ...]], offset: tuple[int, ...], shape: tuple[int, ...], sign: int) -> None:
-    """Count the corners of a box, those with an odd number of upper sides negative."""
+    """Count the corners of a slice with their signs."""
     sides = [((at, 1), (at + size, -1)) for at, size in zip(offset, shape, strict=True)]
     for corner in product(*sides):
         corners[tuple(at for at, _ in corner)] += sign * prod(parity for _, parity in corner)
 
 
 RENAMED = {"embed.words.weight": "embed.tokens.weight"}
-"""Tensors of earlier versions of the model, by the name that they have now."""
+"""Current names of tensors that earlier versions of the model named differently."""
 
 
 def renamed(index: Index) -> dict[str, str]:
-    """Give the tensors of `index` their present names, in place; returns the stored key of each that had another."""
+    """Rename the tensors of `index` in place; returns the stored key of each renamed one, by its current key."""
     stored = {}
     for key in list(index):
         kind, _, name = key.partition("/")
@@ -209,7 +214,14 @@ Range = tuple[int, int]
 def overlap(
     offset: tuple[int, ...], shape: tuple[int, ...], other: tuple[int, ...], extent: tuple[int, ...]
 ) -> list[Range] | None:
-    """[start, stop) along every dimension of what two boxes share, or None."""
+    """Return the intersection of two slices as [start, stop) per dimension, or None.
+
+    Args:
+        offset: of the first slice, per dimension.
+        shape: of the first slice.
+        other: offset of the second slice.
+        extent: shape of the second slice.
+    """
     ranges = [
         (max(at, to), min(at + size, to + length))
         for at, size, to, length in zip(offset, shape, other, extent, strict=True)

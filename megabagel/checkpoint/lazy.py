@@ -1,4 +1,4 @@
-"""Tensors of any size in little memory: read when they are needed, a few rows at a time, and written the same way."""
+"""Lazy tensors: read when needed and written piece by piece, so that tensors of any size take little memory."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ PIECE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is read when it is needed."""
+    """Tensor that is read when it is needed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -27,19 +27,19 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of it."""
+        """Bytes of the whole tensor."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 def row_ranges(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of at most PIECE_BYTES that tile a tensor."""
+    """Yield [start, stop) ranges of rows of at most PIECE_BYTES that tile a tensor."""
     step = max(1, PIECE_BYTES // (prod(shape[1:]) * dtype.itemsize))
     return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a whole tensor, to be written."""
+    """Slice of a whole tensor, to be written."""
 
     key: str
     whole: tuple[int, ...]
@@ -49,15 +49,12 @@ class Part:
 
 
 def file_of(rank: int) -> str:
-    """The file that a rank writes."""
+    """Name of the file that a rank writes."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def write_file(path: Path, parts: Sequence[Part]) -> tuple[Index, Sums]:
-    """Write boxes as a safetensors file in which each is called by `index.slice_name`; flushed when this returns.
-
-    Raises OSError when the disk refuses.
-    """
+    """Write slices as one safetensors file, named by `index.slice_name`, and flush it. Raises OSError."""
     parts = sorted(parts, key=lambda part: -part.data.dtype.itemsize)  # the widest first, so that all are aligned
     index, header, at = {}, {}, 0
     boxes: dict[str, list[StoredSlice]] = {}
@@ -80,7 +77,7 @@ def write_file(path: Path, parts: Sequence[Part]) -> tuple[Index, Sums]:
 
 
 def _lay_down(writer: SummedWriter, tensor: LazyTensor) -> None:
-    """A function, so that its last piece, which may be a whole tensor, is gone when the next one is read."""
+    """Write one tensor. A function of its own, so that its last piece is freed before the next tensor is read."""
     size = 0
     for piece in tensor.read():
         size += piece.nbytes
@@ -89,7 +86,7 @@ def _lay_down(writer: SummedWriter, tensor: LazyTensor) -> None:
 
 
 def write_index(folder: Path, parts: Iterable[Index]) -> None:
-    """The index of the files of all ranks, and the format's name for megatron-core. Raises OSError."""
+    """Write the index of all ranks' files, and the name of the format for megatron-core. Raises OSError."""
     replace_file(folder / INDEX, to_json(merged(parts)))
     names = ("sharded_backend", "common_backend")
     content = {key: value for name in names for key, value in ((name, BACKEND), (f"{name}_version", FORMAT))}
@@ -97,10 +94,7 @@ def write_index(folder: Path, parts: Iterable[Index]) -> None:
 
 
 def write(folder: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, Sums]:
-    """Write whole tensors under keys such as `weight/<name>` into a folder, in one file; the file's checksums.
-
-    Raises OSError when the disk refuses.
-    """
+    """Write whole tensors, keyed `weight/<name>`, into one file of a folder; returns its checksums. Raises OSError."""
     parts = [Part(key, tensor.shape, (0,) * len(tensor.shape), tensor) for key, tensor in tensors.items()]
     index, sums = write_file(folder / file_of(0), parts)
     write_index(folder, [index])

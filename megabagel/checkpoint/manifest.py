@@ -1,13 +1,13 @@
-"""What a checkpoint says of itself, and which of its files are safe to open.
+"""Manifest of a checkpoint: its description, and size and checksums of every file.
 
-    step_00000100/rank_00000.safetensors   boxes of tensors, a file per rank that wrote (stored.py, index.py)
-    step_00000100/index.json               which box of which tensor lies where
+    step_00000100/rank_00000.safetensors   slices of tensors, one file per rank that owns any (reader.py, index.py)
+    step_00000100/index.json               which slice of which tensor lies in which file
     step_00000100/state.json               data plan and other JSON state
-    step_00000100/config.yaml              the resolved config of the run
-    step_00000100/metadata.json            the format's name, as megatron-core's dist_checkpointing looks for it
+    step_00000100/config.yaml              resolved config of the run
+    step_00000100/metadata.json            name of the format, for megatron-core's dist_checkpointing
     step_00000100/manifest.json            step, grid, model, versions; size and checksums of every file; written last
 
-No file is ever unpickled: all are JSON, YAML or safetensors, and a folder with a pickle in it is refused by name.
+No file is ever unpickled: all are JSON, YAML or safetensors, and a folder that contains a pickle is refused by name.
 """
 
 import json
@@ -38,40 +38,49 @@ MANIFEST, STATE, INDEX, CONFIG, METADATA = (
     "metadata.json",
 )
 KEYS = 1
-"""Version of what sequence/keys.py derives from a seed: the same seed means the same draws only with the same one."""
+"""Version of the derivation of random keys from a seed (sequence/keys.py): a seed gives the same random numbers only
+within one version."""
 _MOST_JSON = 2**30
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".distcp", ".ckpt")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself."""
+    """Description of a checkpoint."""
 
     step: int
-    """Finished steps; 0 where weights were imported."""
+    """Finished steps; 0 for imported weights."""
     grid: dict[str, int]
-    """Sizes of the axes tp, pp, vpp, cp and dp that wrote it; empty where weights were imported."""
+    """Sizes of the axes tp, pp, vpp, cp and dp that wrote it; empty for imported weights."""
     ema: float
-    """`train.ema` of the run; 0: it holds no averaged weights."""
+    """`train.ema` of the run; 0 means no averaged weights."""
     freeze: tuple[str, ...]
     """`train.freeze` of the run; frozen weights have neither moments nor averages."""
     seed: int | None
-    """`train.seed` of the run, which all its draws come from; None where weights were imported."""
+    """`train.seed` of the run; None for imported weights."""
     keys: int
+    """`KEYS` when it was written."""
     model: dict[str, Any]
-    """The model's config by dotted key."""
+    """Model config by dotted key."""
     versions: dict[str, str]
-    """Of this package, its commit and its libraries."""
+    """Versions of this package, its commit and its libraries."""
     files: dict[str, Sums]
-    """Every other file, by path in the folder."""
+    """Every other file, by path inside the folder."""
     after: str | None = None
-    """What `latest` named when this was written, empty if nothing; None in older files and imports."""
+    """What `latest` named when this was written, empty for nothing; None in older files and imports."""
 
 
 def write_manifest(folder: Path, model: ModelConfig, sums: dict[str, Sums], **about: Any) -> None:
-    """Complete a checkpoint folder whose files lie on the disk: list them; `about` are step, grid, ema and the like.
+    """Complete a checkpoint folder: flush its files and list them in the manifest.
 
-    sums: of files that were summed up when they were written; the others are read. Raises OSError.
+    Args:
+        folder: with all files in place.
+        model: config of the model.
+        sums: checksums known from writing; other files are read.
+        about: step, grid, ema and other fields of `Manifest`.
+
+    Raises:
+        OSError: a file cannot be read, flushed or written.
     """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -94,9 +103,10 @@ def write_manifest(folder: Path, model: ModelConfig, sums: dict[str, Sums], **ab
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest and check that all of its files are there, as long as they were written.
+    """Read a manifest, and check that all listed files exist with their size. Contents are checked when they are read.
 
-    Raises UserError.
+    Raises:
+        UserError: the folder is not a complete checkpoint of this format.
     """
     refuse_pickles(folder)
     if not (folder / MANIFEST).is_file():
@@ -137,12 +147,12 @@ def read_manifest(folder: Path) -> Manifest:
 AXES = ("tp", "pp", "vpp", "cp", "dp")
 _MOST_RANKS = 2**20
 _RANKS_PER_FILE = 1024
-"""Ranks of a grid for each file that they wrote, at most: few ranks hold nothing of the model."""
+"""Upper bound of ranks per file written: few ranks hold nothing of the model."""
 
 
 @dataclass(frozen=True)
 class _Written:
-    """The manifest as a file has it."""
+    """Schema of the manifest file."""
 
     format: Literal[2]
     checksum: str
@@ -159,7 +169,7 @@ class _Written:
 
 
 def _check_written(found: _Written) -> None:
-    """Raise WrongValue for parts of a manifest that do not go together."""
+    """Raise WrongValue for fields that contradict each other."""
     if found.grid and sorted(found.grid) != sorted(AXES):
         raise WrongValue(f"grid has the axes {ascii(sorted(found.grid))[:80]}; expected {', '.join(AXES)}, or none")
     wrote = sum(name.startswith("rank_") for name in found.files)
@@ -175,7 +185,7 @@ def _check_written(found: _Written) -> None:
 
 
 def model_of(folder: Path, manifest: Manifest) -> ModelConfig:
-    """The checkpoint's model. Raises UserError when this version does not know it."""
+    """Return the checkpoint's model config. Raises UserError if this version does not understand it."""
     tree: dict[str, Any] = {}
     for key, value in manifest.model.items():
         *above, name = key.split(".")
@@ -193,7 +203,7 @@ def model_of(folder: Path, manifest: Manifest) -> ModelConfig:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raise UserError if a file of the folder is a pickle by its name, as those of older formats are."""
+    """Raise UserError if a file of the folder is a pickle by its name, as in older formats."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{path}: neither a file nor a folder; expected a checkpoint of files. Remove it.")
@@ -207,7 +217,7 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def read_json(folder: Path, name: str, manifest: Manifest) -> Any:
-    """A JSON file of a checkpoint, its checksum compared. Raises UserError."""
+    """Read a JSON file of a checkpoint after comparing its checksum. Raises UserError."""
     sums = manifest.files.get(name)
     if sums is None:
         raise UserError(f"{folder / MANIFEST}: lists no {name}, which every checkpoint has. {ANOTHER}")
@@ -219,7 +229,7 @@ def read_json(folder: Path, name: str, manifest: Manifest) -> Any:
 
 
 def parse_json(path: Path, content: bytes) -> Any:
-    """JSON as the standard has it, without NaN and infinities. Raises UserError."""
+    """Parse strict JSON, without NaN and infinities. Raises UserError."""
     try:
         return parse(content)
     except WrongValue as error:
@@ -234,10 +244,11 @@ def _text(path: Path) -> bytes:
 
 
 def _check_there(folder: Path, name: str, size: int) -> None:
-    """Raise UserError unless a listed file is a plain file inside the folder, as long as it was written."""
+    """Raise UserError unless a listed file is inside the folder and has its size."""
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"{folder / MANIFEST}: lists {name!r}, expected files inside the folder. {ANOTHER}")
+    # A symbolic link could point to any file of the machine.
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{path}: a link to {path.resolve()}, expected a file inside the folder. {ANOTHER}")
     there = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
@@ -246,7 +257,7 @@ def _check_there(folder: Path, name: str, size: int) -> None:
 
 
 def leaves(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """The values of a nested mapping by dotted key."""
+    """Return the values of a nested mapping by dotted key."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         found |= leaves(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
@@ -254,12 +265,12 @@ def leaves(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def own_checksum(content: dict[str, Any]) -> str:
-    """Of a manifest, over all but this checksum."""
+    """Checksum of a manifest over everything except this checksum."""
     return checksum(json.dumps(content, sort_keys=True).encode())
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a small file so that it is either the old or the new one, whatever happens. Raises OSError."""
+    """Write a small file atomically: after a crash it is either the old or the new one. Raises OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w") as file:
         file.write(text)
@@ -270,7 +281,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, on the disk."""
+    """fsync a file's content, or a folder's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -280,7 +291,7 @@ def flush(path: Path) -> None:
 
 @lru_cache
 def versions() -> dict[str, str]:
-    """Of what wrote a checkpoint: the package, the commit of a checkout, torch, megatron-core and numpy."""
+    """Return the versions of package, commit, torch, megatron-core and numpy."""
     found = {name: version(name) for name in ("torch", "megatron-core", "numpy")}
     try:
         found["megabagel"] = version("megabagel")

@@ -1,8 +1,8 @@
-"""Our files beneath megatron-core's dist_checkpointing: strategies that save and load ShardedTensors without pickle.
+"""Strategies of megatron-core's dist_checkpointing that save and load ShardedTensors in this package's format.
 
-Loading goes through `dist_checkpointing.load`. Saving calls the strategy itself: `dist_checkpointing.save` always
-writes a pickle of what is not sharded, of which there is nothing. Saves are AsyncRequests, megatron-core's way to say
-what may be done beside training and what all ranks do together afterwards (saver.py runs them).
+Loading goes through `dist_checkpointing.load`. Saving calls the strategy directly: `dist_checkpointing.save` always
+writes a pickle of the common state, of which there is none. Saves are AsyncRequests, megatron-core's split into a
+function to run beside training and functions that all ranks run afterwards (saver.py runs them).
 """
 
 import logging
@@ -36,13 +36,13 @@ logger = logging.getLogger(__name__)
 
 
 class HostCopies:
-    """One buffer of host memory for the boxes that a rank writes, used again by every save."""
+    """Reused host buffer for the slices that a rank writes."""
 
     def __init__(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.uint8)
 
     def take(self, parts: list[Part]) -> list[Part]:
-        """The same boxes, copied. They are valid until the next call."""
+        """Copy slices into the buffer; the copies are valid until the next call."""
         size = sum(part.data.nbytes for part in parts)
         if size > len(self.buffer):
             self._pin(False)
@@ -60,7 +60,10 @@ class HostCopies:
         return copied
 
     def _pin(self, pinned: bool) -> None:
-        """Let a GPU copy to the buffer by itself, or no longer. torch's own pinned memory comes in powers of two."""
+        """Pin or unpin the buffer for fast copies from a GPU.
+
+        Not torch's pinned memory, which is allocated in powers of two.
+        """
         if not torch.cuda.is_available() or not len(self.buffer):
             return
         runtime, at = torch.cuda.cudart(), self.buffer.data_ptr()
@@ -70,9 +73,11 @@ class HostCopies:
 
 
 class SaveSlices(AsyncSaveShardedStrategy):
-    """Writes what this rank holds as main replica into a file of its own, and rank 0 an index of all of them.
+    """Writes the slices that this rank holds as main replica into its own file; rank 0 also writes the index.
 
-    copies: where boxes are copied to before the request is returned; without, they must not change until it is done.
+    Args:
+        copies: buffer that slices are copied to before the request is returned. Without it, they must not change until
+            the request is done.
     """
 
     def __init__(self, copies: HostCopies | None = None) -> None:
@@ -107,7 +112,7 @@ class SaveSlices(AsyncSaveShardedStrategy):
 
 
 class LoadBoxes(LoadShardedStrategy):
-    """Fills ShardedTensors in place from the boxes of whatever grid wrote them."""
+    """Fills ShardedTensors in place from the slices of any grid."""
 
     def __init__(self, stored: Stored) -> None:
         self.stored = stored
@@ -142,7 +147,7 @@ class LoadBoxes(LoadShardedStrategy):
 
 
 class NothingCommon(LoadCommonStrategy):
-    """What is not sharded: nothing."""
+    """Strategy for the common state (not sharded): there is none."""
 
     can_handle_sharded_objects = True
 
@@ -172,7 +177,7 @@ def _held(data: torch.Tensor) -> LazyTensor:
 
 
 def bytes_of(tensors: Mapping[str, ShardedTensor]) -> tuple[int, int]:
-    """(bytes of numbers that all ranks write, boxes). Collective."""
+    """Return (bytes, slices) that all ranks together write. Collective."""
     mine = [tensor.data.nbytes for tensor in tensors.values() if is_main_replica(tensor.replica_id)]
     total = torch.tensor([sum(mine), len(mine)], device=current_device())
     dist.all_reduce(total)

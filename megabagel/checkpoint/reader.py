@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint that any grid wrote: any part of any of them, read in little memory and without ranks."""
+"""Reader of a checkpoint's tensors: any slice of any tensor, from any grid, in little memory and without ranks."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,13 +22,15 @@ from megabagel.checkpoint.manifest import (
 )
 from megabagel.errors import UserError
 
-_OPEN = 8  # files at a time; each keeps a few blocks in memory
-_LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
+# Files open at a time; each keeps a few blocks in memory.
+_OPEN = 8
+# Limit of the safetensors library.
+_LONGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
 class Target:
-    """Memory to fill with a box of a stored tensor."""
+    """Memory to fill with a slice of a stored tensor."""
 
     key: str
     offset: tuple[int, ...]
@@ -37,7 +39,7 @@ class Target:
 
 @dataclass(frozen=True)
 class _Copy:
-    """What a stored box and a target share, in coordinates of each."""
+    """Intersection of a stored slice and a target, in the coordinates of each."""
 
     entry: Entry
     key: str
@@ -47,7 +49,7 @@ class _Copy:
 
 
 class _File:
-    """One safetensors file of the checkpoint; its header must say of every box what the index says."""
+    """One safetensors file of the checkpoint, whose header must agree with the index about every slice."""
 
     def __init__(self, folder: Path, name: str, manifest: Manifest) -> None:
         path, sums = folder / name, manifest.files[name]
@@ -60,7 +62,7 @@ class _File:
         self.header: dict[str, Any] = header if isinstance(header, dict) else {}
 
     def place(self, key: str, entry: Entry, box: StoredSlice) -> int:
-        """First byte of a box in the file. Raises UserError if the header says otherwise than the index."""
+        """Return the first byte of a slice in the file. Raises UserError if header and index disagree."""
         name = slice_name(key, box.offset)
         expected, found = header_entry(entry, box), self.header.get(name)
         if found != expected or self.begin + expected["data_offsets"][1] > self.size:
@@ -71,9 +73,9 @@ class _File:
 
 
 class Stored:
-    """The tensors of a checkpoint folder. Whatever is handed out has passed its checksums.
+    """Tensors of a checkpoint folder; every byte returned has passed its checksum.
 
-    Raises UserError when the folder is no whole checkpoint, and later when a file turns out to be damaged.
+    Raises UserError if the folder is not a complete checkpoint, and on reading if a file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,18 +93,25 @@ class Stored:
         return self.index[key].shape
 
     def dtype(self, key: str) -> torch.dtype:
-        """Type in which a tensor is stored."""
+        """Stored type of a tensor."""
         return self.index[key].dtype
 
     def state(self) -> dict[str, Any]:
-        """The JSON state saved along."""
+        """Return the JSON state of the run."""
         found = read_json(self.folder, STATE, self.manifest)
         if not isinstance(found, dict):
             raise UserError(f"{self.folder / STATE}: no JSON object, expected the state of a run. {ANOTHER}")
         return found
 
     def part(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
-        """A box of a tensor, to be read in pieces and cast."""
+        """Return a slice of a tensor, read in pieces when needed and cast.
+
+        Args:
+            key: `<kind>/<name>` of the tensor.
+            offset: first index of the slice in each dimension of the whole tensor.
+            shape: of the slice.
+            dtype: of the result.
+        """
 
         def pieces() -> Iterator[torch.Tensor]:
             for start, stop in row_ranges(shape, dtype):
@@ -113,17 +122,18 @@ class Stored:
         return LazyTensor(shape, dtype, pieces)
 
     def whole(self, key: str, dtype: torch.dtype | None = None) -> LazyTensor:
-        """A whole tensor, to be read in pieces; in its own type unless another is named."""
+        """Return a whole tensor, read in pieces when needed; in its stored type unless `dtype` is given."""
         shape = self.shape(key)
         return self.part(key, (0,) * len(shape), shape, dtype or self.dtype(key))
 
     def fill(self, targets: Iterable[Target]) -> None:
-        """Fill memory of any type and place. Files are read in the order of their bytes."""
+        """Fill targets of any type and device. Files are read in the order of their bytes."""
         copies = sorted(self._copies(targets), key=lambda copy: (copy.box.file, copy.box.start))
         for copy in copies:
             self._copy(copy)
 
     def _copies(self, targets: Iterable[Target]) -> Iterator[_Copy]:
+        """Yield the intersections of targets with stored slices."""
         for target in targets:
             entry = self.index[target.key]
             for box in entry.boxes:
@@ -134,7 +144,7 @@ class Stored:
                     yield _Copy(entry, self._stored_key.get(target.key, target.key), box, source, target.tensor[there])
 
     def _copy(self, copy: _Copy) -> None:
-        """Read the rows of a box that a target needs: straight into it where they lie alike, else through a piece."""
+        """Read the rows a target needs: directly into contiguous memory of the same type, else in pieces."""
         file = self._opened(copy.box.file)
         first, *others = copy.source
         dtype, row = copy.entry.dtype, copy.box.shape[1:]
@@ -151,7 +161,7 @@ class Stored:
             target[start:stop] = piece[(slice(None), *others)]
 
     def check_headers(self, rank: int, ranks: int) -> None:
-        """Compare the headers of files with the index; of `ranks` that share the work this is number `rank`."""
+        """Compare file headers with the index: share `rank` of `ranks` of the files."""
         boxes = [(key, entry, box) for key, entry in self.index.items() for box in entry.boxes]
         mine = set(sorted({box.file for _, _, box in boxes})[rank::ranks])
         for key, entry, box in sorted(boxes, key=lambda item: item[2].file):
@@ -160,7 +170,7 @@ class Stored:
         self.close()
 
     def _opened(self, name: str) -> _File:
-        """A file; the ones used last stay open, as tensors lie in a few files each, one after the other."""
+        """Return an open file. Least recently used ones are closed: a tensor lies in few files, one after the other."""
         file = self._files.pop(name, None) or _File(self.folder, name, self.manifest)
         self._files[name] = file
         if len(self._files) > _OPEN:
@@ -168,16 +178,17 @@ class Stored:
         return file
 
     def close(self) -> None:
-        """Close the files that are open."""
+        """Close all open files."""
         for file in self._files.values():
             file.reader.close()
         self._files.clear()
 
 
 def verify(folder: Path, rank: int = 0, ranks: int = 1) -> Manifest:
-    """Read all of a checkpoint, or this rank's share of its bytes, and compare it with its checksums.
+    """Read a whole checkpoint, or share `rank` of `ranks` of its bytes, and compare its checksums.
 
-    Raises UserError for the first damage.
+    Raises:
+        UserError: for the first damage found.
     """
     stored = Stored(folder)
     stored.state()
@@ -187,5 +198,5 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> Manifest:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """A contiguous tensor's memory."""
+    """Memory of a contiguous tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().data

@@ -1,7 +1,7 @@
-"""Rewrites a checkpoint as another grid would have written it, without ranks and in little memory.
+"""Resharding: rewrite a checkpoint as another grid would have written it, without ranks and in little memory.
 
-Any grid loads any checkpoint; this is for storage tuned to a grid (each rank then reads its own file from front to
-back), and for leaving out what is no longer needed.
+Any grid loads any checkpoint; this tunes storage to a grid (each rank then reads its own file from front to back), and
+leaves out states that are no longer needed.
 """
 
 import shutil
@@ -29,12 +29,12 @@ from megabagel.model.sharding import pieces
 from megabagel.parallel.stages import layer_split
 
 KINDS = {"optimizer": MOMENTS, "ema": ("ema",)}
-"""What can be left out."""
+"""Kinds of tensors that `drop` leaves out, by its words."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Sizes of the axes."""
+    """Sizes of the parallel axes."""
 
     tp: int = 1
     pp: int = 1
@@ -44,15 +44,22 @@ class Grid:
 
     @property
     def size(self) -> int:
-        """Ranks."""
+        """Number of ranks."""
         return self.tp * self.pp * self.cp * self.dp
 
 
 def reshard(source: Path, out: Path, changes: Mapping[str, int], drop: Collection[str] = ()) -> Grid:
-    """Write checkpoint `source` as `out`, as its own grid with `changes` to some axes would; returns that grid.
+    """Write checkpoint `source` as folder `out` for another grid; returns that grid.
 
-    drop: `optimizer`, `ema` or both; without optimizer it is a checkpoint to start from (run.init_from), not to resume.
-    Raises UserError.
+    Args:
+        source: checkpoint folder.
+        out: new folder.
+        changes: axis -> size; other axes keep the size of the source's grid.
+        drop: `optimizer`, `ema` or both. Without optimizer states a run can start from it (run.init_from) but not
+            resume.
+
+    Raises:
+        UserError: the source is damaged, or its model does not fit the grid.
     """
     stored = Stored(source)
     model = model_of(source, stored.manifest)
@@ -76,7 +83,7 @@ def reshard(source: Path, out: Path, changes: Mapping[str, int], drop: Collectio
 
 
 def _check(model: ModelConfig, grid: Grid) -> None:
-    """Raise UserError where the model does not split like this."""
+    """Raise UserError if the model cannot be split over this grid."""
     config = Config(model=model, parallel=ParallelConfig(tp=grid.tp, pp=grid.pp, vpp=grid.vpp, cp=grid.cp))
     rules = [rule for rule in RULES if all(key.startswith(("model.", "parallel.")) for key in rule.keys)]
     lines = [line for rule in rules for line in rule.messages(config)]
@@ -85,7 +92,7 @@ def _check(model: ModelConfig, grid: Grid) -> None:
 
 
 def _check_keys(stored: Stored, model: ModelConfig) -> None:
-    """Raise UserError unless the checkpoint holds every weight of its model, and nothing that is none."""
+    """Raise UserError unless the checkpoint holds every weight of its model and nothing else."""
     manifest, shapes = stored.manifest, model_shapes(model)
     resumable = manifest.seed is not None
     for name, shape in shapes.items():
@@ -101,7 +108,7 @@ def _check_keys(stored: Stored, model: ModelConfig) -> None:
 
 
 def _about(manifest: Manifest, drop: Collection[str]) -> dict[str, object]:
-    """What the new manifest says as the old one did. Without optimizer it belongs to no run any more."""
+    """Return the manifest fields to carry over. Without optimizer states there is no run to resume: seed is None."""
     resumable = "optimizer" not in drop
     return {
         "step": manifest.step,
@@ -112,7 +119,7 @@ def _about(manifest: Manifest, drop: Collection[str]) -> dict[str, object]:
 
 
 def _copy_files(stored: Stored, folder: Path) -> None:
-    """State, config, and what an import kept beside the weights."""
+    """Copy state, config and files that an import kept."""
     stored.state()
     written = {box.file for entry in stored.index.values() for box in entry.boxes} | {INDEX, METADATA, MANIFEST}
     files = {name: sums for name, sums in stored.manifest.files.items() if name not in written}
@@ -123,7 +130,7 @@ def _copy_files(stored: Stored, folder: Path) -> None:
 
 
 def _parts(stored: Stored, model: ModelConfig, grid: Grid, rank: int, dropped: Collection[str]) -> Iterator[Part]:
-    """The boxes of one rank: its share of the flat parameters of its stages, as the distributed optimizer has it."""
+    """Yield the slices of one rank: its share of the flat parameters, split as the distributed optimizer does."""
     tp, copy, pp = rank % grid.tp, rank // grid.tp % (grid.cp * grid.dp), rank // (grid.tp * grid.cp * grid.dp)
     named = [named for stage in stages(model, grid, tp, pp) for named in stage.named_parameters()]
     whole = sum(parameter.numel() for _, parameter in named)
@@ -147,7 +154,14 @@ def _parts(stored: Stored, model: ModelConfig, grid: Grid, rank: int, dropped: C
 
 @lru_cache(maxsize=2**12)
 def stages(model: ModelConfig, grid: Grid, tp: int, pp: int) -> list[Bagel]:
-    """The model chunks of a rank, with shapes and no numbers."""
+    """Return the model chunks of a rank on the meta device: shapes without values.
+
+    Args:
+        model: config of the model.
+        grid: parallel sizes.
+        tp: tensor-parallel rank.
+        pp: pipeline rank.
+    """
     split = layer_split(Config(model=model, parallel=ParallelConfig(pp=grid.pp, vpp=grid.vpp)))
     mine = [chunk * grid.pp + pp for chunk in range(grid.vpp)]
     return [

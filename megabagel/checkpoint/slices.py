@@ -1,8 +1,8 @@
-"""Flat ranges as boxes: how a slice of the distributed optimizer's flat buffer lies in a tensor of the whole model.
+"""Conversion of a range of the distributed optimizer's flat buffer into n-d slices of a tensor of the whole model.
 
-The optimizer cuts parameters wherever its shards end, not at row borders. A row-major range of a tensor is nevertheless
-a few boxes (part of a first row, whole rows, part of a last row), and boxes are what a reshardable checkpoint stores.
-No rank gathers anything, and none writes what another holds.
+The optimizer cuts parameters wherever its shards end, not at row borders. A row-major range is nevertheless a few
+slices (part of a first row, whole rows, part of a last row), which a checkpoint can reshard. Ranks gather nothing, and
+none writes what another holds.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from math import prod
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A box inside a tensor: offset and shape there, and where its numbers start in the flat range."""
+    """Slice of a tensor: its offset and shape, and its first element in the flat range."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -20,12 +20,12 @@ class TensorSlice:
 
     @property
     def size(self) -> int:
-        """Numbers in the box; they lie together in the flat range."""
+        """Number of elements; they are contiguous in the flat range."""
         return prod(self.shape)
 
 
 def boxes(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[TensorSlice]:
-    """Boxes that tile the row-major range [start, stop) of a tensor of `shape`, in order."""
+    """Yield the slices that tile the row-major range [start, stop) of a tensor of `shape`, in order."""
     yield from _boxes(start, stop, shape, (), 0)
 
 

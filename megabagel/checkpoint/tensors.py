@@ -1,9 +1,8 @@
-"""What of a run is sharded: fp32 weights, moments and averaged weights, as boxes of the whole model's tensors.
+"""Sharded tensors of a run: fp32 weights, moments and averaged weights, as slices of the whole model's tensors.
 
-Weights that do not learn have neither moments nor averages.
-
-Keys are `<kind>/<name>`, kinds `weight`, `exp_avg`, `exp_avg_sq`, `ema`; names are the model's own and do not depend on
-the grid. The tensors are views of the optimizer's shards: nothing is copied to save, and loading fills them in place.
+Keys are `<kind>/<name>` with the kinds `weight`, `exp_avg`, `exp_avg_sq` and `ema`; names do not depend on the grid.
+Frozen weights have neither moments nor averages. The tensors are views of the optimizer's shards: saving copies
+nothing, and loading fills them in place.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,17 +22,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's flat share of one parameter: numbers [start, stop) of the local parameter, and their states."""
+    """A rank's flat share of one parameter: elements [start, stop) of the local parameter, and their states."""
 
     parameter: torch.nn.Parameter
     start: int
     stop: int
     states: dict[str, torch.Tensor]
-    """Flat fp32 tensors of stop - start numbers by kind."""
+    """Flat fp32 tensors of stop - start elements, by kind."""
 
 
 def optimizer_shards(distributed: Any, ema: dict[torch.Tensor, torch.Tensor]) -> Iterator[Shard]:
-    """The shards that megatron-core's distributed optimizer keeps on this rank."""
+    """Yield the shards that megatron-core's distributed optimizer keeps on this rank."""
+    # Internals of megatron-core's DistributedOptimizer: buffer ranges by type, bucket and parameter.
     for by_type in distributed.gbuf_ranges:
         for by_bucket in by_type.values():
             for bucket in by_bucket:
@@ -48,7 +48,7 @@ def optimizer_shards(distributed: Any, ema: dict[torch.Tensor, torch.Tensor]) ->
 
 
 def frozen_tensors(stages: list[PipelineStage], mesh: Mesh) -> dict[str, ShardedTensor]:
-    """Weights that do not learn, which the optimizer does not hold: this rank's pieces, in the type of the model."""
+    """Return this rank's pieces of frozen weights, in the model's type: the optimizer does not hold them."""
     found = {}
     for name, parameter in (named for stage in stages for named in stage.model.named_parameters()):
         for piece in pieces(name, parameter) if not parameter.requires_grad else ():
@@ -67,7 +67,7 @@ def frozen_tensors(stages: list[PipelineStage], mesh: Mesh) -> dict[str, Sharded
 
 
 def sharded_tensors(stages: list[PipelineStage], shards: Iterable[Shard], mesh: Mesh) -> dict[str, ShardedTensor]:
-    """Every box of every shard of this rank, under unique labels, and the weights that do not learn."""
+    """Return every slice of every shard of this rank under unique labels, and the frozen weights."""
     names = {parameter: name for stage in stages for name, parameter in stage.model.named_parameters()}
     found = {}
     for shard in shards:
@@ -79,10 +79,19 @@ def sharded_tensors(stages: list[PipelineStage], shards: Iterable[Shard], mesh: 
 
 
 def boxes_of(shard: Shard, piece: Piece, kind: str, flat: torch.Tensor, tp_rank: int) -> Iterator[ShardedTensor]:
-    """The boxes of a piece that a shard covers."""
+    """Yield the slices of a piece that a shard covers.
+
+    Args:
+        shard: flat range of the local parameter.
+        piece: part of the parameter that is one tensor of the whole model (or this rank's part of it).
+        kind: `weight`, `exp_avg`, `exp_avg_sq` or `ema`.
+        flat: values of the shard, [stop - start].
+        tp_rank: replicated pieces are written by tensor-parallel rank 0 alone.
+    """
     shape = list(shard.parameter.shape)
     row = 1
-    if piece.dim == 0:  # blocks lie one after the other in memory; a split of another dimension has one block
+    # Pieces along dimension 0 lie one after the other in memory; along another dimension there is only one.
+    if piece.dim == 0:
         row = shard.parameter[0].numel()
         shape[0] = piece.length
     first, last = piece.start * row, piece.start * row + torch.Size(shape).numel()

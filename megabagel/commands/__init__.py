@@ -1,4 +1,4 @@
-"""The commands of `megabagel`, a file per group: their options, and what they call.
+"""Commands of `megabagel`, one file per group: their options, and the functions they call.
 
-Rooms are imported when a command runs.
+Other rooms are imported when a command runs.
 """

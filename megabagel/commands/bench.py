@@ -19,7 +19,7 @@ DEFAULTS = {
     "profile": False,
     "out": Path("runs/bench"),
 }
-"""Of the options, all of which are about measuring."""
+"""Defaults of the options, all of which concern measuring."""
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -89,9 +89,9 @@ def _check(args: argparse.Namespace, nproc: int, overrides: list[str]) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    """Measure every grid in processes of its own, then report them together; up to the first that fails, if one does.
+    """Measure every grid in its own processes, up to the first that fails, then report them together.
 
-    A mistake in any of them is told before the first is measured.
+    All grids are checked before the first is measured.
     """
     from megabagel.bench.output import merge
     from megabagel.bench.sweep import read_sweep

@@ -1,4 +1,4 @@
-"""What several commands need to read their words."""
+"""Parsers and checks of command-line words that several commands share."""
 
 import argparse
 import re

@@ -1,1 +1,1 @@
-"""Pictures from prompts. Training samples images through its own forward path; nothing else is loaded for it."""
+"""Sample images during training, through the forward path of training; no second copy of the weights."""

@@ -1,9 +1,8 @@
-"""Sample images during training: Euler steps through the training forward path, on whatever grid trains.
+"""Sample images during training: Euler steps through the training forward path, on the grid that trains.
 
-Each prompt is a packed sample (text, noised image) and, with guidance, a second one without the text; a forward pass
-of the pack gives every velocity at once. Nothing is cached between steps, so this is for a few small pictures.
-
-Shape letters: docs/notation.md.
+Each prompt is a packed sample (text, noised image); with guidance a second sample has the image without the text. One
+forward pass of the pack gives all velocities. Nothing is cached between steps, so this suits a few small pictures;
+`megabagel.inference` has the KV cache. Sampler: docs/bagel.md#sampler. Shape letters: docs/notation.md.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,14 +36,17 @@ Evaluate = Callable[[StageInputs], Outputs | None]
 
 @dataclass(frozen=True)
 class _Canvas:
-    """One packed batch of prompts: `prompts` of them, then as many without text if guided."""
+    """One packed batch: `prompts` samples with text, then as many without text if guided."""
 
     batch: PackedBatch
     prompts: tuple[str, ...]
 
 
 class EulerSampler:
-    """Draws `telemetry.prompts` with the weights in training; every rank calls it together and gets the same."""
+    """Sampler of `telemetry.prompts` with the current weights.
+
+    Collective: all ranks call it and get the same images.
+    """
 
     def __init__(
         self,
@@ -55,6 +57,19 @@ class EulerSampler:
         tokenizer: TextTokenizer,
         evaluate: Evaluate,
     ) -> None:
+        """Plan the packs of all prompts.
+
+        Args:
+            config: prompts, picture size, steps and guidance are in `telemetry`.
+            mesh: process groups of the job.
+            batches: builds packed batches.
+            builder: builds stage inputs; its codec decodes the latents and must be there.
+            tokenizer: encodes the prompts.
+            evaluate: one forward pass of the pipeline.
+
+        Raises:
+            UserError: a prompt with its picture does not fit into a pack.
+        """
         self.config, self.mesh, self.batches, self.builder = config, mesh, batches, builder
         self.evaluate = evaluate
         self.tokenizer, self.writer = tokenizer, Writer(tokenizer)
@@ -66,12 +81,14 @@ class EulerSampler:
         self.canvases = self._canvases()
 
     def draw(self) -> dict[str, np.ndarray]:
-        """Prompt -> picture, uint8 [height, width, 3]."""
+        """Return prompt -> picture, uint8 [height, width, 3]."""
         return {prompt: picture for canvas in self.canvases for prompt, picture in self._draw(canvas).items()}
 
     def _draw(self, canvas: _Canvas) -> dict[str, np.ndarray]:
+        """Return the pictures of one pack."""
         prompts, seed = canvas.prompts, self.config.train.seed
         size, width = self.rows * self.cols, self.config.model.latent_dim
+        # Noise is keyed by prompt, not by step: the pictures of a run differ only by the weights.
         x_LZ = torch.cat([normal(seed64(seed, "sample image", prompt), size, width) for prompt in prompts])
         times = self._times()
         for now, then in pairwise(times):
@@ -84,13 +101,17 @@ class EulerSampler:
         return {prompt: self._picture(tokens) for prompt, tokens in zip(prompts, x_LZ.split(size), strict=True)}
 
     def _times(self) -> list[float]:
-        """Grid points from 1 to 0, shifted as in training (docs/bagel.md#sampler)."""
+        """Return the grid points from 1 to 0, shifted as in training (docs/bagel.md#sampler)."""
         shift = self.config.train.timestep_shift
         even = np.linspace(1, 0, self.config.telemetry.sample_steps + 1)
         return [float(shifted(t, shift)) for t in even]
 
     def _velocity(self, batch: PackedBatch, latents: SamplerLatents) -> torch.Tensor:
-        """[L, Z] on every rank: the last stage's ranks put their rows together."""
+        """Return the velocity [L, Z] of all latent tokens, on every rank.
+
+        The ranks of the last stage scatter their rows into zeros, and an all-reduce adds them up; of replicas, only one
+        contributes.
+        """
         outputs = self.evaluate(self.builder.build(batch, latents))
         grid = self.mesh
         found = torch.zeros(latents.x_t_LZ.shape, device=self.builder.device)
@@ -101,12 +122,13 @@ class EulerSampler:
         return found.cpu()
 
     def _picture(self, tokens: torch.Tensor) -> np.ndarray:
+        """Decode the latent tokens [X, Z] of one image into uint8 [height, width, 3]."""
         latent = unpatchify(tokens, self.rows, self.cols, self.config.model.latent_patch)
         pixels = self.codec.decode(latent[None].to(self.builder.device))[0]
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
     def _canvases(self) -> list[_Canvas]:
-        """Prompts in batches that fit into a pack."""
+        """Group the prompts into packs of at most `data.max_tokens` tokens. Raises UserError."""
         limit, used = self.config.data.max_tokens, 0
         canvases: list[_Canvas] = []
         group: list[str] = []
@@ -125,11 +147,13 @@ class EulerSampler:
         return [*canvases, self._canvas(group)] if group else canvases
 
     def _samples(self, prompts: Sequence[str]) -> list[list[Item]]:
+        """Return the items of each prompt's sample, then of each sample without text if guided."""
         image = Latent(1, self.rows, self.cols, noised=True)
         texts: list[list[Item]] = [[Text(0, len(self.tokenizer.encode(prompt))), image] for prompt in prompts]
         return texts + [[image] for _ in prompts if self.guided]
 
     def _canvas(self, prompts: list[str]) -> _Canvas:
+        """Pack the samples of some prompts and build their batch."""
         samples = [
             plan_sample(items, SampleKey(0, "prompts", number, 0), Dropout())
             for number, items in enumerate(self._samples(prompts))

@@ -26,15 +26,16 @@ T = TypeVar("T")
 
 
 Failure = tuple[bool, str]
-"""(whether another start need not meet it, message)."""
+"""(whether another start may not meet it, message)."""
 
 
 def on_all_ranks(action: Callable[[], T]) -> T:
     """Run `action` on every rank and return its result; if any rank fails, raise its error on all ranks.
 
     Raises:
-        UserError: the message of the lowest failing rank, with the rank in front unless another rank failed alike; a
-            TransientFailure where `errors.named` makes one of what was raised there.
+        UserError: the message of the lowest failing rank, prefixed with the rank unless several failed alike; a
+            TransientFailure where `errors.named` makes it one. Other exceptions (bugs) pass through on the rank that
+            raised them.
     """
     result, failures = _attempt(action)
     for rank, failure in failures.items():
@@ -44,7 +45,7 @@ def on_all_ranks(action: Callable[[], T]) -> T:
 
 
 def on_rank0(action: Callable[[], object]) -> None:
-    """Run `action` on rank 0 while the others wait for it; raises on all ranks as `on_all_ranks` does."""
+    """Run `action` on rank 0 while the others wait; errors are raised on all ranks as by `on_all_ranks`."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     _, failures = _attempt(action if first else lambda: None)
     if failures:
@@ -52,6 +53,7 @@ def on_rank0(action: Callable[[], object]) -> None:
 
 
 def _raised(failure: Failure, where: str = "") -> UserError:
+    """Return the exception of a failure."""
     transient, text = failure
     return (TransientFailure if transient else UserError)(f"{where}{text}")
 
@@ -64,15 +66,15 @@ def all_max(*values: int) -> list[int]:
 
 
 def all_union(values: frozenset[str]) -> frozenset[str]:
-    """Union of the sets of all ranks (one all-gather of JSON, so for rare use)."""
+    """Union of the sets of all ranks (one all-gather of JSON: not for every step)."""
     return frozenset().union(*all_gathered(sorted(values)))
 
 
 def require_equal(facts: Mapping[str, str]) -> None:
-    """Compare facts of all ranks with those of rank 0, by key.
+    """Compare facts (name -> value) of all ranks with those of rank 0.
 
     Raises:
-        UserError: on every rank, where one differs; names the first key that does, and the rank.
+        UserError: on every rank if one differs; names the first differing fact and the lowest rank.
     """
     place = f"{socket.gethostname()}, process {os.getpid()}"
     told = dict(enumerate(all_gathered([dict(facts), place])))
@@ -82,7 +84,7 @@ def require_equal(facts: Mapping[str, str]) -> None:
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, dict[int, Failure]]:
-    """Result on this rank, and failures by rank."""
+    """Run `action`; returns its result on this rank, and the failures of all ranks by rank."""
     failure: Failure | None = None
     result = None
     try:
@@ -94,6 +96,7 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, dict[int, Failure]]:
         failure = isinstance(end, TransientFailure), str(end)
     if not dist.is_initialized():
         return result, {} if failure is None else {0: failure}
+    # Two stages: the usual case costs an all-reduce of one integer, messages are gathered only after a failure.
     failed = torch.tensor(int(failure is not None), device=current_device())
     dist.all_reduce(failed, dist.ReduceOp.MAX)
     if not all_reduced(failed):

@@ -1,4 +1,4 @@
-"""Which rank is to blame, from the beats of all: a silent one, else the one that the others wait for."""
+"""Diagnosis of a job from the heartbeats of all ranks: which rank is dead, stopped or hanging."""
 
 import math
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ from typing import Any, TypedDict
 from megabagel.errors import printable
 
 _NAMED = 4
-"""Ranks that a message describes one by one."""
+"""Number of ranks that a message describes one by one."""
 
 
 class Beat(TypedDict):
-    """What a rank says about itself."""
+    """Heartbeat of a rank: its position in the run."""
 
     n: int
-    """Counts the beats."""
+    """Number of the heartbeat; a later one is higher."""
     host: str
     step: int
     """Finished steps."""
@@ -22,18 +22,18 @@ class Beat(TypedDict):
     age: float
     """Seconds since the phase began."""
     marks: int
-    """Phases so far."""
+    """Number of phases entered so far."""
     collective: str | None
-    """What its main thread waits in."""
+    """Collective that its main thread waits in, or None."""
     at: str
-    """Line of ours that its main thread executes."""
+    """Line of this package that its main thread executes."""
 
 
 _KINDS = {"n": int, "host": str, "step": int, "phase": str, "age": float, "marks": int, "collective": str, "at": str}
 
 
 def read_beat(value: Any) -> Beat | None:
-    """A beat as it came through the store, its texts fit to be printed; None for anything else."""
+    """Return a heartbeat from the store with its texts escaped for printing; None for anything else."""
     if not isinstance(value, dict) or value.keys() != _KINDS.keys():
         return None
     for name, kind in _KINDS.items():
@@ -45,9 +45,16 @@ def read_beat(value: Any) -> Beat | None:
 
 
 def judge(beats: Mapping[int, Beat], silence: Mapping[int, float], patience: float, timeout: float) -> str | None:
-    """The message that ends the job, or None while all is well.
+    """Return the message that ends the job, or None while every rank makes progress.
 
-    silence: seconds since a rank's beat was new. patience: how long that may be. timeout: how long a phase may last.
+    A silent rank is blamed first. Otherwise, when a phase lasts longer than `timeout`, the rank outside any collective
+    is blamed: the others wait for it. If all are in one, or none is seen to be, it is the rank with the least progress.
+
+    Args:
+        beats: newest heartbeat of each rank.
+        silence: seconds since a new heartbeat of each rank arrived.
+        patience: longest silence, seconds.
+        timeout: longest phase, seconds.
     """
     silent = [rank for rank, seconds in silence.items() if seconds > patience]
     if silent:
@@ -57,31 +64,37 @@ def judge(beats: Mapping[int, Beat], silence: Mapping[int, float], patience: flo
         return f"no sign of life for {longest:.0f} s: {_listed(told)}{_meanwhile(others, beats)}"
     if not any(beat["age"] > timeout for beat in beats.values()):
         return None
+    # Half the limit, because the phases of ranks that wait for the same one began at different times.
     slow = [rank for rank, beat in beats.items() if beat["age"] > timeout / 2]
     busy = [rank for rank in slow if beats[rank]["collective"] is None]
     least = min((beats[rank]["step"], beats[rank]["marks"]) for rank in slow)
     behind = [rank for rank in slow if (beats[rank]["step"], beats[rank]["marks"]) == least]
-    blamed = busy if 0 < len(busy) < len(slow) else behind  # on a GPU ranks may wait without a sign of it
+    # On a GPU a collective returns at once and the rank waits for the device elsewhere, so that all ranks may look
+    # busy: then the number of phases decides.
+    blamed = busy if 0 < len(busy) < len(slow) else behind
     told = [f"{_who(rank, beats)} hangs {_where(beats[rank])}" for rank in blamed]
     others = [rank for rank in slow if rank not in blamed]
     return f"no progress within run.timeout={timeout:g} s: {_listed(told)}{_meanwhile(others, beats)}"
 
 
 def _meanwhile(ranks: list[int], beats: Mapping[int, Beat]) -> str:
-    """What the ranks do that are not to blame."""
+    """Return the part of the message about the ranks that are not blamed."""
     told = [f"rank {rank} waits {_where(beats[rank])}" for rank in ranks]
     return f". Meanwhile {_listed(told)}" if told else ""
 
 
 def _listed(parts: list[str]) -> str:
+    """Join parts of a message, at most `_NAMED` of them."""
     more = [f"and {len(parts) - _NAMED} more"] if len(parts) > _NAMED else []
     return "; ".join(parts[:_NAMED] + more)
 
 
 def _who(rank: int, beats: Mapping[int, Beat]) -> str:
+    """Return rank and host."""
     return f"rank {rank} ({beats[rank]['host']})"
 
 
 def _where(beat: Beat) -> str:
+    """Return phase, step, collective and line of a heartbeat."""
     inside = f", in {beat['collective']}" if beat["collective"] else ""
     return f"in phase {beat['phase']} after step {beat['step']}{inside} at {beat['at']}"

@@ -1,7 +1,7 @@
-"""Whether ranks belong together: which job a process is of, and what has to be equal on all ranks of one.
+"""Identity of ranks: which job a process belongs to, and which facts must be equal on all of its ranks.
 
-A rank with another learning rate, seed, code or library trains along without an error, to weights that nobody asked
-for. So every rank states its facts at the roll call, and the first one that differs is named.
+A rank with another learning rate, seed, code or library version would train without any error, to wrong weights. So
+every rank publishes its facts at the roll call (`rendezvous.py`), and the first difference is reported by name.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 class Identity(NamedTuple):
-    """Which start of which job a process belongs to, as its launcher's variables have it."""
+    """Job, step and start of a process, from its launcher's variables."""
 
     job: str
     step: str
@@ -36,7 +36,9 @@ class Identity(NamedTuple):
 
     @classmethod
     def of(cls, env: Mapping[str, str] = os.environ) -> "Identity":
-        """Of a process with this environment. torchrun's ranks may be of several Slurm steps: one per node."""
+        """Return the identity of a process with this environment."""
+        # torchrun first: its ranks may belong to several Slurm steps, one per node, so Slurm's variables would separate
+        # them.
         if env.get(TORCHRUN[0]):
             names = ("TORCHELASTIC_RUN_ID", "", "TORCHELASTIC_RESTART_COUNT")
         else:
@@ -49,15 +51,15 @@ class Identity(NamedTuple):
 
 
 def facts(config: Config | None) -> dict[str, str]:
-    """What must be equal on all ranks before they form a group: settings, code, libraries; in the order of messages."""
+    """Return the facts that must be equal on all ranks, in the order of messages: settings, code, libraries."""
     return {**(dict(_settings(to_dict(config))) if config else {}), **_software()}
 
 
 def first_difference(by_rank: Mapping[int, Mapping[str, str]], places: Mapping[int, str]) -> str | None:
-    """A message that names the first fact, and the lowest rank, that differs from rank 0's; None where none does.
+    """Return a message about the lowest rank whose facts differ from rank 0's, or None.
 
     Args:
-        by_rank: facts of every rank, 0 among them.
+        by_rank: facts of every rank, including 0.
         places: host and process of every rank.
     """
     first = by_rank[0]
@@ -76,7 +78,7 @@ def first_difference(by_rank: Mapping[int, Mapping[str, str]], places: Mapping[i
 
 
 def _settings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """(train.lr, 0.001) and so on."""
+    """Yield (dotted key, JSON value) of every setting, such as (train.lr, 0.001)."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
     if not items:
         yield key, json.dumps(value)
@@ -87,6 +89,7 @@ def _settings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 @lru_cache
 def _software() -> dict[str, str]:
+    """Return versions of Python, CUDA and `LIBRARIES`, and a digest of this package's source."""
     found = {
         "megabagel source": _digest(),
         "python": platform.python_version(),
@@ -101,7 +104,7 @@ def _software() -> dict[str, str]:
 
 
 def _digest() -> str:
-    """Of all source files of the package: unlike a commit, it tells changed checkouts apart. 2 MB are read."""
+    """Digest of all source files of the package (2 MB): unlike a commit, it distinguishes modified checkouts."""
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*.py")):
         digest.update(f"{file.relative_to(_PACKAGE)}\0".encode())

@@ -1,7 +1,7 @@
-"""Starts the ranks of a run on this machine and ends them together: what torchrun does, for one node, with less noise.
+"""Launcher for one machine (`--nproc`): starts the ranks of a run and ends them together, as torchrun does.
 
-Rank 0 writes straight to the terminal. Of the other ranks only stderr is shown, each line marked with its rank. A
-user's mistake is shown once, without what it did to the other ranks.
+Rank 0 writes directly to the terminal. Of the other ranks only stderr is shown, each line prefixed with its rank. A
+user's mistake is shown once, without its consequences on other ranks.
 """
 
 import ctypes
@@ -31,20 +31,20 @@ from megabagel.errors import (
 from megabagel.runtime.signals import HEEDED, ignored, leave_terminal
 
 SECRET = "MEGABAGEL_JOB_SECRET"
-"""See runtime/signed_store.py, which needs torch."""
+"""Equal to `signed_store.SECRET`, whose module needs torch."""
 
 _VERDICTS = (USER_ERROR, TransientFailure.code, Preempted.code, BadStep.code, INTERRUPTED)
-"""Exit codes of ends that all ranks come to alike, with one message."""
+"""Exit codes of ends that all ranks reach together, with one message."""
 _NAMED = (*_VERDICTS, RankLost.code)
-"""Exit codes of ends whose message says everything."""
+"""Exit codes of ends whose message is complete; the launcher adds no line of its own."""
 
 _POLL_S = 0.05
 _SETTLE_S = 2.0
-"""Time for the other ranks to end by themselves: with the same user's mistake, or because a rank has left them."""
+"""Seconds for the other ranks to end by themselves, with the same mistake or because they lost a rank."""
 _LAST_WORDS = (ERROR_PREFIX, STOP_PREFIX, "Traceback (most recent call last)")
-"""Openings of what an ending process says."""
+"""Prefixes of the final messages of an ending process."""
 _TERM_S = 10.0
-"""Time between SIGTERM and SIGKILL."""
+"""Seconds between SIGTERM and SIGKILL."""
 _DRAIN_S = 1.0
 _PR_SET_PDEATHSIG = 1
 _FORWARDED = (signal.SIGINT, *HEEDED)
@@ -57,22 +57,23 @@ class _Rank:
     index: int
     process: subprocess.Popen[str]
     held: list[str] = field(default_factory=list)
-    """Its last words on stderr, not shown yet."""
+    """Final lines of its stderr, not shown yet."""
     reader: threading.Thread | None = None
 
 
 def spawn(command: Sequence[str], nproc: int) -> int:
-    """Run `command` as `nproc` ranks and wait until they have all ended.
+    """Run `command` as `nproc` ranks and wait until all have ended.
 
-    Ranks find their place in RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and a secret
-    of their own in MEGABAGEL_JOB_SECRET unless there is one. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to
-    them. When one fails, the others are stopped.
+    Ranks get RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and a new secret in
+    MEGABAGEL_JOB_SECRET unless one is set. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on. When one rank fails, the
+    others are stopped.
 
-    Signals that the caller holds back (`__main__.py`) are held back in the ranks too, and passed on once all have
+    Signals that the caller has blocked (`__main__.py`) are blocked in the ranks too, and passed on once all have
     started.
 
-    Returns 0, or the exit code of the rank that failed first (128 + n for signal n). A rank that ends because it lost
-    another is not to blame.
+    Returns:
+        0, or the exit code of the rank that failed first (128 + n for signal n). Ranks that ended because they lost
+        another one do not count.
     """
     ranks: list[_Rank] = []
     with _forwarding(ranks):
@@ -99,7 +100,7 @@ def _free_port() -> int:
 
 
 def _start(command: Sequence[str], index: int, nproc: int, port: int, secret: str) -> _Rank:
-    """Start one rank, in a session of its own so that Ctrl-C reaches it once, through us."""
+    """Start one rank in its own session, so that Ctrl-C reaches it once, through this process."""
     place = {
         "RANK": index,
         "LOCAL_RANK": index,
@@ -129,7 +130,7 @@ def _start(command: Sequence[str], index: int, nproc: int, port: int, secret: st
 
 
 def _die_with_parent() -> Callable[[], None] | None:
-    """What a child runs first so that it does not outlive us, even when we are killed; Linux only."""
+    """Return a function for the child that makes the kernel kill it when this process dies; Linux only."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl
@@ -137,7 +138,7 @@ def _die_with_parent() -> Callable[[], None] | None:
 
 
 def _read_stderr(rank: _Rank) -> None:
-    """Show the stderr of `rank` as it comes, up to its last words, which are held back."""
+    """Show the stderr of `rank` as it arrives; its final message is held back for `_report`."""
     stream = rank.process.stderr
     assert stream is not None
 
@@ -155,11 +156,12 @@ def _read_stderr(rank: _Rank) -> None:
 
 
 def _show(rank: _Rank, line: str) -> None:
+    """Write a line of a rank to stderr."""
     sys.stderr.write(f"[rank {rank.index}] {line.rstrip()}\n")
 
 
 def _first_failure(ranks: list[_Rank]) -> _Rank | None:
-    """Wait until a rank fails, and return it, or until all have ended well."""
+    """Wait until a rank fails, and return it; None if all end well."""
     while True:
         codes = [rank.process.poll() for rank in ranks]
         failed = next((rank for rank, code in zip(ranks, codes, strict=True) if code), None)
@@ -169,21 +171,24 @@ def _first_failure(ranks: list[_Rank]) -> _Rank | None:
 
 
 def _exit_code(process: subprocess.Popen[str]) -> int:
-    """Exit code of an ended process as a shell gives it: 128 + n for signal n."""
+    """Return the exit code of an ended process as a shell reports it: 128 + n for signal n."""
     code = process.returncode
     return code if code >= 0 else 128 - code
 
 
 def _wait(ranks: list[_Rank], seconds: float) -> None:
-    """Wait until all ranks have ended, at most so long."""
+    """Wait until all ranks have ended, at most `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and any(rank.process.poll() is None for rank in ranks):
         time.sleep(_POLL_S)
 
 
 def _cause(failed: _Rank, ranks: list[_Rank]) -> _Rank:
-    """The rank to blame: the first one with a verdict of all, which may break others sooner than it ends itself; else
-    the first one that did not merely lose another."""
+    """Return the rank that caused the end.
+
+    The first one with a code of `_VERDICTS`: it may break other ranks before it has ended itself. Otherwise the first
+    one that did not merely lose another rank.
+    """
     _wait(ranks, _SETTLE_S)
     ended = [rank for rank in ranks if rank.process.poll()]
     verdicts = [rank for rank in ended if rank.process.returncode in _VERDICTS]
@@ -192,7 +197,7 @@ def _cause(failed: _Rank, ranks: list[_Rank]) -> _Rank:
 
 
 def _report(failed: _Rank | None, ranks: list[_Rank]) -> None:
-    """Say why the run ends: what names it once (rank 0 has written its own), of anything else all that is held."""
+    """Print why the run ends: a named end once (rank 0 has printed its own), otherwise all lines held back."""
     code = failed.process.returncode if failed else 0
     alike = all(rank.process.poll() == code and not rank.held for rank in ranks)  # a verdict of them all
     if failed and code not in _NAMED and not alike:
@@ -207,14 +212,16 @@ def _report(failed: _Rank | None, ranks: list[_Rank]) -> None:
 
 
 def _before_the_end(rank: _Rank, code: int) -> list[str]:
-    """What a rank with the verdict of all printed before its own message of it: a traceback of one of its workers,
-    which may be the cause and which no other rank has. Of a rank that ended otherwise nothing: others broke it."""
+    """Return what a rank printed before its copy of the common message: a worker's traceback, which may be the cause.
+
+    Nothing for a rank that ended otherwise: others broke it.
+    """
     ends = [number for number, line in enumerate(rank.held) if line.startswith((ERROR_PREFIX, STOP_PREFIX))]
     return rank.held[: ends[-1]] if ends and rank.process.poll() == code else []
 
 
 def _stop(ranks: list[_Rank]) -> None:
-    """End every rank that still runs, together with the processes it started; at once where others gave up on it."""
+    """End every running rank and the processes it started; without delay if ranks have given up on a lost one."""
     for rank in ranks:
         if rank.process.poll() is None:
             rank.process.terminate()
@@ -222,20 +229,21 @@ def _stop(ranks: list[_Rank]) -> None:
     _wait(ranks, 0 if given_up else _TERM_S)
     for rank in ranks:
         if rank.process.poll() is None:
-            os.killpg(rank.process.pid, signal.SIGKILL)  # its session: start_new_session made it the leader
+            # The whole session: start_new_session made the rank its leader.
+            os.killpg(rank.process.pid, signal.SIGKILL)
         rank.process.wait()
         _drain(rank)
 
 
 def _drain(rank: _Rank) -> None:
-    """Let the last lines of an ended rank through; a process that it left behind may keep its stderr open."""
+    """Wait, for a limited time, for the last lines of an ended rank: a process it left behind may keep stderr open."""
     if rank.reader:
         rank.reader.join(timeout=_DRAIN_S)
 
 
 @contextmanager
 def _forwarding(ranks: list[_Rank]) -> Iterator[None]:
-    """Pass signals on to the ranks that run."""
+    """Forward signals to the running ranks inside the block."""
 
     def forward(number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:

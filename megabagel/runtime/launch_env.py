@@ -1,8 +1,8 @@
-"""What the launcher tells a process: its rank among how many, and where all of them meet.
+"""Launcher variables: this process's rank, the number of ranks, and the address where they meet.
 
-Three launchers are understood: torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; `--nproc` sets the
-same), srun (SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, SLURM_STEP_NODELIST, SLURM_JOB_ID), and none. Others
-are refused by name: taken for none, each of their processes would train alone, all in one run.dir.
+Three launchers are supported: torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; `--nproc` sets the
+same), srun (SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, SLURM_STEP_NODELIST, SLURM_JOB_ID), and none. Others are
+refused by name: without that, each of their processes would train alone, all in one run.dir.
 """
 
 import os
@@ -14,9 +14,9 @@ from megabagel.errors import UserError
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 PORTS = range(20000, 40000)
-"""Where a Slurm step meets unless MASTER_PORT is set: a port by job and step, so that those on one node differ."""
+"""Ports of Slurm steps without MASTER_PORT: chosen by job and step, so that jobs on one node differ."""
 _STEP_STRIDE = 7919
-"""Between the ports of steps of one job: a prime, so that the next job's ports are not the next step's."""
+"""Distance between the ports of steps of one job: a prime, so that the next job's port is not the next step's."""
 FOREIGN = (
     ("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("MVAPICH's mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
@@ -27,15 +27,16 @@ FOREIGN = (
     ("Hydra or another PMI launcher (mpiexec)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ("a PMIx launcher", "PMIX_RANK", "", ""),
 )
-"""(launcher, and its variables of rank, number of ranks and local rank)."""
+"""(launcher, its variables of rank, number of ranks and local rank)."""
 _OF_SLURM = ("PMI_RANK", "PMIX_RANK")
-"""Set by srun too, with --mpi=pmi2 or pmix."""
+"""Also set by srun, with --mpi=pmi2 or pmix."""
 
 
 def read_launch_env(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun or srun tells them; (0, 1, 0) alone.
+    """Return (rank, world size, local rank) from torchrun's or srun's variables; (0, 1, 0) without a launcher.
 
-    Raises UserError when variables are missing or contradict each other.
+    Raises:
+        UserError: variables are missing or contradict each other, or another launcher started this process.
     """
     names = TORCHRUN if env.get("RANK") else SRUN
     if names is SRUN:
@@ -60,7 +61,7 @@ def read_launch_env(env: Mapping[str, str] = os.environ) -> tuple[int, int, int]
 
 
 def refuse_foreign(env: Mapping[str, str] = os.environ) -> None:
-    """Raise UserError where another launcher than those understood has started this process as one of several."""
+    """Raise UserError if an unsupported launcher has started this process as one of several."""
     slurm = env.get(SRUN[1])
     for launcher, rank, size, local in FOREIGN:
         if not env.get(rank) or env.get(size) == "1":
@@ -75,7 +76,7 @@ def refuse_foreign(env: Mapping[str, str] = os.environ) -> None:
 
 
 def several_hosts(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether ranks of this job run on other hosts, as far as the launcher says."""
+    """Whether the launcher's variables say that ranks run on several hosts."""
     size, local = env.get("WORLD_SIZE"), env.get("LOCAL_WORLD_SIZE")
     if env.get(TORCHRUN[0]):
         return size != local
@@ -83,7 +84,7 @@ def several_hosts(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def _refuse_batch_script(env: Mapping[str, str]) -> None:
-    """A batch script has a job's variables, but only what srun starts there is a rank."""
+    """Raise UserError in a batch script: it has the job's variables, but only processes started by srun are ranks."""
     tasks = env.get("SLURM_NTASKS", "1")
     if "SLURM_JOB_ID" in env and tasks != "1":
         raise UserError(
@@ -93,10 +94,12 @@ def _refuse_batch_script(env: Mapping[str, str]) -> None:
 
 
 def rendezvous_endpoint(env: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """(address, port) at which the ranks of a job of several meet: rank 0's host.
+    """Return (address, port) where the ranks of a job meet: rank 0's host.
 
-    MASTER_ADDR and MASTER_PORT where set; else under srun the first host of the step and a port by job and step.
-    Raises UserError when there is nothing to go by, or the port is none.
+    MASTER_ADDR and MASTER_PORT if set; otherwise, under srun, the first host of the step and a port by job and step.
+
+    Raises:
+        UserError: neither is there, or the port is invalid.
     """
     hosts, job = env.get("SLURM_STEP_NODELIST"), env.get("SLURM_JOB_ID", "")
     address = env.get("MASTER_ADDR") or (first_host(hosts) if hosts else None)

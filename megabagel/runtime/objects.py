@@ -1,6 +1,7 @@
-"""Small values exchanged by all ranks, as JSON: torch's `..._object` collectives unpickle what other ranks send.
+"""Collectives for small Python values, encoded as JSON.
 
-A pickle runs code of whoever sent it; JSON cannot. Values come back as JSON gives them: lists for tuples.
+torch's `..._object` collectives unpickle what other ranks send, and a pickle can run code; JSON cannot. Tuples come
+back as lists.
 """
 
 import json
@@ -13,7 +14,7 @@ from megabagel.runtime.device import current_device
 
 
 def all_gathered(mine: Any) -> list[Any]:
-    """The values of all ranks by rank, on every rank; without a process group those of this process alone."""
+    """Return the values of all ranks, by rank, on every rank; without a process group, this process's alone."""
     if not dist.is_initialized():
         return [json.loads(json.dumps(mine))]
     counts, padded = _padded(json.dumps(mine).encode())
@@ -23,12 +24,12 @@ def all_gathered(mine: Any) -> list[Any]:
 
 
 def gathered(mine: Any) -> list[Any]:
-    """The values of all ranks by rank, on rank 0; nothing elsewhere."""
+    """Return the values of all ranks, by rank, on rank 0; an empty list elsewhere."""
     return [json.loads(data) for data in gathered_bytes(json.dumps(mine).encode())]
 
 
 def gathered_bytes(mine: bytes) -> list[bytes]:
-    """The bytes of all ranks by rank, on rank 0; nothing elsewhere."""
+    """Return the bytes of all ranks, by rank, on rank 0; an empty list elsewhere."""
     counts, padded = _padded(mine)
     parts = [torch.empty_like(padded) for _ in counts] if dist.get_rank() == 0 else None
     dist.gather(padded, parts)
@@ -36,12 +37,13 @@ def gathered_bytes(mine: bytes) -> list[bytes]:
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's value, on every rank; what other ranks pass is ignored."""
+    """Return rank 0's value on every rank; the argument of other ranks is ignored."""
+    # Through all_gathered, which handles unknown sizes: values are small and this is rare.
     return all_gathered(value if dist.get_rank() == 0 else None)[0]
 
 
 def _padded(mine: bytes) -> tuple[list[int], torch.Tensor]:
-    """(number of bytes of each rank; this rank's, padded to the most, where collectives take them)."""
+    """Return (bytes of each rank; this rank's, padded to the longest, on the device that collectives use)."""
     size = torch.tensor([len(mine)], device=current_device())
     sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)
@@ -53,4 +55,5 @@ def _padded(mine: bytes) -> tuple[list[int], torch.Tensor]:
 
 
 def _bytes(part: torch.Tensor, count: int) -> bytes:
+    """Return the first `count` bytes of a tensor."""
     return part[:count].cpu().numpy().tobytes()

@@ -1,4 +1,4 @@
-"""GPU packages that megatron-core picks up by their mere presence: refuse the wrong ones by name before it does."""
+"""Check of GPU packages that megatron-core uses as soon as they are importable: unusable ones are refused by name."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,13 +6,15 @@ from pathlib import Path
 from megabagel.errors import UserError
 
 APEX_KERNELS = ("amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")
+"""Extension modules of an Apex built with its CUDA kernels."""
 
 
 def check_apex() -> bool:
-    """Whether NVIDIA's Apex is there.
+    """Return whether NVIDIA's Apex is installed. Looks at files without importing anything.
 
-    Raises UserError for the package of that name on PyPI, which is another project, and for an Apex built without its
-    CUDA kernels, which megatron-core would choose and then fail in. Looks without importing anything.
+    Raises:
+        UserError: for the unrelated package `apex` on PyPI, and for an Apex built without CUDA kernels, which
+            megatron-core would choose and then fail in.
     """
     spec = find_spec("apex")
     if spec is None or not spec.submodule_search_locations:

@@ -1,12 +1,12 @@
-"""Phases of a run: one context manager feeds the heartbeat, profiler ranges and the stopwatch of `megabagel bench`.
+"""Phases of a run: one context manager feeds heartbeat, profiler ranges and the stopwatch of `megabagel bench`.
 
     with phase("forward"):
         outputs = model(inputs)
 
-The phase a rank is in appears in the message when a rank dies or hangs (`heartbeat`). While torch's profiler runs, a
-phase is a `record_function` range; under `nsys profile` it is an NVTX range. Other listeners open a range of their own.
+The current phase appears in the message when a rank dies or hangs (`heartbeat.py`). While torch's profiler runs, a
+phase is a `record_function` range; under `nsys profile` it is an NVTX range. `listeners` may open ranges of their own.
 
-Measured on a busy core of an AMD EPYC: 1.0 us per phase while nobody listens, 90 us while torch's profiler runs.
+Measured on a busy core of an AMD EPYC: 1.0 us per phase without listeners, 90 us while torch's profiler runs.
 """
 
 import os
@@ -21,7 +21,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the command line handles signals, which name phases, before it needs torch
+# Not imported at run time: the command line handles signals, whose messages name phases, before it loads torch.
+if TYPE_CHECKING:
     from torch import Tensor
 
 _PACKAGE = Path(__file__).parents[1]
@@ -32,45 +33,45 @@ _COLLECTIVES = (
     "core/optimizer/clip_grads.py",
     _OWN,
 )
-"""Files whose functions are named after what they wait for."""
+"""Files whose functions have the name of the collective that they wait for."""
 _SEVERAL = "coalescing_manager"
-"""In torch.distributed: several collectives as one; who started them has the better name."""
+"""torch.distributed's function that runs several collectives as one; its caller's name is more informative."""
 _BETWEEN = ("runtime/cpu_backend.py", "runtime/device.py", _OWN)
-"""Our files on the way to a collective."""
+"""Files of this package that lie on the stack between a caller and a collective."""
 
 
 @dataclass
 class Progress:
-    """Where this process is in the run."""
+    """Position of this process in the run."""
 
     step: int = 0
     """Finished steps."""
     phase: str = "start"
-    """The innermost one."""
+    """Innermost phase."""
     marks: int = 0
-    """Counted phases entered so far; a rank that is behind the others has fewer."""
+    """Number of counted phases entered; a rank that is behind has fewer."""
     since: float = 0.0
-    """Of the monotonic clock, when a phase last began or ended."""
+    """Monotonic time at which a phase last began or ended, seconds."""
 
 
 now = Progress(since=time.monotonic())
 
 Listener = Callable[[str], AbstractContextManager[object]]
-"""Opens a range for a phase by its name; its exit closes the range."""
+"""Opens a range for a phase, given its name; leaving the context closes the range."""
 
 listeners: list[Listener] = []
 """Called for every phase. Empty in training: see `_ranges` for profilers."""
 
 
 class phase:
-    """One phase of the run; phases may lie inside each other.
+    """Context manager of one phase of the run; phases may be nested.
 
     A class rather than a generator with `contextmanager`, which takes 1.7 us instead of 1.0.
 
     Args:
-        name: appears in messages, profiles and reports.
-        counted: False for a phase that some ranks enter more often than others in the same step, such as encoding
-            images on the first pipeline stage. It is shown, but does not count as progress beyond that of other ranks.
+        name: shown in messages, profiles and reports.
+        counted: False for a phase that some ranks enter more often than others within a step, such as encoding images
+            on the first pipeline stage. It is shown, but not counted as progress in `Progress.marks`.
     """
 
     __slots__ = ("_before", "_counted", "_name", "_open")
@@ -89,16 +90,18 @@ class phase:
         if self._open is not None:
             self._open.__exit__(kind, error, trace)
         if error is not None and not hasattr(error, "megabagel_phase"):
-            error.megabagel_phase = self._name  # type: ignore[attr-defined] # for `phase_of`, when all phases are left
+            # For `phase_of`: when the error is reported, all phases have been left.
+            error.megabagel_phase = self._name  # type: ignore[attr-defined]
         now.phase, now.since = self._before, time.monotonic()
 
 
 def _ranges(name: str) -> ExitStack | None:
-    """The ranges of a phase, opened; None while nobody listens.
+    """Open the ranges of a phase; returns None if nothing listens.
 
-    torch is looked up rather than imported: before it is loaded no profiler can run.
+    torch is looked up in `sys.modules` rather than imported: before it is loaded no profiler can run.
     """
     torch = sys.modules.get("torch")
+    # A private of torch: whether a profiler is running.
     profiled = torch is not None and torch.autograd._profiler_enabled()
     if not profiled and not listeners and not _NSYS:
         return None
@@ -113,12 +116,12 @@ def _ranges(name: str) -> ExitStack | None:
 
 
 _NSYS = "NSYS_PROFILING_SESSION_ID" in os.environ
-"""Whether `nsys profile` started this process, which sets this variable. Under `torch.autograd.profiler.emit_nvtx`, the
-other way to NVTX ranges, `record_function` makes them."""
+"""Whether `nsys profile` started this process; it sets this variable. Under `torch.autograd.profiler.emit_nvtx`, the
+other source of NVTX ranges, `record_function` makes them."""
 
 
 def reset() -> None:
-    """Start anew, for a process that runs one job after another."""
+    """Reset the position, for a process that runs several jobs in turn."""
     now.step, now.phase, now.since = 0, "start", time.monotonic()
 
 
@@ -128,50 +131,51 @@ def finished(step: int) -> None:
 
 
 def phase_of(error: BaseException) -> str:
-    """Name of the innermost phase that `error` was raised in."""
+    """Return the innermost phase in which `error` was raised."""
     return getattr(error, "megabagel_phase", now.phase)
 
 
 def keepalive() -> None:
-    """Progress within a phase that may be long. Not counted, as ranks make it in different numbers."""
+    """Report progress within a long phase. Not counted in `marks`: ranks call it different numbers of times."""
     now.since = time.monotonic()
 
 
 def all_reduced(found: "Tensor") -> "Tensor":
-    """The result of an all-reduce in host memory.
+    """Copy the result of an all-reduce to host memory.
 
-    A function of its own because on a GPU the copy is what waits for the other ranks: `locate` finds its name on
+    A function of its own because on a GPU this copy is where a rank waits for the others: `locate` finds its name on
     the stack and reports an all-reduce.
     """
     return found.cpu()
 
 
 Location = tuple[str | None, str]
-"""(collective that is waited in, or None; innermost line of ours that is executed)."""
+"""(collective that the thread waits in, or None; innermost line of this package)."""
 
 
 def locate() -> Location:
-    """Where the main thread is, found on its stack, so that nothing has to be announced.
+    """Return the location of the main thread, read from its stack: no call has to announce a collective.
 
-    On a GPU a collective is only launched by its call: what is found then is `all_reduced`, or else the line that waits
-    for the device.
+    On a GPU a call only launches its collective. The location is then `all_reduced`, or the line that waits for the
+    device.
     """
     return _locate(_outwards(sys._current_frames().get(threading.main_thread().ident or 0)))
 
 
 def origin(error: BaseException) -> Location:
-    """Where an error came from."""
+    """Return the location at which an error was raised."""
     return _locate(reversed(list(traceback.walk_tb(error.__traceback__))))
 
 
 def _outwards(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
+    """Yield the frames of a stack with their lines, innermost first."""
     while frame is not None:
         yield frame, frame.f_lineno
         frame = frame.f_back
 
 
 def _locate(frames: Iterable[tuple[FrameType, int]]) -> Location:
-    """Look at frames and their lines, the innermost first."""
+    """Return the location from frames and their lines, innermost first."""
     collective = None
     for frame, line in frames:
         file, name = frame.f_code.co_filename, frame.f_code.co_name

@@ -1,9 +1,9 @@
-"""Where ranks meet before there is a process group: the job's store, and a roll call that proves they belong together.
+"""Rendezvous: ranks join the job's store and prove, before any process group exists, that they belong together.
 
-Keys of the roll call, each signed (`signed_store.py`):
+Keys of this roll call, each signed (`signed_store.py`):
 
-    seen-3    outside of the group: which job the process that is rank 3 belongs to, for the message about an absent one
-    here-3    host, process and a digest of the facts of rank 3; who comes second under one number is refused
+    seen-3    without group prefix: the job of the process that is rank 3, for the message about an absent rank
+    here-3    host, process and a digest of the facts of rank 3; a second process with this number is refused
     facts-3   the facts themselves; rank 0 reads those of a rank whose digest differs
     roll      rank 0's outcome: "" or the message that every rank ends with
     read-3    rank 3 has read the outcome
@@ -29,7 +29,7 @@ from megabagel.runtime.launch_env import rendezvous_endpoint, several_hosts
 from megabagel.runtime.signed_store import SECRET, SignedStore, job_secret
 
 _NAMED = 8
-"""Ranks that a message names one by one."""
+"""Number of ranks that a message names one by one."""
 _LINGER_S = 3.0
 _POLL_S = 0.1
 
@@ -37,20 +37,29 @@ logger = logging.getLogger(__name__)
 
 
 def meet(rank: int, size: int, run: RunConfig, facts: Mapping[str, str]) -> tuple[dist.Store, SignedStore]:
-    """Join the store at the job's meeting point, and find within `run.start_timeout` seconds that all ranks are there
-    and have the same facts.
+    """Join the job's store, and check within `run.start_timeout` seconds that all ranks are there with equal facts.
 
-    Rank 0 opens the store; under torchrun its agent has done so. Alone, nothing is opened. Raises UserError, on every
-    rank alike where ranks differ.
+    Rank 0 opens the store; under torchrun its agent has done so already. A single rank opens none.
 
-    Returns the store of the process group, and for signs of life another connection to it: a thread that waits on one
-    does not hold up what another writes.
+    Args:
+        rank: this rank.
+        size: number of ranks.
+        run: time limit `start_timeout`, seconds.
+        facts: name -> value of everything that must be equal on all ranks.
+
+    Returns:
+        The store of the process group, and a second connection for heartbeats: a thread that waits on one connection
+        does not block writes on the other.
+
+    Raises:
+        UserError: ranks are absent or differ; on every rank alike.
     """
     if size == 1:
         alone = dist.HashStore()
         return alone, SignedStore(alone)
     address, port = rendezvous_endpoint()
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}  # for libraries that make groups of their own
+    # Libraries that create process groups of their own read these variables.
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if rank == 0 and not job_secret():
         logger.warning(
@@ -66,6 +75,7 @@ def meet(rank: int, size: int, run: RunConfig, facts: Mapping[str, str]) -> tupl
 
 
 def _connect(opens: bool, rank: int, size: int, run: RunConfig) -> dist.Store:
+    """Connect to the job's TCPStore, opening it if `opens`. Raises UserError."""
     address, port = rendezvous_endpoint()
     try:
         return dist.TCPStore(
@@ -86,7 +96,7 @@ def _connect(opens: bool, rank: int, size: int, run: RunConfig) -> dist.Store:
 
 
 def _listening(address: str, port: int) -> socket.socket:
-    """A socket that listens on the interface of `address` alone; torch's own listens on all. Raises OSError."""
+    """Return a socket that listens on the interface of `address` alone; torch's own listens on all. Raises OSError."""
     family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     if several_hosts() and _loopback(str(place[0])) and not _is_number(address):
         # Debian's /etc/hosts gives a host's own name 127.0.1.1: bound there, other hosts would not reach it.
@@ -117,14 +127,23 @@ def _is_number(address: str) -> bool:
 
 
 class _RollCall:
-    """The roll call as one rank takes part in it."""
+    """Roll call from the side of one rank."""
 
     def __init__(self, store: dist.Store, group: str, identity: Identity, rank: int, size: int) -> None:
+        """Prefix the store for this group.
+
+        Args:
+            store: the job's store.
+            group: prefix of the keys of this start of the job.
+            identity: job, step and start of this process.
+            rank: this rank.
+            size: number of ranks.
+        """
         self.identity, self.rank, self.size = identity, rank, size
         self.common, self.roll = SignedStore(store), SignedStore(store, group)
 
     def answer(self, facts: Mapping[str, str], seconds: float) -> None:
-        """Tell rank 0 who is here, and wait for its outcome. Raises UserError."""
+        """Publish this rank's identity and facts, and wait for rank 0's outcome. Raises UserError."""
         end = time.monotonic() + seconds
         try:
             self.common.set(f"seen-{self.rank}", str(self.identity))
@@ -139,7 +158,7 @@ class _RollCall:
             raise UserError(outcome)
 
     def _take_place(self, mine: dict[str, str]) -> None:
-        """Raise UserError where another process is this rank already: one of a start before, or a rank given twice."""
+        """Raise UserError if another process has this rank already: from an earlier start, or started twice."""
         holder = self.roll.claim(f"here-{self.rank}", mine)
         if holder != mine:
             raise UserError(
@@ -148,7 +167,7 @@ class _RollCall:
             )
 
     def _judge(self, facts: Mapping[str, str], end: float, seconds: float) -> str:
-        """On rank 0: wait for all, compare them, tell the outcome."""
+        """On rank 0: wait for all ranks, compare them and publish the outcome."""
         here = self._collect(end)
         if absent := [rank for rank in range(self.size) if rank not in here]:
             outcome = self._absent(absent, seconds)
@@ -160,7 +179,7 @@ class _RollCall:
         return outcome
 
     def _collect(self, end: float) -> dict[int, Any]:
-        """What ranks say who they are, all of them or those that came in time."""
+        """Return the `here` values of all ranks, or of those that came in time."""
         keys = {f"here-{rank}": rank for rank in range(self.size)}
         try:
             while True:
@@ -168,21 +187,22 @@ class _RollCall:
                 found = self.roll.get_many(keys)
                 if len(found) == self.size or time.monotonic() > end:
                     break
-                time.sleep(_POLL_S)  # something else was written there: the rank itself is still to come
+                # A key exists, but not with a valid signature: the rank itself may still come.
+                time.sleep(_POLL_S)
         except dist.DistStoreError:
             missing = set(self.roll.absent(keys))
             found = self.roll.get_many(key for key in keys if key not in missing)
         return {keys[key]: value for key, value in found.items()}
 
     def _difference(self, here: Mapping[int, Any], facts: Mapping[str, str]) -> str | None:
-        """The message about ranks whose facts are not those of rank 0."""
+        """Return the message about ranks whose facts differ from rank 0's, or None."""
         others = [rank for rank, told in here.items() if told["digest"] != here[0]["digest"]]
         theirs = self.roll.get_many(f"facts-{rank}" for rank in others)
         by_rank = {rank: theirs.get(f"facts-{rank}", {}) for rank in others}
         return first_difference({0: facts, **by_rank}, {rank: told["who"] for rank, told in here.items()})
 
     def _outcome(self, end: float, seconds: float) -> str:
-        """On other ranks: what rank 0 found."""
+        """On other ranks: wait for rank 0's outcome."""
         try:
             while True:
                 self.roll.wait(["roll"], end - time.monotonic())
@@ -196,7 +216,7 @@ class _RollCall:
             return self._absent(absent or [0], seconds)
 
     def _absent(self, ranks: list[int], seconds: float) -> str:
-        """The message about ranks that did not come, or came to another group."""
+        """Return the message about ranks that did not come, or came to another group."""
         strangers = [self._stranger(rank) for rank in ranks[:_NAMED]]
         found = "".join(f" {text}." for text in strangers if text)
         return (
@@ -206,7 +226,7 @@ class _RollCall:
         )
 
     def _stranger(self, rank: int) -> str:
-        """What is known of a process that came under the number of an absent rank."""
+        """Describe a process that came with the number of an absent rank but another identity or secret."""
         if self.common.absent([f"seen-{rank}"]):
             return ""
         told = self.common.get(f"seen-{rank}")
@@ -216,7 +236,7 @@ class _RollCall:
         return f"A process came as rank {rank} of {told}, but this is {self.identity}" if other else ""
 
     def _linger(self, ranks: set[int]) -> None:
-        """Rank 0 may hold the store: it stays a little for those that have to read the outcome."""
+        """Keep the store, which ends with rank 0's process, until the other ranks have read the outcome."""
         keys, end = [f"read-{rank}" for rank in sorted(ranks)], time.monotonic() + _LINGER_S
         while self.roll.absent(keys) and time.monotonic() < end:
             time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""A request to stop: SIGTERM, SIGHUP and SIGUSR1 are noted here and heeded between two steps."""
+"""Stop requests: SIGTERM, SIGHUP and SIGUSR1 are recorded by a handler and acted on between two steps."""
 
 import errno
 import logging
@@ -13,19 +13,19 @@ from typing import Any
 from megabagel.runtime import phase
 
 HEEDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Slurm sends SIGTERM when it takes a job's nodes, and some time before what `--signal` names: SIGUSR1 by custom.
-SIGHUP comes when the terminal of a run is closed."""
+"""Slurm sends SIGTERM when it takes a job's nodes, and before that the signal of `--signal`, by custom SIGUSR1.
+SIGHUP comes when the run's terminal is closed."""
 
 logger = logging.getLogger(__name__)
 
 
 def ignored(number: int) -> bool:
-    """Whether a signal is ignored from outside: nohup does so with SIGHUP, and that is to stay."""
+    """Whether a signal was ignored from outside, as nohup does with SIGHUP; this must stay so."""
     return signal.getsignal(number) is signal.SIG_IGN
 
 
 def leave_terminal() -> None:
-    """Send output to nowhere where it went to a terminal that is gone: a write would fail with EIO from here on."""
+    """Redirect output to /dev/null if its terminal is gone: every write to it would fail with EIO."""
     for descriptor in (1, 2):
         try:
             termios.tcgetattr(descriptor)
@@ -37,20 +37,20 @@ def leave_terminal() -> None:
 
 
 class StopRequest:
-    """Notes the first signal that asks this process to stop; later ones change nothing, not even during a save.
+    """Recorder of the first signal that asks this process to stop; later ones change nothing, not even during a save.
 
-    The handlers hold inside the `with` block, in the main thread. So a signal to all processes of a job ends no save:
-    a checkpoint is written by a thread of this process, and workers that read data ignore both signals by themselves.
+    The handlers are installed inside the `with` block, in the main thread. A signal to all processes of a job
+    interrupts no save: a checkpoint is written by a thread of this process, and data workers ignore these signals.
 
-    A thread names a time limit that is too short: the main thread runs its handlers late while it waits for a device
-    or for other ranks, and by then Slurm may have ended it without a word.
+    A second thread reports a time limit that is too short: the main thread runs signal handlers late while it waits for
+    a device or for other ranks, and Slurm may have killed it by then.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        """Of the signal; 0 while there was none."""
+        """Number of the first signal; 0 before one came."""
         self.finished = 0
-        """Steps since the start; whoever takes them counts them."""
+        """Steps finished since the start; the training loop counts them."""
         self._before: dict[signal.Signals, Any] = {}
         self._began = time.monotonic()
 
@@ -74,12 +74,13 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN if self.number else handler)  # asked once, it is on its way out
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        """Signal handler: record the first signal."""
         if number == signal.SIGHUP:
             leave_terminal()
         self.number = self.number or number
 
     def _listen(self, reads: int) -> None:
-        """Read the numbers of signals as they come, until the pipe is closed."""
+        """Read signal numbers from the wake-up pipe until it is closed."""
         first, came, named = 0, 0.0, False
         while number := int.from_bytes(os.read(reads, 1)):
             if number not in HEEDED:

@@ -1,9 +1,9 @@
-"""What ranks tell each other through the job's store: JSON with a signature by the job's secret, never a pickle.
+"""Signed values in the job's store: JSON with an HMAC by the job's secret, never a pickle.
 
 torch's TCPStore has no access control: whoever reaches its port can list, read, write and delete every key. A value
-counts only when its HMAC-SHA256 covers the group, the key and the text: a value of another key, group or job does not
-fit. So a stranger without the secret cannot end or mislead a run by a write; deleting keys or flooding the port can
-still disturb it. docs/faults.md lists what stays open.
+counts only if its HMAC-SHA256 covers group, key and text, so a value of another key, group or job is not accepted. A
+stranger without the secret cannot end or mislead a run by writing; deleting keys or flooding the port can still disturb
+it (docs/faults.md#who-may-reach-the-store).
 """
 
 import hashlib
@@ -17,18 +17,18 @@ from typing import Any
 import torch.distributed as dist
 
 SECRET = "MEGABAGEL_JOB_SECRET"
-"""Variable with the secret of a job: made by --nproc and by the sbatch scripts. An environment is readable by its user
-alone; a command line is readable by all, so there is no option for it."""
+"""Variable with the job's secret, set by --nproc and the sbatch scripts. There is no option for it: an environment
+is readable by its user alone, a command line by all users of a host."""
 _DIGITS = hashlib.sha256().digest_size * 2
 
 
 def job_secret(env: Mapping[str, str] = os.environ) -> bytes:
-    """The secret of this job; empty without one: then signatures only keep out what was written by accident."""
+    """Return the secret of this job. Without one it is empty, and signatures only reject accidental writes."""
     return env.get(SECRET, "").encode()
 
 
 class SignedStore:
-    """Values of one group of ranks. `group` is part of what is signed, and the prefix of the keys."""
+    """Values of one group of ranks; `group` is part of the signature and prefix of the keys."""
 
     def __init__(self, store: dist.Store, group: str = "", secret: bytes | None = None) -> None:
         self._store = dist.PrefixStore(group, store) if group else store
@@ -36,11 +36,11 @@ class SignedStore:
         self._secret = job_secret() if secret is None else secret
 
     def set(self, key: str, value: Any) -> None:
-        """Write a value, whatever was there."""
+        """Write a value, overwriting any."""
         self._store.set(key, self._signed(key, value))
 
     def claim(self, key: str, value: Any) -> Any:
-        """Write a value where no signed one is, in one step; returns the one that stands."""
+        """Write a value atomically unless a signed one exists; returns the one that is stored."""
         mine = self._signed(key, value)
         found = self._store.compare_set(key, "", mine)
         if (there := self._checked(key, found)) is None:
@@ -49,21 +49,21 @@ class SignedStore:
         return there
 
     def get(self, key: str) -> Any:
-        """The value of a key at once; None where it is absent or not signed by this job."""
+        """Return a value without waiting; None if it is absent or not signed by this job."""
         return self._checked(key, self._store.get(key)) if self._store.check([key]) else None
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
-        """Values of keys that exist; those that are not signed by this job are left out."""
+        """Return the values of existing keys; values not signed by this job are left out."""
         keys = list(keys)
         found = zip(keys, self._store.multi_get(keys) if keys else (), strict=True)
         return {key: value for key, data in found if (value := self._checked(key, data)) is not None}
 
     def absent(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys that do not exist, asked one by one."""
+        """Return the keys that do not exist, checked one by one."""
         return [key for key in keys if not self._store.check([key])]
 
     def wait(self, keys: list[str], seconds: float) -> None:
-        """Wait until all keys exist. Raises dist.DistStoreError when they do not in time."""
+        """Wait until all keys exist. Raises dist.DistStoreError after `seconds`."""
         self._store.wait(keys, timedelta(seconds=max(seconds, 0.001)))
 
     def _signed(self, key: str, value: Any) -> str:
@@ -71,7 +71,7 @@ class SignedStore:
         return self._mac(key, text.encode()) + text
 
     def _checked(self, key: str, data: bytes) -> Any:
-        """A value whose signature fits, else None. Nothing is parsed before the signature was compared."""
+        """Return a value if its signature is valid, else None. Nothing is parsed before the signature is compared."""
         mac, text = data[:_DIGITS], data[_DIGITS:]
         if not hmac.compare_digest(mac, self._mac(key, text).encode()):
             return None

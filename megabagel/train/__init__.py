@@ -1,1 +1,1 @@
-"""The training loop: step, losses, optimizer, schedules, telemetry."""
+"""Training loop: step, losses, optimizer, schedules, telemetry."""

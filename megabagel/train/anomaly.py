@@ -1,4 +1,7 @@
-"""Step anomalies: a loss or gradient norm that is not finite, or a spike."""
+"""Anomalies of a step: a loss or gradient norm that is not finite, or a spike.
+
+Policies: docs/faults.md#steps-that-should-not-be-taken.
+"""
 
 import math
 from collections import deque
@@ -16,29 +19,30 @@ _TITLES = {"loss": "loss", "grad_norm": "gradient norm"}
 
 @dataclass(frozen=True)
 class StepAnomaly:
-    """An anomaly of one step, and the policy for it."""
+    """Anomaly of a step and the policy that the config sets for it."""
 
     what: str
-    """Such as "gradient norm spike 6.49 (mean 0.93, std 0.35 over 128 steps)"."""
+    """Description, such as "gradient norm spike 6.49 (mean 0.93, std 0.35 over 128 steps)"."""
     action: Action
+    """Policy for this step."""
     setting: str
-    """Config key that the action comes from."""
+    """Config key that set `action`."""
 
     @property
     def updates(self) -> bool:
-        """Whether the step's update is made all the same."""
+        """Whether the optimizer's update is made in spite of the anomaly."""
         return self.action == "record"
 
 
 class LossSpikeDetector:
-    """Checks every step before its update, on numbers that are equal on all ranks.
+    """Detector of anomalies, asked before every update with numbers that are equal on all ranks.
 
-    A spike lies more than `train.spike_sigma` standard deviations above the mean of the last `train.spike_window` steps
-    without one. The first `train.spike_warmup` steps of a run fill the window and have no spikes: both numbers fall
-    fast there, and the norm jumps while a model finds its first solution. In `examples/configs/demo.yaml`, which learns
-    well, it did so once, by 16 standard deviations in step 182.
+    A spike is more than `train.spike_sigma` standard deviations above the mean of the last `train.spike_window` steps
+    without anomaly. The first `train.spike_warmup` steps of a run fill the window and report no spikes: loss and norm
+    fall by an order of magnitude there, and the norm jumps on the way. In `examples/configs/demo.yaml`, a run that
+    learns well, step 182 lies 16 standard deviations above the mean.
 
-    The window is part of a checkpoint, so that a resumed run detects what an uninterrupted one would.
+    The window is part of a checkpoint, so that a resumed run detects the same steps as an uninterrupted one.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -46,11 +50,11 @@ class LossSpikeDetector:
         self._past = {name: deque[float](maxlen=config.spike_window) for name in _TITLES}
 
     def check(self, step: int, loss: float, grad_norm: float) -> StepAnomaly | None:
-        """The anomaly of a step, if it has one.
+        """Return the anomaly of a step, or None; a step without one enters the window.
 
         Args:
             step: number of the step, from 1.
-            loss: over the global batch.
+            loss: mean over the global batch.
             grad_norm: global L2 norm before clipping.
         """
         found = {"loss": loss, "grad_norm": grad_norm}
@@ -61,11 +65,13 @@ class LossSpikeDetector:
         spike = next((spike for spike in spikes if spike), None)
         if spike:
             return StepAnomaly(spike, self.config.on_spike, "train.on_spike")
+        # Only ordinary steps enter the window: a spike in it would raise the threshold for the next one.
         for name, value in found.items():
             self._past[name].append(value)
         return None
 
     def _spike(self, name: str, value: float) -> str | None:
+        """Return the description of a spike, or None for an ordinary value or a window that is not full."""
         past = self._past[name]
         if len(past) < self.config.spike_window:
             return None
@@ -76,10 +82,14 @@ class LossSpikeDetector:
         return f"{_TITLES[name]} spike {value:.6g} (mean {mean:.6g}, std {std:.2g} over {len(past)} steps)"
 
     def state(self) -> dict[str, list[float]]:
-        """The window, as JSON values."""
+        """Return the window as JSON values."""
         return {name: list(past) for name, past in self._past.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state, of a longer or a shorter window too. Raises WrongValue for none of its kind."""
+        """Restore the window, also from a run with a longer or shorter one.
+
+        Raises:
+            WrongValue: `state` is not of the form that `state()` returns.
+        """
         past = read_as(dict[str, tuple[float, ...]], state, "judge")
         self._past = {name: deque(past.get(name, ()), maxlen=self.config.spike_window) for name in self._past}

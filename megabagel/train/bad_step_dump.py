@@ -1,4 +1,7 @@
-"""Dump of a bad step: its samples and losses, and the command that replays it: RUN/faults/step_00000012.json."""
+"""Dump of a bad step: RUN/faults/step_00000012.json with its samples, losses and a command that replays it.
+
+Samples are named by source, key, file and epoch, not copied: randomness is keyed, so these reproduce the step.
+"""
 
 import json
 from pathlib import Path
@@ -14,7 +17,10 @@ from megabagel.train.step import Losses
 
 
 def dump_path(folder: Path, step: StepPlan) -> Path:
-    """The file of a bad step of the run in `folder`, by its number in the order of the data."""
+    """Return the dump file of a step.
+
+    Its number counts steps of data, which run ahead of training steps after a rollback.
+    """
     return folder / "faults" / f"step_{step.number + 1:08d}.json"
 
 
@@ -24,12 +30,12 @@ def bad_step_dump(
     """Write the dump of a bad step.
 
     Args:
-        path: of `dump_path`.
-        anomaly: of the step.
-        losses: of the step.
+        path: file to write, from `dump_path`.
+        anomaly: what was wrong with the step, and the policy applied.
+        losses: of the step, with sums per micro-step.
         norm: global gradient norm before clipping.
-        step: the samples of every pack.
-        replicas: data-parallel size, by which packs ran at the same time.
+        step: the planned samples of every pack.
+        replicas: data-parallel size: so many packs run in one micro-step.
         plan: the data plan of the run, for names and files of samples.
     """
     sums = losses.sums.sum(2).tolist()
@@ -53,7 +59,10 @@ def bad_step_dump(
 
 
 def replay(folder: Path) -> str:
-    """The command that runs up to the first bad step since a checkpoint, in a folder of its own, and stops there."""
+    """Return a command that replays the bad step.
+
+    It starts from the newest checkpoint, runs in its own folder and stops at the first anomaly.
+    """
     newest = sorted((folder / "checkpoints").glob("step_*/manifest.json"))
     start = newest[-1].parent if newest else "none"
     return (
@@ -63,11 +72,12 @@ def replay(folder: Path) -> str:
 
 
 def _samples(step: StepPlan, pack: int, plan: GlobalPlan) -> list[dict[str, Any]]:
+    """Return the descriptions of all samples of a pack."""
     return [_describe(visit, plan.sources[visit.key.source].index) for visit in step.packs[pack].visits]
 
 
 def _describe(visit: Visit, index: Index) -> dict[str, Any]:
-    """Name and place of a sample; its keyed randomness follows from source, sample number and epoch."""
+    """Return name and location of a sample. Source, sample number and epoch determine all of its random choices."""
     key, document = visit.key, index.documents[visit.key.sample]
     return {
         "source": key.source,
@@ -80,7 +90,7 @@ def _describe(visit: Visit, index: Index) -> dict[str, Any]:
 
 
 def _file(document: Document, index: Index) -> str | None:
-    """Where the first part of a sample lies that is not a short text, which the index holds itself."""
+    """Return the file of the first item that is not a short text; short texts lie in the index itself."""
     for item in document.items:
         place = item.source if isinstance(item, TextItem) else item.member
         place = place.place if isinstance(place, Passage) else place

@@ -1,6 +1,6 @@
-"""From a config to a trainer: opens the data, chooses the engines, builds the model and the optimizer of this rank.
+"""Trainer from a config: open the data, choose the engines, build model and optimizer of this rank.
 
-What fails for a user's mistake fails on every rank with the same UserError.
+Everything that a user's mistake can make fail runs inside `on_all_ranks`: the same UserError is raised on every rank.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from megabagel.train.trainer import Trainer
 
 @dataclass(frozen=True)
 class Data:
-    """Where batches come from."""
+    """Opened data of a run: indexed sources, tokenizer, decoding engine and the optional latent cache."""
 
     sources: Sequence[Source]
     tokenizer: TextTokenizer
@@ -39,13 +39,19 @@ class Data:
 
 
 def open_data(config: Config) -> Data:
-    """Index the sources of a config and choose how they are read. Raises UserError."""
+    """Index the sources of a config and choose how they are read.
+
+    Raises:
+        UserError: a source or the tokenizer is unusable, or ranks see different contents of them.
+    """
     data = config.data
     on_rank0(lambda: ensure_dataset(data))
     tokenizer = on_all_ranks(lambda: _tokenizer(config))
     opened: list[list[Source]] = []
-    on_rank0(lambda: opened.append(open_sources(config, tokenizer)))  # writes the cache that the others read
+    # Rank 0 first: it writes the index cache that the other ranks then read, instead of all indexing every shard.
+    on_rank0(lambda: opened.append(open_sources(config, tokenizer)))
     sources = on_all_ranks(lambda: opened[0] if opened else open_sources(config, tokenizer))
+    # A stale file on one host would give that rank other samples, without any error.
     contents = {f"contents of data.sources {source.name}": source.index.fingerprint for source in sources}
     require_equal({"data.tokenizer's contents": tokenizer.fingerprint(), **contents})
     decode = on_all_ranks(lambda: choose_engine(data.decode, current_device(), data.decode_threads, data.workers))
@@ -53,10 +59,18 @@ def open_data(config: Config) -> Data:
 
 
 def build_trainer(config: Config, mesh: Mesh, data: Data | None = None, draw: bool = True) -> Trainer:
-    """The trainer of this rank; `data` are those of the config by default. Raises UserError.
+    """Build the trainer of this rank.
 
-    Without `draw` its weights are for a checkpoint to fill: none are drawn.
+    Args:
+        config: the run.
+        mesh: process groups of the job.
+        data: opened data; by default that of the config.
+        draw: whether to draw initial weights; False where a checkpoint will fill them.
+
+    Raises:
+        UserError: on every rank alike.
     """
+    # First: a model that is too large must be refused before any of it is allocated.
     on_all_ranks(lambda: check_memory(config, current_device(), mesh.dp.size * mesh.cp.size))
     data = data or open_data(config)
     plan = on_all_ranks(lambda: GlobalPlan(data.sources, config))
@@ -73,10 +87,12 @@ def build_trainer(config: Config, mesh: Mesh, data: Data | None = None, draw: bo
 
 
 def _sampler(rank: Rank, tokenizer: TextTokenizer) -> EulerSampler:
+    """Return the sampler of training's sample images."""
     return EulerSampler(rank.config, rank.mesh, rank.batches, rank.builder, tokenizer, rank.runner.evaluate)
 
 
 def _attention(config: Config) -> AttentionEngine:
+    """Return the attention engine. Raises UserError for one without a backward pass."""
     engine = choose_attention(config)
     if not engine.has_backward:
         raise UserError(
@@ -86,12 +102,14 @@ def _attention(config: Config) -> AttentionEngine:
 
 
 def _latents(config: Config, sources: Sequence[Source]) -> LatentCache | None:
+    """Return the latent cache that `data.latents` names, or None."""
     if config.data.latents is None:
         return None
     return open_latents(Path(config.data.latents), config, sources, codec_fingerprint(config.model.vae))
 
 
 def _tokenizer(config: Config) -> TextTokenizer:
+    """Return the tokenizer. Raises UserError if the embedding has fewer rows than it has ids."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab:
         raise UserError(

@@ -1,7 +1,7 @@
-"""One rank of a job, assembled: its share of the weights, its optimizer, and what makes its batches and inputs.
+"""Assembly of one rank: model chunks, optimizer, batch builder and input builder.
 
-Training, bench and parity build a whole `Rank`; the planner's dry run builds `RankWeights` on the meta device: the same
-code without storage.
+Training, bench and parity build a whole `Rank`; the planner's dry run builds `RankWeights` on the meta device, with the
+same code and without storage.
 """
 
 import logging
@@ -61,7 +61,7 @@ def build_weights(
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank, ready to step."""
+    """One rank, ready to run steps."""
 
     config: Config
     mesh: Mesh
@@ -69,22 +69,25 @@ class Rank:
     optimizer: Optimizer
     runner: StepRunner
     batches: BatchBuilder
-    """Makes packed batches of packs; a copy goes to the loader's workers."""
+    """Builds packed batches from packs; the loader's workers get a copy."""
     builder: InputBuilder
-    """Makes a stage's inputs of packed batches."""
+    """Builds the inputs of a pipeline stage from packed batches."""
 
 
 def build_rank(
     config: Config, mesh: Mesh, attention: AttentionEngine, codec: Codec | None = None, initialize: bool = True
 ) -> Rank:
-    """Assemble this rank. Raises UserError on every rank alike.
+    """Assemble this rank.
 
     Args:
         config: the run, whose grid `mesh` is.
-        mesh: this rank's place.
-        attention: the engine, for masks planned with the batch and for the layers.
-        codec: encodes images; None where all latents are given from outside.
+        mesh: process groups of the job, and this rank's coordinates in them.
+        attention: engine of the layers; its plan of a mask is made together with the batch.
+        codec: image autoencoder; None where all latents are given from outside.
         initialize: see `build_weights`.
+
+    Raises:
+        UserError: on every rank alike.
     """
     kernels = on_all_ranks(lambda: choose_kernels(config))
     vit, tp = config.model.vit, mesh.tp.size

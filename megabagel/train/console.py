@@ -1,4 +1,4 @@
-"""Steps on the console: plain lines for a log, a progress bar for a terminal."""
+"""Console output of a run: plain lines for a log file, a progress bar for a terminal."""
 
 from collections.abc import Mapping
 
@@ -15,33 +15,33 @@ COLUMNS = {
     "tokens_per_s_per_gpu": "{:,.0f} tok/s/rank",
     "mfu_official": "mfu {:.1%}",
 }
-"""What is shown of a record, in order, and how; a record may lack some."""
+"""Format of the values shown of a record, in order; a record may lack some."""
 
 
 def describe(record: Mapping[str, float | int]) -> str:
-    """The shown part of a record on one line."""
+    """Return the shown values of a record on one line."""
     return "  ".join(form.format(record[name]) for name, form in COLUMNS.items() if name in record)
 
 
 class StepLines:
-    """A plain line every so many steps, and for the last one."""
+    """A plain line every `every` steps, and one for the last step."""
 
     def __init__(self, total: int, every: int, step: int) -> None:
         """`step` is the last finished one of `total`."""
         self._total, self._every = total, every
 
     def show(self, record: Mapping[str, float | int]) -> None:
-        """Take a finished step."""
+        """Show a finished step."""
         step = int(record["step"])
         if step % self._every == 0 or step == self._total:
             print(f"step {step:{len(str(self._total))}}/{self._total}  {describe(record)}", flush=True)
 
     def close(self) -> None:
-        """Nothing is left open."""
+        """Do nothing: no line is left open. Counterpart of `ProgressBar.close`."""
 
 
 class ProgressBar:
-    """A bar over all steps; its numbers change every so many."""
+    """A progress bar over all steps; its numbers change every `every` steps."""
 
     def __init__(self, total: int, every: int, step: int) -> None:
         """`step` is the last finished one of `total`."""
@@ -53,11 +53,11 @@ class ProgressBar:
         self._progress.start()
 
     def show(self, record: Mapping[str, float | int]) -> None:
-        """Take a finished step."""
+        """Show a finished step."""
         step = int(record["step"])
         fresh = describe(record) if step % self._every == 0 else None
         self._progress.update(self._task, completed=step, description=fresh)
 
     def close(self) -> None:
-        """Give the terminal back; the bar stays."""
+        """Stop drawing, so that the terminal works normally again; the bar stays visible."""
         self._progress.stop()

@@ -1,4 +1,4 @@
-"""Sample images on one sheet, each with its prompt beneath."""
+"""Contact sheet: sample images on one picture, each with its prompt beneath."""
 
 import io
 import math
@@ -9,15 +9,24 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 CELL = 160
-"""Small pictures are enlarged by a whole factor to about this width, so that a person can see them; pixels."""
+"""Target width of a cell in pixels: smaller pictures are enlarged by a whole factor to about this width."""
 GAP = 8
+"""Margin around a cell, pixels."""
 LINE = 14
+"""Height of a caption line, pixels."""
 LETTER = 7
-"""Width that a letter of the caption may take, pixels."""
+"""Width reserved for a letter of the caption, pixels."""
 
 
 def contact_sheet(pictures: Mapping[str, np.ndarray]) -> np.ndarray:
-    """uint8 [height, width, 3] of every picture (uint8 [h, w, 3], at least one), in rows from the top left."""
+    """Arrange pictures in rows on one sheet.
+
+    Args:
+        pictures: prompt -> uint8 [height, width, 3]; at least one.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
     cells = [_cell(prompt, picture) for prompt, picture in pictures.items()]
     columns = math.ceil(math.sqrt(len(cells)))
     rows = math.ceil(len(cells) / columns)
@@ -29,14 +38,14 @@ def contact_sheet(pictures: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def png(picture: np.ndarray) -> bytes:
-    """The PNG file of a uint8 [height, width, 3] picture."""
+    """Encode a uint8 [height, width, 3] picture as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _cell(prompt: str, picture: np.ndarray) -> Image.Image:
-    """The picture, its prompt, and the gap to the right and below."""
+    """Return the picture with its prompt beneath and a gap to the right and below."""
     scale = max(1, round(CELL / picture.shape[1]))
     image = Image.fromarray(picture.repeat(scale, axis=0).repeat(scale, axis=1))
     lines = textwrap.wrap(prompt, max(1, image.width // LETTER))

@@ -1,4 +1,7 @@
-"""A model that cannot fit is refused before it is built: filling memory ends a machine, not only the run."""
+"""Memory check before a model is built.
+
+On a CPU an oversized model would not raise an error: it would fill the machine's memory and take other processes down.
+"""
 
 import os
 
@@ -9,15 +12,15 @@ from megabagel.errors import UserError
 
 
 def check_memory(config: Config, device: torch.device, dp: int) -> None:
-    """Raise UserError if weights, gradients and optimizer state alone take more memory than the device has.
+    """Raise UserError if weights, gradients and optimizer state alone need more memory than the device has.
 
     A lower bound on purpose: activations, buffers and other ranks of the same machine are left out (`megabagel plan`
-    counts them), so nothing that could run is refused.
+    estimates them), so no config that could run is refused.
 
     Args:
-        config: the run's config.
-        device: where the weights will lie.
-        dp: data-parallel size, over which the optimizer's state is spread.
+        config: the run.
+        device: device of the weights.
+        dp: number of ranks that the optimizer's state is sharded over.
     """
     needed = parameters(config.model) // (config.parallel.tp * config.parallel.pp) * _bytes_each(config, dp)
     there = _memory(device)
@@ -30,7 +33,7 @@ def check_memory(config: Config, device: torch.device, dp: int) -> None:
 
 
 def parameters(model: ModelConfig) -> int:
-    """Numbers of the large matrices of the model, position tables included; norms and biases are left out."""
+    """Number of elements of the model's large matrices and position tables; norms and biases are left out."""
     width, heads = model.hidden, model.kv_channels
     attention = 2 * width * heads * (model.heads + model.kv_heads)
     mlp = 3 * width * model.ffn
@@ -45,14 +48,16 @@ def parameters(model: ModelConfig) -> int:
 
 
 def _bytes_each(config: Config, dp: int) -> float:
-    """Bytes of a parameter: weight and fp32 gradient, and this rank's share of moments, fp32 weight and average."""
+    """Bytes per parameter: weight, fp32 gradient, and this rank's share of moments, fp32 weight and average."""
     if config.train.freeze:
-        return 2  # how much of it learns is not looked at
+        # At least a bf16 weight: the freeze list decides which parameters have gradients, and is not evaluated here.
+        return 2
     state = 8 + (4 if config.train.precision == "bf16" else 0) + (4 if config.train.ema else 0)
     return (2 if config.train.precision == "bf16" else 4) + 4 + state / dp
 
 
 def _memory(device: torch.device) -> int:
+    """Memory of the device in bytes; for a CPU that of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,6 +1,7 @@
-"""Gradients and updates: megatron-core's DDP and distributed optimizer, the sum over tensor-parallel ranks, and EMA.
+"""Optimizer of one rank: megatron-core's DDP and distributed optimizer, and an exponential moving average (EMA).
 
-Every data-parallel rank owns a flat shard of the fp32 weights, moments and averaged weights (ZeRO-1).
+Every data-parallel rank owns a flat shard of the fp32 weights, moments and averaged weights (ZeRO-1). Recipe and EMA:
+docs/bagel.md#optimizer, docs/bagel.md#ema.
 """
 
 from typing import Any
@@ -19,11 +20,19 @@ from megabagel.runtime.phase import phase
 
 
 class Optimizer:
-    """AdamW with clipping over this rank's model chunks, and the exponential moving average of the weights."""
+    """AdamW with gradient clipping over this rank's model chunks, and the EMA of the weights."""
 
     def __init__(
         self, config: TrainConfig, megatron: TransformerConfig, stages: list[PipelineStage], mesh: Mesh
     ) -> None:
+        """Wrap the model chunks in DDP and build the optimizer over them.
+
+        Args:
+            config: optimizer settings, freeze list aside: frozen weights have `requires_grad=False` already.
+            megatron: of the model chunks; its `finalize_model_grads_func` is set to `finish_gradients`.
+            stages: this rank's model chunks, several with interleaved pipeline stages.
+            mesh: process groups of the job.
+        """
         self.config = config
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
@@ -32,15 +41,18 @@ class Optimizer:
         chained: Any = get_megatron_optimizer(
             _optimizer_config(config, megatron), self.chunks, use_gloo_process_groups=False
         )
+        # megatron-core wraps several optimizers (dense, experts) in a ChainedOptimizer; this model has exactly one
+        # inside.
         (self.distributed,) = getattr(chained, "chained_optimizers", [chained])
         self._chained = chained
         self._allocate_moments()
         self._fuse_on_cpu()
         self.ema = {shard: shard.detach().clone() for shard in self.shards()} if config.ema else {}
+        # megatron-core's own function also all-reduces embedding and layer-norm gradients by rules of GPT models.
         megatron.finalize_model_grads_func = lambda chunks, *_, **__: finish_gradients(chunks, mesh.tp)
 
     def shards(self) -> list[torch.Tensor]:
-        """This rank's fp32 weight shards, flat, in a fixed order."""
+        """Return this rank's fp32 weight shards, flat, in a fixed order."""
         return [shard for group in self.inner.param_groups for shard in group["params"]]
 
     @property
@@ -49,58 +61,73 @@ class Optimizer:
         return self.distributed.optimizer
 
     def _allocate_moments(self) -> None:
-        """Make the moments exist before the first step, so that a checkpoint can always be written or filled."""
+        """Create the moments now rather than in the first step: a checkpoint may be saved or loaded before it."""
         for shard in self.shards():
             zeros = {kind: torch.zeros_like(shard) for kind in ("exp_avg", "exp_avg_sq")}
             self.inner.state[shard] = {"step": torch.zeros(()), **zeros} if self._counts_per_shard else zeros
 
     @property
     def _counts_per_shard(self) -> bool:
-        """torch's AdamW counts steps per parameter; the fused optimizers of GPU machines per group."""
+        """Whether steps are counted per parameter (torch's AdamW) or per group (fused GPU optimizers)."""
         return isinstance(self.inner, torch.optim.AdamW)
 
     def _fuse_on_cpu(self) -> None:
-        """One pass over weights and moments. The alternative takes MKL's roots, whose last bits differ by processor."""
+        """Use torch's fused AdamW on a CPU: one pass over weights and moments.
+
+        The alternative takes MKL's square roots, whose last bits differ between processors.
+        """
         for group in self.inner.param_groups:
             if self._counts_per_shard and all(shard.device.type == "cpu" for shard in group["params"]):
                 group["fused"] = True
 
     def after_load(self, step: int) -> None:
-        """Weights, moments, averages were filled in place: count `step` updates and hand the weights to the model."""
+        """Finish a load that filled weights, moments and averages in place.
+
+        Args:
+            step: number of updates made so far, for AdamW's bias correction.
+        """
         for group in self.inner.param_groups:
             if not self._counts_per_shard:
                 group["step"] = step
             for shard in group["params"] if self._counts_per_shard else ():
                 self.inner.state[shard]["step"].fill_(step)
+        # A private of megatron-core: its public load_state_dict takes a state dict, but the shards were filled in
+        # place.
         self.distributed._copy_main_params_to_model_params()
         for chunk in self.chunks:
+            # Each rank wrote its own shard of the model weights only: gather the others'.
             chunk.start_param_sync(force_sync=True)
 
     def start_averages(self) -> None:
-        """Averaged weights start as the weights are."""
+        """Set the averaged weights to the current weights."""
         for shard, average in self.ema.items():
             average.copy_(shard.detach())
 
     def zero_grad(self) -> None:
-        """Start a step."""
+        """Clear the gradients before a step."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self._chained.zero_grad()
 
     def step(self, learning_rate: float) -> float:
-        """Clip and update with the gradients at hand; returns their global L2 norm before clipping."""
+        """Clip and update with the current gradients; returns their global L2 norm before clipping."""
         norm = self.gradient_norm()
         self.update(learning_rate, norm)
         return norm
 
     def gradient_norm(self) -> float:
-        """Global L2 norm of the gradients at hand, equal on all ranks. What a checkpoint holds is not touched."""
+        """Return the global L2 norm of the current gradients, equal on all ranks. Changes no weight and no moment."""
         self._chained.prepare_grads()
         return float(self._chained.get_grad_norm())
 
     @torch.no_grad()
     def update(self, learning_rate: float, norm: float) -> None:
-        """Clip by the norm that `gradient_norm` found, then update weights, moments and averaged weights."""
+        """Clip by `norm`, then update weights, moments and averaged weights.
+
+        Args:
+            learning_rate: of this step.
+            norm: global gradient norm from `gradient_norm`; computing it a second time would cost another all-reduce.
+        """
         for group in self._chained.param_groups:
             group["lr"] = learning_rate
         parameters = self.distributed.get_parameters()
@@ -112,6 +139,7 @@ class Optimizer:
 
 
 def _optimizer_config(config: TrainConfig, megatron: TransformerConfig) -> OptimizerConfig:
+    """Return megatron-core's optimizer settings."""
     return OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -128,7 +156,7 @@ def _optimizer_config(config: TrainConfig, megatron: TransformerConfig) -> Optim
 
 
 def finish_gradients(chunks: list[DistributedDataParallel], tp: Axis) -> None:
-    """Sum gradients over data- and context-parallel ranks, then partial ones over tensor-parallel ranks."""
+    """Reduce gradients over data- and context-parallel ranks, then partial ones over tensor-parallel ranks."""
     with phase("gradients"):
         for chunk in chunks:
             chunk.finish_grad_sync()
@@ -137,7 +165,10 @@ def finish_gradients(chunks: list[DistributedDataParallel], tp: Axis) -> None:
 
 
 def _sum_partial(chunks: list[DistributedDataParallel], tp: Axis) -> None:
-    """Sum the gradients of weights that every tensor-parallel rank holds and only some of the rows reach."""
+    """Sum the gradients of replicated weights that only some of the rows reached on each tensor-parallel rank.
+
+    They are concatenated: one all-reduce rather than one per weight.
+    """
     partial = [
         parameter.main_grad  # type: ignore[attr-defined]
         for chunk in chunks

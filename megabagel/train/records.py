@@ -1,4 +1,7 @@
-"""The files that telemetry leaves behind. Each write reaches the operating system before the call returns."""
+"""Files of telemetry: metrics.jsonl, sample images and a TensorBoard event file.
+
+Every write reaches the operating system before the call returns: a killed process loses no finished step.
+"""
 
 import json
 import logging
@@ -20,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the operating system refuses into a user's error."""
+    """Turn an OSError into a UserError that names the file."""
     try:
         yield
     except OSError as error:
@@ -31,10 +34,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class MetricsFile:
-    """metrics.jsonl: a JSON object per step. Floats read back bit for bit; NaN and Infinity as Python writes them."""
+    """metrics.jsonl: one JSON object per step.
+
+    Floats are written with repr, so that they read back bit for bit; NaN and Infinity as Python's json writes them.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
-        """Open for steps after `step`; later lines, and one that a crash cut off, are dropped."""
+        """Open for the steps after `step`; lines of later steps and a last line cut off by a crash are removed."""
         self._path = path
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +61,7 @@ class MetricsFile:
 
 
 def _keep_lines(path: Path, step: int) -> None:
-    """Keep the lines of steps up to `step`; at any moment the file is either the old or the new one."""
+    """Keep the lines of steps up to `step`. The file is replaced atomically: a crash leaves the old or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     odd = 0
     with path.open("rb") as old, temporary.open("wb") as new:
@@ -72,7 +78,7 @@ def _keep_lines(path: Path, step: int) -> None:
 
 
 def _step_of(line: bytes) -> int | None:
-    """Step of a line; None for one that a crash cut off, or that is none of ours."""
+    """Return the step of a line; None for a line cut off by a crash, or one that is not a record."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
@@ -82,10 +88,10 @@ def _step_of(line: bytes) -> int | None:
 
 
 class SampleFiles:
-    """A PNG per step with sample images."""
+    """One PNG with sample images per sampled step."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Open for steps after `step`; the pictures of later ones are removed."""
+        """Open for the steps after `step`; images of later steps are removed."""
         self._folder = folder
         for path in folder.glob("step_*.png"):
             if path.stem > f"step_{step:08d}":
@@ -101,23 +107,24 @@ class SampleFiles:
 
 
 class TensorBoardFile:
-    """One TensorBoard event file: an event per step with all its scalars, and images.
+    """One TensorBoard event file with an event per step for all scalars, and events for images.
 
-    Written in place rather than through `SummaryWriter`, whose background thread reports a full disk as a traceback.
+    Written directly rather than through `SummaryWriter`: its background thread turns a full disk into a traceback.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Open for steps after `step`; TensorBoard forgets what earlier files hold beyond it."""
+        """Open for the steps after `step`; the START event makes TensorBoard drop later steps of earlier files."""
         self._path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}"
         with writing(self._path):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab")
         self._records = RecordWriter(self._file)
+        # The first event of a file must be this version string.
         self._append(Event(file_version="brain.Event:2"))
         self._append(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, record: Mapping[str, float | int]) -> None:
-        """Append the scalars of a step: `name` as train/name, `name/part` as it is."""
+        """Append the scalars of a step, tagged `train/name`; names with a slash are kept."""
         values = (
             Summary.Value(tag=name if "/" in name else f"train/{name}", simple_value=value)
             for name, value in record.items()
@@ -126,7 +133,7 @@ class TensorBoardFile:
         self._summarise(int(record["step"]), values)
 
     def write_image(self, step: int, encoded: bytes, size: tuple[int, int]) -> None:
-        """Append a PNG of (height, width)."""
+        """Append a PNG; `size` is (height, width)."""
         image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=encoded)
         self._summarise(step, [Summary.Value(tag="samples", image=image)])
 

@@ -1,4 +1,4 @@
-"""What a run that goes on does differently from the one that wrote the checkpoint: every changed key, in the log."""
+"""Log of the config keys in which a resumed run differs from the run that wrote its checkpoint."""
 
 import logging
 from collections.abc import Iterator
@@ -18,14 +18,16 @@ _SAME_NUMBERS = (
     *("run.", "telemetry.", "checkpoint."),
     *("data.root", "data.index_dir", "data.workers", "data.worker_timeout", "data.prefetch", "data.decode_threads"),
 )
-"""Beginnings of keys that change no number of a run."""
+"""Prefixes of keys that cannot change any computed value of a run."""
 
 
 def log_changes(folder: Path, config: Config) -> None:
-    """Log `key: old -> new` for every key that differs from the config in a checkpoint, and what follows from it."""
+    """Log `key: old -> new` for every key that differs from a checkpoint's config, and the consequences."""
     try:
         old = load_yaml(read_file(folder / CONFIG, MOST_BYTES).decode())
     except (OSError, UnicodeDecodeError, YamlError) as error:
+        # A warning and no error: the config file only serves this comparison; weights and state have checksums of their
+        # own.
         logger.warning("the config of %s cannot be compared with this one: %s", folder, error)
         return
     changed = list(changes(old, to_dict(config)))
@@ -38,10 +40,11 @@ def log_changes(folder: Path, config: Config) -> None:
 
 
 def changes(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) of all that differs; an absent value is ABSENT."""
+    """Yield (dotted key, old value, new value) for every difference; a missing value is ABSENT."""
     before, now = dict(_leaves(old)), dict(_leaves(new))
     for key in dict.fromkeys((*before, *now)):
         mine, theirs = before.get(key, ABSENT), now.get(key, ABSENT)
+        # The type counts too: 1 == 1.0 == True in Python.
         if mine != theirs or type(mine) is not type(theirs):
             yield key, mine, theirs
 
@@ -50,11 +53,12 @@ ABSENT = object()
 
 
 def _word(value: Any) -> str:
+    """Return a value as the log shows it."""
     return "absent" if value is ABSENT else show(value)
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by dotted key, entries of lists by their numbers."""
+    """Yield (dotted key, value) of every leaf; entries of lists are keyed by their position."""
     entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
     if not entries:
         yield path, tree

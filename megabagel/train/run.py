@@ -1,4 +1,8 @@
-"""A training run: join the job, build everything or go on from a checkpoint, step until done."""
+"""Training run: join the job, build the trainer or resume it from a checkpoint, and step until `train.steps`.
+
+The loop lives here; one step, one save and one resume are methods of `train/trainer.py`.
+docs/architecture.md#how-a-step-flows follows one batch through the rooms.
+"""
 
 import logging
 import signal
@@ -38,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: Config, stop: StopRequest | None = None) -> None:
-    """Train `config` on the ranks of this job; called once per rank. Raises as `records` does."""
+    """Train `config` on the ranks of this job. Called once per rank; raises as `records` does."""
     for _ in records(config, stop):
         pass
 
@@ -47,16 +51,19 @@ def records(config: Config, stop: StopRequest | None = None) -> Iterator[dict[st
     """Train `config` on the ranks of this job and yield the record of every finished step, equal on all ranks.
 
     Called once per rank. Closing the generator ends the run between two steps: a checkpoint that is being written is
-    completed, steps after it are not saved.
+    completed, the steps after it are not saved.
 
     Raises:
-        Preempted: `stop` was asked for on any rank.
-        BadStep: a step that the config does not let pass.
+        Preempted: `stop` received a signal on any rank; the run is saved.
+        BadStep: a step with an anomaly for which the config demands a stop.
+        UserError: a mistake in the config, the data or the environment; the same error on all ranks.
     """
     with distributed(config) as mesh, ExitStack() as owned:
         configure_log(mesh.world.rank)
         logger.info("grid: %s, %s on %s", mesh.describe(), config.train.precision, comm_backend())
         folder = Path(config.run.dir)
+        # Half of run.timeout at most: the other ranks wait in `on_rank0` meanwhile, and a phase of run.timeout counts
+        # as hung.
         patience = min(config.run.heartbeat_timeout, config.run.timeout / 2)
         lock = locked(inside(folder), f"run.dir={folder}", patience, keepalive)
         on_rank0(lambda: owned.enter_context(lock))
@@ -66,7 +73,9 @@ def records(config: Config, stop: StopRequest | None = None) -> Iterator[dict[st
             checkpoint = api.find(config, mesh)
         with phase("build"):
             trainer = _build(config, mesh, data, checkpoint)
-        on_rank0(lambda: _take_over(config, folder))  # all checks that can refuse a start have passed
+        # Last, because every check that can refuse a start has passed: a refused start must leave the folder's config
+        # and checkpoints as they were.
+        on_rank0(lambda: _take_over(config, folder))
         first = mesh.world.first
         telemetry = on_all_ranks(lambda: Telemetry(config, first=first, step=trainer.step))
         finished(trainer.step)
@@ -81,8 +90,9 @@ def records(config: Config, stop: StopRequest | None = None) -> Iterator[dict[st
 
 
 def _build(config: Config, mesh: Mesh, data: Data, checkpoint: Path | None) -> Trainer:
-    """The trainer with its weights: those of the checkpoint to resume, of `run.init_from`, or fresh ones."""
+    """Return the trainer with its weights: those of the checkpoint to resume, of `run.init_from`, or new ones."""
     source = checkpoint or (Path(config.run.init_from) if config.run.init_from else None)
+    # No initial weights are drawn where a checkpoint overwrites them.
     trainer = build_trainer(config, mesh, data, draw=source is None)
     if source is not None:
         (trainer.resume if checkpoint else trainer.start_from)(source)
@@ -90,6 +100,7 @@ def _build(config: Config, mesh: Mesh, data: Data, checkpoint: Path | None) -> T
 
 
 def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator[dict[str, Any]]:
+    """Step, log, sample and save until `train.steps`; yields the record of each step that was not rolled back."""
     config, mesh = trainer.config, trainer.mesh
     peak = peak_flops(config, current_device())
     logger.info("peak for MFU: %.3g FLOP/s per rank (%s)", *peak)
@@ -99,8 +110,14 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
         started = time.perf_counter()
         outcome = trainer.train_step(step)
         stop.finished += 1
+        # The signal travels with an all-reduce that every step has anyway: a signal that reaches only some ranks stops
+        # all of them after the same step.
         lost, signalled = all_max(len(step.lost), stop.number)
+        # Ranks of one data-parallel replica may read the same image, so lost images are counted as a union. The
+        # all-gather is rare: it happens only when some rank lost one.
         trainer.lost_images += len(all_union(frozenset(map(repr, step.lost)))) if lost else 0
+        # Measured after the all-reduce, which waits for the slowest rank: the time of the job's step, not of this
+        # rank's.
         seconds = time.perf_counter() - started
         finished(trainer.step)
         if outcome.anomaly and _apply_policy(trainer, step, outcome, outcome.anomaly):
@@ -117,6 +134,7 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
             with phase("sampling"):
                 on_rank0(partial(telemetry.log_images, trainer.step, trainer.sampler.draw()))
         with phase("checkpoint"):
+            # Collective: completes an asynchronous checkpoint once every rank has written its file.
             trainer.saver.poll()
         if last or signalled or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
             trainer.save(step.plan.state)
@@ -133,13 +151,17 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
 
 
 def _steps(trainer: Trainer) -> Iterator[Step]:
-    """Steps until the last one is finished; a rollback makes it as many more as it undid."""
+    """Yield steps until the last one is finished. After a rollback, as many more follow as it undid."""
     while (left := trainer.config.train.steps - trainer.step) > 0:
         yield from in_step(trainer.loader.steps(left))
 
 
 def in_step(steps: Iterator[Step]) -> Iterator[Step]:
-    """The steps while every rank has its share of the next one. A rank without (a shard is gone) ends all of them."""
+    """Yield steps while every rank has its part of the next one.
+
+    `next` runs inside `on_all_ranks`, so that a rank whose data fails (a shard was removed) raises its error on all
+    ranks instead of leaving the others in the forward pass.
+    """
     while True:
         started = time.perf_counter()
         with phase("data"):
@@ -150,7 +172,7 @@ def in_step(steps: Iterator[Step]) -> Iterator[Step]:
 
 
 def _apply_policy(trainer: Trainer, step: Step, outcome: Outcome, anomaly: StepAnomaly) -> bool:
-    """Dump the samples of a bad step and do what its policy demands; whether the run was rolled back."""
+    """Dump the samples of a bad step and apply the policy of its anomaly; returns whether the run was rolled back."""
     folder, mesh = Path(trainer.config.run.dir), trainer.mesh
     path = dump_path(folder, step.plan)
     losses, norm = outcome.losses, outcome.norm
@@ -172,11 +194,11 @@ def _apply_policy(trainer: Trainer, step: Step, outcome: Outcome, anomaly: StepA
 
 
 _DONE = {"record": "kept going", "stop": "stopping", "skip": "update skipped", "rollback": "rolling back"}
-"""By action, for the log."""
+"""Wording of the log line, by action."""
 
 
 def _record(trainer: Trainer, step: Step, losses: Losses, norm: float) -> dict[str, Any]:
-    """What a step did, equal on every grid up to rounding: the first part of its line in metrics.jsonl."""
+    """Return the part of a step's metrics.jsonl line that is equal on every grid up to rounding (no timings)."""
     plan = step.plan
     by_source: dict[str, float] = {}
     counts = plan.tokens_by_source()
@@ -205,7 +227,10 @@ def _record(trainer: Trainer, step: Step, losses: Losses, norm: float) -> dict[s
 
 
 def _probe(folder: Path) -> None:
-    """Find out whether the run can be written, rather now than at the first checkpoint. What is there stays."""
+    """Raise UserError if the run folder cannot be written: found at the start rather than at the first checkpoint.
+
+    Existing files are not touched.
+    """
     checkpoints = folder / "checkpoints"
     with _writing(folder):
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -214,7 +239,10 @@ def _probe(folder: Path) -> None:
 
 
 def _take_over(config: Config, folder: Path) -> None:
-    """Make the folder this run's: its config, and no checkpoints of a run that it does not go on from."""
+    """Claim the run folder: write this run's config, and move checkpoints aside that it does not resume from.
+
+    They are renamed rather than deleted: `run.resume=none` in a script that is requeued would otherwise destroy a run.
+    """
     checkpoints = folder / "checkpoints"
     with _writing(folder):
         if config.run.resume == "none" and any(checkpoints.glob("step_*")):
@@ -227,7 +255,7 @@ def _take_over(config: Config, folder: Path) -> None:
 
 
 def _keep_other(path: Path, config: Config) -> None:
-    """The config file of an earlier start of this run stays beside, where it said something else."""
+    """Rename the config file of an earlier start to `config-N.yaml` if its content differs from this one."""
     if path.is_file():
         new = path.with_name(".config.new")
         dump(config, new)
@@ -239,7 +267,7 @@ def _keep_other(path: Path, config: Config) -> None:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turns what a disk refuses into a user's error that names the folder."""
+    """Turn an OSError into a UserError that names the folder."""
     try:
         yield
     except OSError as error:

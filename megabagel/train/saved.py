@@ -1,4 +1,7 @@
-"""What of a run is saved, as its folder has it: for messages before torch is imported and after all else is over."""
+"""Newest checkpoint of a run and messages about it, read from the run folder alone.
+
+The command line needs them before torch is imported and after the job has ended.
+"""
 
 import re
 from pathlib import Path
@@ -10,7 +13,7 @@ from megabagel.runtime import phase
 
 
 def newest(config: Config) -> tuple[Path, int] | None:
-    """(folder, step) of the checkpoint that `latest` names, if it is there; nothing of it is read."""
+    """Return (folder, step) of the checkpoint that `latest` names, or None. Its content is not checked."""
     root = Path(config.run.dir) / "checkpoints"
     try:
         name = (root / "latest").read_text().strip()
@@ -21,9 +24,9 @@ def newest(config: Config) -> tuple[Path, int] | None:
 
 
 def finished(config: Config) -> str | None:
-    """The message about a run whose steps are all done, started again with the same settings; None for any other.
+    """Return the message for a finished run that is started again with the same settings, or None.
 
-    One with other settings goes the long way: its checkpoint may not fit them, which only loading it finds out.
+    With other settings the run starts normally: the checkpoint may not fit them, which only loading it finds out.
     """
     saved, folder = newest(config), Path(config.run.dir)
     if config.run.resume != "auto" or saved is None or saved[1] < config.train.steps:
@@ -36,14 +39,14 @@ def finished(config: Config) -> str | None:
 
 
 def done(config: Config, step: int) -> str:
-    """That no step is left."""
+    """Return the message that no step is left."""
     return (
         f"run.dir={config.run.dir}: all {config.train.steps} steps are done; train.steps=N with N above {step} goes on."
     )
 
 
 def interrupted(config: Config) -> str:
-    """The message after Ctrl-C."""
+    """Return the message after Ctrl-C: the saved step, and the number of steps lost since."""
     saved, step = newest(config), phase.now.step
     what = f"step {saved[1]} is saved in {saved[0]}" if saved else "no checkpoint was written yet"
     lost = step - (saved[1] if saved else 0)

@@ -1,4 +1,4 @@
-"""Learning rate by step (docs/bagel.md#learning-rate)."""
+"""Learning-rate schedule (docs/bagel.md#learning-rate)."""
 
 import math
 
@@ -6,7 +6,12 @@ from megabagel.config.schema import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of step `step`, counted from 0: linear warm-up (step 0 runs with rate 0), then constant or cosine."""
+    """Return the learning rate of a step: linear warm-up, then constant or cosine decay.
+
+    Args:
+        config: `lr`, `min_lr`, `warmup`, `schedule` and `steps`.
+        step: counted from 0; with a warm-up, step 0 has rate 0, as in the released schedule.
+    """
     if step < config.warmup:
         return config.lr * step / config.warmup
     if config.schedule == "constant":

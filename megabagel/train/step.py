@@ -1,4 +1,4 @@
-"""One training step: micro-batches through the pipeline schedule, losses over global token counts, one update."""
+"""One training step: micro-batches through the pipeline schedule, and losses over global token counts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,16 +22,20 @@ from megabagel.train.optimizer import Optimizer
 
 @dataclass(frozen=True)
 class Counts:
-    """Loss-bearing tokens; the denominators of both losses."""
+    """Numbers of tokens with a loss: the denominators of cross-entropy and of the flow loss."""
 
     ce: int
     mse: int
 
 
 def denominators(config: TrainConfig, micro_steps: Sequence[Sequence[Pack | Size]]) -> list[Counts]:
-    """What the summed losses of each micro-step are divided by (docs/bagel.md#losses).
+    """Return the denominators of the summed losses, one per micro-step (docs/bagel.md#losses).
 
-    micro_steps: the packs, or their sizes, that all data-parallel ranks run at the same time, for each turn of a step.
+    With `train.loss_normalization=micro_step` each micro-step has its own mean, and the step averages them; otherwise
+    all micro-steps divide by the counts of the whole step.
+
+    Args:
+        micro_steps: for each micro-step, the packs (or their sizes) that all data-parallel ranks run at the same time.
     """
     counts = [Counts(sum(p.ce_tokens for p in packs), sum(p.mse_tokens for p in packs)) for packs in micro_steps]
     if config.loss_normalization == "micro_step":
@@ -41,22 +45,34 @@ def denominators(config: TrainConfig, micro_steps: Sequence[Sequence[Pack | Size
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over the global batch, by the rule of `train.loss_normalization`; 0 where no token bears the loss."""
+    """Mean losses over the global batch, by the rule of `train.loss_normalization`; 0 where no token has the loss."""
 
     ce: float
     mse: float
     total: float
     sums: torch.Tensor
-    """fp64 [micro-steps, 2, sources + 1]: summed cross-entropy and flow loss by data source; the last is no source."""
+    """fp64 [micro-steps, 2, sources + 1]: summed cross-entropy and flow loss by data source; the last column is for
+    rows without a source."""
 
 
 Weighed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""(loss to differentiate, token count for megatron-core, fp64 sums [2, sources + 1] for the log)."""
 
 
 def weigh(outputs: Outputs, inputs: StageInputs, counts: Counts, config: Config) -> Weighed:
-    """This micro-batch's share of the step's loss: weighted sums over the denominators `counts`.
+    """Return this micro-batch's share of the step's loss: weighted sums over the denominators `counts`.
 
-    Returns (loss, rows counted by megatron-core, which we leave at 0, fp64 sums [2, sources + 1] for the log).
+    Args:
+        outputs: of the last pipeline stage: `ce_Q` per row with cross-entropy, `mse_g` per row of the generation
+            expert.
+        inputs: of the same micro-batch, for the data source of each row.
+        counts: denominators over all data-parallel ranks, from `denominators`.
+        config: the weights of the two losses and the number of sources.
+
+    Returns:
+        (scalar loss; int 0; fp64 sums [2, sources + 1]). megatron-core's schedule takes a token count second, for
+        `finalize_model_grads_func` to divide by (`calculate_per_token_loss`); the loss is divided here already, so the
+        count stays 0.
     """
     train, sources = config.train, len(config.data.sources) + 1
     ce, mse = outputs.ce_Q.sum(), outputs.mse_g.sum()
@@ -69,7 +85,10 @@ def weigh(outputs: Outputs, inputs: StageInputs, counts: Counts, config: Config)
 
 
 def _by_source(loss_T: torch.Tensor, source_T: torch.Tensor, sources: int) -> torch.Tensor:
-    """Sums [sources] in fp64, in an order that does not vary."""
+    """Return the sums [sources] in fp64.
+
+    A product with one-hot rows, because `index_add_` on a GPU adds in varying order.
+    """
     return loss_T.double() @ torch.nn.functional.one_hot(source_T, sources).double()
 
 
@@ -78,7 +97,7 @@ Fed = tuple[StageInputs, Counts]
 
 
 class StepRunner:
-    """Runs the schedule of the grid over this rank's model chunks."""
+    """Runs the pipeline schedule of the grid over this rank's model chunks."""
 
     def __init__(self, config: Config, mesh: Mesh, optimizer: Optimizer) -> None:
         self.config, self.mesh, self.optimizer = config, mesh, optimizer
@@ -88,29 +107,33 @@ class StepRunner:
     def train(
         self, micro_batches: Sequence[StageInputs], counts: Sequence[Counts], learning_rate: float
     ) -> tuple[Losses, float]:
-        """Forward, backward and update; returns (losses of the global batch, gradient norm), equal on all ranks.
+        """Run forward, backward and update; returns (losses of the global batch, gradient norm), equal on all ranks.
 
-        counts: the denominators of each micro-batch.
+        Args:
+            micro_batches: this rank's micro-batches of the step.
+            counts: the denominators of each micro-batch.
+            learning_rate: of this step.
         """
         losses = self.backward(micro_batches, counts)
         return losses, self.optimizer.step(learning_rate)
 
     def backward(self, micro_batches: Sequence[StageInputs], counts: Sequence[Counts]) -> Losses:
-        """Forward and backward: fresh gradients, summed over ranks, and the losses of the global batch."""
+        """Run forward and backward: fills the reduced gradients and returns the losses of the global batch."""
         self.optimizer.zero_grad()
         feed = list(zip(micro_batches, counts, strict=True))
         sums = self._schedule(feed, partial(weigh, config=self.config), forward_only=False)
         return self._reduce(sums, counts)
 
     def losses(self, micro_batches: Sequence[StageInputs], counts: Sequence[Counts]) -> Losses:
-        """Forward alone: the losses of the global batch."""
+        """Run forward only; returns the losses of the global batch."""
         feed = list(zip(micro_batches, counts, strict=True))
         with torch.no_grad():
             sums = self._schedule(feed, partial(weigh, config=self.config), forward_only=True)
         return self._reduce(sums, counts)
 
     def evaluate(self, inputs: StageInputs) -> Outputs | None:
-        """One micro-batch forward without gradients; the outputs on the last stage, None elsewhere."""
+        """Run one micro-batch forward without gradients; returns the outputs on the last stage, None elsewhere."""
+        # The same micro-batch as often as the schedule demands; only the first result is used.
         feed = [(inputs, Counts(1, 1))] * self.fewest_micro_batches
         with torch.no_grad():
             found = self._schedule(feed, _as_it_is, forward_only=True, collect_non_loss_data=True)
@@ -118,10 +141,12 @@ class StepRunner:
 
     @property
     def fewest_micro_batches(self) -> int:
-        """The interleaved schedule wants a multiple of the pipeline's length."""
+        """Fewest micro-batches of a step: the interleaved schedule takes multiples of the pipeline size."""
         return self.mesh.pp.size if self.config.parallel.vpp > 1 else 1
 
     def _schedule(self, micro_batches: Sequence[Fed], loss_func: Any, **options: Any) -> list[Any]:
+        """Run megatron-core's schedule; returns what `loss_func` collected on the last stage, per micro-batch."""
+
         def forward_step(feed: Iterator[Fed], model: Any) -> tuple[Any, Any]:
             inputs, counts = next(feed)
             with phase("forward"):
@@ -129,6 +154,7 @@ class StepRunner:
             return outputs, partial(loss_func, inputs=inputs, counts=counts)
 
         chunks = self.optimizer.chunks
+        # Each model chunk of the interleaved schedule walks over the micro-batches by itself.
         feeds = [iter(micro_batches) for _ in chunks]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -141,7 +167,11 @@ class StepRunner:
         )
 
     def _reduce(self, sums: list[torch.Tensor], counts: Sequence[Counts]) -> Losses:
-        """Add up what the last stages found. Rows are split over tensor-parallel ranks, or else counted once."""
+        """Sum the losses that the last stages computed over all ranks.
+
+        Under sequence parallelism the flow loss is split over tensor-parallel ranks by rows; cross-entropy, and the
+        flow loss without sequence parallelism, are equal on all of them and counted once.
+        """
         grid, config = self.mesh, self.config.train
         sources = len(self.config.data.sources) + 1
         found = torch.zeros(len(counts), 2, sources, dtype=torch.float64, device=current_device())
@@ -151,6 +181,8 @@ class StepRunner:
             found[:, 0] = 0
             found[:, 1] *= self.config.parallel.row_shards > 1
         with phase("losses"):
+            # Over the default group: ranks of other stages add zeros, and every rank gets the sums without a second
+            # broadcast.
             dist.all_reduce(found)
             summed = all_reduced(found.sum(2))
         divided = summed / torch.tensor([[max(c.ce, 1), max(c.mse, 1)] for c in counts])
@@ -159,4 +191,5 @@ class StepRunner:
 
 
 def _as_it_is(outputs: Outputs, **_: object) -> Outputs:
+    """Return the outputs unchanged: `collect_non_loss_data` makes the schedule hand them back."""
     return outputs

@@ -1,4 +1,4 @@
-"""What a run says about itself while it trains.
+"""Telemetry of a run: metrics, TensorBoard events, sample images and console output.
 
 RUN/metrics.jsonl               a line per step, every number in full precision
 RUN/tensorboard/                the same, and sample images
@@ -19,10 +19,10 @@ from megabagel.train.records import MetricsFile, SampleFiles, TensorBoardFile
 
 
 class Telemetry:
-    """Takes the records of a run. Rank 0 writes them; on other ranks every call does nothing.
+    """Writer of a run's records. Rank 0 writes; on other ranks every call does nothing.
 
-    A run that goes on from step k loses what was recorded after k, so that every step is on record exactly once.
-    Methods raise UserError, naming the path, when the disk refuses.
+    When a run resumes from step k, records after k are removed, so that every step is recorded exactly once. Methods
+    raise UserError, naming the path, if a file cannot be written.
     """
 
     def __init__(self, config: Config, first: bool = True, step: int = 0) -> None:
@@ -31,6 +31,7 @@ class Telemetry:
             self._open(step)
 
     def _open(self, step: int) -> None:
+        """Open all outputs for the steps after `step`."""
         self._metrics = MetricsFile(self._folder / "metrics.jsonl", step)
         self._samples = SampleFiles(self._folder / "samples", step)
         board = self._config.telemetry.tensorboard
@@ -40,13 +41,13 @@ class Telemetry:
         self._console = (ProgressBar if bar else StepLines)(steps, every, step)
 
     def rewind(self, step: int) -> None:
-        """Forget what was recorded after `step`: the run was rolled back to it."""
+        """Remove what was recorded after `step`, to which the run was rolled back."""
         if self._active:
             self._close()
             self._open(step)
 
     def log_step(self, record: Mapping[str, float | int]) -> None:
-        """Record one finished step: plain numbers by name, among them `step`."""
+        """Record one finished step: numbers by name, including `step`."""
         if self._active:
             self._metrics.write(record)
             if self._board:
@@ -54,7 +55,7 @@ class Telemetry:
             self._console.show(record)
 
     def log_images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Record sample images of a step by prompt, uint8 [height, width, 3] each."""
+        """Record sample images of a step: prompt -> uint8 [height, width, 3]."""
         if self._active:
             sheet = contact_sheet(pictures)
             encoded = png(sheet)
@@ -63,7 +64,7 @@ class Telemetry:
                 self._board.write_image(step, encoded, sheet.shape[:2])
 
     def close(self) -> None:
-        """End the console output, close the files and say where everything is."""
+        """Close all outputs and print where they are."""
         if self._active:
             self._close()
             print("\n".join(_left_behind(self._folder)), flush=True)
@@ -76,7 +77,7 @@ class Telemetry:
 
 
 def _left_behind(folder: Path) -> list[str]:
-    """A line for each thing that is there to look at."""
+    """Return one line for each output of the run that exists."""
     lines = [f"metrics      {folder / 'metrics.jsonl'}"]
     if (folder / "tensorboard").is_dir():
         lines.append(f"tensorboard  {folder / 'tensorboard'}  (tensorboard --logdir {folder / 'tensorboard'})")

@@ -1,6 +1,6 @@
-"""How fast a run is: tokens, and model FLOPs against the peak of the device (MFU), in both conventions in use.
+"""Throughput of a run: tokens per second, and model FLOPs utilization (MFU) in the two conventions in use.
 
-`sequence.flops` says what the conventions count. Recomputed activations are never counted.
+`sequence/flops.py` and docs/architecture.md#mfu-in-two-conventions define them. Recomputed activations are not counted.
 """
 
 import time
@@ -21,18 +21,19 @@ DENSE_BF16_TFLOPS = {
     "H100": 989,
     "A100": 312,
 }
-"""Peak without sparsity by a part of the device's name, from the vendor's data sheets; the first that fits counts."""
+"""Peak without sparsity from the vendor's data sheets, by part of the device's name. The first match counts, so
+longer names come first."""
 
 
 class Peak(NamedTuple):
-    """Peak of one device in FLOP/s, and how it was known."""
+    """Peak FLOP/s of one device, and the source of the figure."""
 
     flops: float
     source: str
 
 
 def peak_flops(config: Config, device: torch.device) -> Peak:
-    """Peak of `device`: `telemetry.peak_tflops`, else a data sheet's, else what a matmul reaches in this process."""
+    """Return the peak of `device`: `telemetry.peak_tflops`, else the data sheet's, else a measured matmul's."""
     if config.telemetry.peak_tflops is not None:
         return Peak(config.telemetry.peak_tflops * 1e12, "telemetry.peak_tflops")
     if device.type == "cuda":
@@ -43,7 +44,7 @@ def peak_flops(config: Config, device: torch.device) -> Peak:
 
 
 def data_sheet_peak(name: str) -> Peak | None:
-    """Peak of the GPU of that name by its data sheet; None where none is known."""
+    """Return the data-sheet peak of the GPU with this name, or None for an unknown one."""
     for part, tflops in DENSE_BF16_TFLOPS.items():
         if part in name:
             return Peak(tflops * 1e12, f"data sheet of {part}, dense bf16")
@@ -51,10 +52,19 @@ def data_sheet_peak(name: str) -> Peak | None:
 
 
 def rates(flops: Flops, tokens: int, seconds: float, devices: int, peak: Peak) -> dict[str, float]:
-    """Speed of one step as metrics.jsonl holds it, from the totals of all devices.
+    """Return the speed of one step under the names of metrics.jsonl.
 
-    mfu_official, mfu_masked: model FLOPs per second over the peak of all devices, by convention.
-    vit_flops_per_s_per_gpu, vae_flops_per_s_per_gpu: work of the ViT tower and of the codec, which neither counts.
+    Args:
+        flops: of the step, summed over all devices.
+        tokens: of the step, summed over all devices.
+        seconds: wall time of the step.
+        devices: number of ranks.
+        peak: of one device.
+
+    Returns:
+        `mfu_official` and `mfu_masked`: model FLOPs per second over the peak of all devices, by convention.
+        `vit_flops_per_s_per_gpu` and `vae_flops_per_s_per_gpu`: ViT tower and image autoencoder, which neither
+        convention counts.
     """
     device_seconds = seconds * devices
     return {
@@ -67,7 +77,7 @@ def rates(flops: Flops, tokens: int, seconds: float, devices: int, peak: Peak) -
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The fastest of a few square matmuls, after one to warm up."""
+    """Return the fastest of a few square matmuls; the first, a warm-up, is left out."""
     side = 8192 if device.type == "cuda" else 1024
     matrix = torch.randn(side, side, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     times = []

@@ -1,4 +1,4 @@
-"""Everything one rank needs to train, and what it does: a step, a checkpoint, going on from one, going back to one."""
+"""Trainer of one rank: one step, saving a checkpoint, resuming from one and rolling back to one."""
 
 import logging
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """Losses of a step, gradient norm before clipping, and the anomaly, if there is one."""
+    """Result of a step: losses, gradient norm before clipping, and the anomaly, if there is one."""
 
     losses: Losses
     norm: float
@@ -42,7 +42,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class RunState:
-    """The JSON state of a checkpoint."""
+    """JSON state of a checkpoint (`state.json`): data plan, counters and the window of the spike detector."""
 
     plan: dict[str, Any]
     updates: Count
@@ -52,7 +52,7 @@ class RunState:
 
 @contextmanager
 def _named(folder: Path) -> Iterator[None]:
-    """Turns a value that does not belong in a checkpoint's state into an error that names file and value."""
+    """Turn a WrongValue of a checkpoint's state into a UserError that names the file and the value."""
     try:
         yield
     except WrongValue as error:
@@ -61,7 +61,7 @@ def _named(folder: Path) -> Iterator[None]:
 
 @dataclass
 class Trainer:
-    """Everything one rank needs to train, built from a config on a mesh."""
+    """Everything one rank needs for training; `train/build.py` assembles it from a config and a mesh."""
 
     config: Config
     mesh: Mesh
@@ -74,73 +74,88 @@ class Trainer:
     saver: Saver
     detector: LossSpikeDetector
     step: int = 0
-    """Finished steps, those without an update among them."""
+    """Finished steps, including those whose update was skipped."""
     updates: int = 0
-    """Updates of the weights made in them."""
+    """Weight updates; AdamW's bias correction counts these, not steps."""
     lost_images: int = 0
-    """Images of the whole job that could not be decoded in them."""
+    """Images that could not be decoded, summed over all ranks."""
     newest: Path | None = None
-    """The checkpoint that was written last, or that this run started from."""
+    """Checkpoint written last, or the one this run started from."""
     rollbacks: int = 0
-    """To the newest checkpoint."""
+    """Rollbacks to `newest`; 0 again after the next save."""
 
     def train_step(self, step: Step) -> Outcome:
-        """One step. With an anomaly whose policy is not `record`, weights, moments and averages stay as they were."""
+        """Run one step: inputs, forward and backward, anomaly check, update.
+
+        With an anomaly whose policy is not `record`, weights, moments and averaged weights keep their values.
+        """
         with phase("inputs"):
             inputs = [self.builder.build(batch) for batch in step.batches]
         counts = denominators(self.config.train, step.plan.micro_steps(self.mesh.dp.size))
         losses = self.runner.backward(inputs, counts)
         with phase("optimizer"):
+            # The norm is computed apart from the update: a bad step has to be found before it changes weights or
+            # moments.
             norm = self.optimizer.gradient_norm()
             anomaly = self.detector.check(self.step + 1, losses.total, norm)
             if anomaly is None or anomaly.updates:
                 self.optimizer.update(learning_rate(self.config.train, self.step), norm)
                 self.updates += 1
+        # A skipped step counts: learning-rate schedule, data and step number go on without it.
         self.step += 1
         return Outcome(losses, norm, anomaly)
 
     def tensors(self) -> dict[str, Any]:
-        """This rank's shards, as a checkpoint holds them."""
+        """Return this rank's shards as views, keyed and placed as a checkpoint stores them."""
         stages = [chunk.module for chunk in self.optimizer.chunks]
         shards = optimizer_shards(self.optimizer.distributed, self.optimizer.ema)
         return sharded_tensors(stages, shards, self.mesh)
 
     def save(self, plan_state: dict[str, Any]) -> None:
-        """Write a checkpoint of the finished steps, or begin to; `plan_state` is the data plan's after the last."""
+        """Write a checkpoint of the finished steps; with `checkpoint.async_save`, only start writing it.
+
+        Args:
+            plan_state: state of the data plan after the last finished step.
+        """
         state = {
             "plan": plan_state,
             "updates": self.updates,
             "lost_images": self.lost_images,
-            "judge": self.detector.state(),  # a key of checkpoints, older than the name of the class
+            # The key is part of the checkpoint format and older than the name of the class.
+            "judge": self.detector.state(),
         }
         with phase("checkpoint"):
             self.saver.save(self.step, self.tensors(), state)
         self.newest, self.rollbacks = self.saver.folder(self.step), 0
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint, whatever grid wrote it."""
+        """Resume from a checkpoint that any grid may have written."""
         state = self._restore(folder)
         on_all_ranks(lambda: self._restore_plan(folder, state.plan))
         logger.info("resumed from %s at step %d", folder, self.step)
         log_changes(folder, self.config)
 
     def roll_back(self, anomaly: StepAnomaly) -> None:
-        """Go on from the newest checkpoint, with the data that follows: the samples before `anomaly` are not met again.
+        """Load the newest checkpoint and continue with the data that follows the bad step.
 
-        Skipping the data is what makes a rollback help (PaLM section 5.1). Raises BadStep when there is nothing to go
-        back to, or it was gone back to often enough.
+        The samples between the checkpoint and `anomaly` are skipped: repeating them would repeat the spike (PaLM,
+        section 5.1).
+
+        Raises:
+            BadStep: there is no checkpoint yet, or `train.max_rollbacks` rollbacks to this one were made.
         """
         limit = self.config.train.max_rollbacks
         if self.newest is None or self.rollbacks == limit:
             why = "there is no checkpoint yet" if self.newest is None else f"train.max_rollbacks={limit} is reached"
             raise BadStep(f"step {self.step}: {anomaly.what}, and {why}, so the run cannot roll back")
+        # `newest` may still be written by the asynchronous saver.
         self.saver.wait()
         self._restore(self.newest)
         self.rollbacks += 1
         logger.warning("rolled back to %s, step %d; the data goes on", self.newest, self.step, extra=RANK0)
 
     def _restore(self, folder: Path) -> "RunState":
-        """Fill everything but the data plan from a checkpoint; returns its JSON state."""
+        """Fill weights, moments, averages and counters from a checkpoint, but not the data plan; returns its state."""
         with phase("load"):
             self.step, state = on_all_ranks(lambda: self._read(folder))
             on_all_ranks(lambda: api.load(folder, self.tensors()))
@@ -150,22 +165,29 @@ class Trainer:
         return state
 
     def _read(self, folder: Path) -> tuple[int, "RunState"]:
+        """Read and check the JSON state of a checkpoint; returns (finished steps, state)."""
         step, content = api.read(folder, self.config)
         with _named(folder):
             state = read_as(RunState, content)
+            # A trial run on a new detector: a bad window is refused here, by name, before anything of this trainer
+            # changes.
             LossSpikeDetector(self.config.train).load_state(state.judge)
             if state.updates > step:
                 raise WrongValue(f"updates is {state.updates}; expected at most the {step} steps of {api.MANIFEST}")
         return step, state
 
     def _restore_plan(self, folder: Path, state: dict[str, Any]) -> None:
+        """Load the data plan's state. It may be ahead of the step number: a rollback skips data."""
         with _named(folder):
             self.plan.load_state(state)
-            if self.plan.step < self.step:  # more after a rollback, which skips data
+            if self.plan.step < self.step:
                 raise WrongValue(f"plan.step is {self.plan.step}; expected at least the {self.step} of {api.MANIFEST}")
 
     def start_from(self, folder: Path) -> None:
-        """Take the weights of another run, or imported ones, for step 0; averages start from them."""
+        """Load the weights of another run or of an import, for step 0; averaged weights start as copies of them.
+
+        Moments stay at zero: this is a new run, not a resumed one.
+        """
         with phase("load"):
             tensors = on_all_ranks(lambda: api.weights_of(folder, self.config, self.tensors()))
             on_all_ranks(lambda: api.load(folder, tensors))

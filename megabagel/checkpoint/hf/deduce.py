@@ -78,7 +78,7 @@ def with_entries(where: Path, read: Any) -> Any:
 
 
 def _variant(llm: dict[str, Any], shapes: Shapes, where: Path) -> Literal["dense", "moe", "mot"]:
-    """What the tensors say is doubled; `layer_module`, where given, must be known and say the same."""
+    """Return the variant that the tensors have; `layer_module`, where given, must agree."""
     if any(".self_attn." in name and "_moe_gen." in name for name in shapes):
         found = "mot"
     else:

@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a published folder: one `ema.safetensors`, config files, autoencoder and tokenizer."""
+"""Export of a checkpoint in the published layout: one `ema.safetensors`, config files, autoencoder and tokenizer."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -41,13 +41,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def export(
     checkpoint: Path, out: Path, weights: str | None = None, dtype: str = AS_STORED, beside: Path | None = None
 ) -> Summary:
-    """Write a checkpoint, from whatever grid, in the layout of the published BAGEL-7B-MoT as folder `out`.
+    """Write a checkpoint of any grid as folder `out`, laid out as the published BAGEL-7B-MoT.
 
-    weights: `ema` or `trained`; default: the averaged ones if the checkpoint holds any.
-    dtype: `bf16`, `fp32` or `as-stored`: the types of the checkpoint, which for imported weights are those of the file
-    they came from, for trained ones fp32.
-    beside: folder whose config files, tokenizer and autoencoder are copied; default: what the import kept.
-    Raises UserError.
+    Args:
+        checkpoint: folder to export.
+        out: new folder.
+        weights: `ema` or `trained`; by default averaged weights if the checkpoint holds any.
+        dtype: `bf16`, `fp32` or `as-stored`: the checkpoint's types, which are those of the imported file, or fp32
+            after training.
+        beside: folder whose config files, tokenizer and autoencoder are copied; by default those the import kept.
+
+    Raises:
+        UserError: the checkpoint lacks what was asked for, or the copied config files are of another model.
     """
     began = time.monotonic()
     stored = Stored(checkpoint)
@@ -128,7 +133,7 @@ def _check_same(path: Path, read: Callable[[dict[str, Any]], Any], ours: ModelCo
 
 
 def _absent(folder: Path, model: ModelConfig) -> Iterator[str]:
-    """What a published folder has and this one lacks."""
+    """Yield a note about files of a published folder that this one lacks."""
     absent = []
     if model.visual_gen and not (folder / VAE_WEIGHTS).is_file():
         absent.append(VAE_WEIGHTS)

@@ -1,7 +1,7 @@
-"""Published weights into a checkpoint that any grid loads: every tensor used once, every weight filled once.
+"""Import of published weights as a checkpoint that any grid loads: every tensor is used once, every weight filled once.
 
-An import starts from the targets. Each tensor of the whole model gets an origin, which yields its numbers piece by
-piece in their own type; nothing is held whole, and nothing is rounded.
+It starts from the targets: each tensor of the whole model has one origin, read piece by piece in its own type. No
+tensor is held as a whole, and no value is rounded.
 """
 
 import json
@@ -41,7 +41,7 @@ _LISTED = 40
 
 @dataclass(frozen=True)
 class Summary:
-    """What an import or export did."""
+    """Result of an import or export."""
 
     out: Path
     tensors: int
@@ -90,10 +90,17 @@ def find_weights(folder: Path) -> TensorFiles:
 def import_tensors(
     files: TensorFiles, model: ModelConfig, out: Path, add: Callable[[Path], None] = lambda folder: None
 ) -> Summary:
-    """Import the tensors of published weights as checkpoint `out` of `model`; `add` puts more files into its folder.
+    """Import the tensors of published weights as checkpoint `out`.
 
-    Raises UserError: one message with every tensor that is missing, unexpected, of another shape or type, or a
-    position table with other numbers.
+    Args:
+        files: the published weights.
+        model: config that the weights must fit.
+        out: new folder.
+        add: writes more files into the folder before it is completed.
+
+    Raises:
+        UserError: one message with every tensor that is missing, unexpected, or of another shape or type, or a position
+            table with other values.
     """
     began = time.monotonic()
     check_tensors(files, official_shapes(model), model)
@@ -105,7 +112,14 @@ def import_tensors(
 
 
 def summary(out: Path, tensors: Mapping[str, LazyTensor], began: float, notes: tuple[str, ...] = ()) -> Summary:
-    """What was done with `tensors` since `began` of the monotonic clock."""
+    """Return the summary of an import or export.
+
+    Args:
+        out: folder written.
+        tensors: all tensors written.
+        began: start on the monotonic clock, seconds.
+        notes: further lines for the user.
+    """
     parameters = sum(prod(tensor.shape) for tensor in tensors.values())
     size = sum(tensor.nbytes for tensor in tensors.values())
     return Summary(out, len(tensors), parameters, size, time.monotonic() - began, notes)
@@ -118,7 +132,15 @@ def write_checkpoint(
     tables: Mapping[str, str],
     add: Callable[[Path], None],
 ) -> None:
-    """Write the weights of the whole model, by our names, as a complete checkpoint of step 0."""
+    """Write the weights of a whole model as a complete checkpoint of step 0.
+
+    Args:
+        out: new folder.
+        model: config of the model.
+        tensors: by this package's names.
+        tables: safetensors type of each frozen position table, kept for export.
+        add: writes more files into the folder before it is completed.
+    """
     with new_folder(out, sum(tensor.nbytes for tensor in tensors.values()) + _ROOM) as folder:
         (folder / STATE).write_text(json.dumps({TABLE_TYPES: tables}))
         add(folder)
@@ -160,7 +182,7 @@ def check_tensors(
 
 
 def _other_grid(shape: tuple[int, ...], model: ModelConfig) -> str:
-    """What a latent table of another size belongs to."""
+    """Return a hint about the grid that a latent table of another size belongs to."""
     side = isqrt(shape[0])
     if side * side != shape[0]:
         return ""

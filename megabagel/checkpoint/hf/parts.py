@@ -95,9 +95,21 @@ def import_parts(
 ) -> Summary:
     """Import a Qwen2.5 folder, a SigLIP folder and an `ae.safetensors` as checkpoint `out`.
 
-    Generation experts start as copies of their twins, q/k norms as ones, llm2vae as zeros; connector, vae2llm and time
-    embedder are drawn from `seed`. The tower's position table is resized to `vit_grid` x `vit_grid` cells. Raises
-    UserError.
+    See docs/bagel.md#initial-weights. Generation experts start as copies of the understanding experts, q/k norms as
+    ones, llm2vae as zeros; connector, vae2llm and time embedder are drawn at random.
+
+    Args:
+        llm: Qwen2.5 folder.
+        vit: SigLIP folder.
+        vae: weights file of FLUX's autoencoder.
+        out: new folder.
+        variant: which weights the experts have of their own.
+        latent_grid: side of the latent position table, cells.
+        vit_grid: side that the ViT's position table is resized to, cells.
+        seed: of the random weights.
+
+    Raises:
+        UserError: a part is damaged, or BAGEL is not made of such a part.
     """
     began = time.monotonic()
     words, tower = find_weights(llm), find_weights(vit)
@@ -151,7 +163,7 @@ def _model(
 
 
 def _left_out(files: TensorFiles, patterns: Mapping[str, str]) -> Iterator[str]:
-    """What `_without` leaves out, to be told."""
+    """Yield a note for each kind of tensor that `_without` leaves out."""
     for what, pattern in patterns.items():
         count = sum(re.fullmatch(pattern, name) is not None for name in files.names)
         if count:

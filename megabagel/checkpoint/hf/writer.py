@@ -1,4 +1,4 @@
-"""Writes one safetensors file of any size in little memory."""
+"""Writer of one safetensors file of any size in little memory."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def _header(names: list[str], tensors: Mapping[str, LazyTensor]) -> bytes:
 
 
 def _verify(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """What the library makes of the file is what was meant."""
+    """Check that the safetensors library reads names, shapes and types as intended."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megabagel import cli
-from megabagel.errors import LogFormatter, UserError, printable
+from megabagel.errors import UserError, printable
+from megabagel.log import PrintableFormatter
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_a_stdout_that_takes_nothing(tmp_path: Path, kind: str) -> None:
 
 def test_logs_cannot_command_the_terminal() -> None:
     record = logging.LogRecord("a", logging.INFO, "", 0, "sample %s\nlost", ("\x1b[2J",), None)
-    assert LogFormatter().format(record) == "sample \\x1b[2J\nlost"
+    assert PrintableFormatter().format(record) == "sample \\x1b[2J\nlost"
 
 
 def test_printable_leaves_what_can_be_read() -> None:

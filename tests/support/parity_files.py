@@ -7,7 +7,7 @@ Which cases a test needs is read off its parameters, or declared by `@needs("tra
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,7 +52,7 @@ def cases_of(item: pytest.Item) -> Iterator[str]:
 def _named(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield from [value] if CASE.fullmatch(value) else []
-    elif isinstance(value, Iterable):
+    elif isinstance(value, tuple | list | set | frozenset):
         yield from (case for part in value if isinstance(part, str) for case in _named(part))
 
 

@@ -99,7 +99,7 @@ class Watch:
         for data in gathered_bytes(to_bytes({name: tensor.contiguous() for name, tensor in mine.items()})):
             theirs = from_bytes(data)
             for name in (name for name in theirs if name.startswith("tokens ")):
-                entry = name.partition(" ")[2]
+                entry = name.removeprefix("tokens ")  # "3 layer1"
                 found[entry.partition(" ")[2]].append((theirs[name].numpy(), theirs[f"values {entry}"]))
         return {key: _in_order(entries) for key, entries in found.items()}
 

@@ -1,7 +1,6 @@
 """Whole tensors from the boxes that ranks hold: gradients, weights and averages, on rank 0, by published name."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
@@ -37,7 +36,7 @@ def _gradients(machine: Rank) -> Iterator[Shard]:
 
 def _whole(tensors: Iterable[ShardedTensor]) -> dict[str, Tensor]:
     mine: dict[str, Tensor] = {}
-    places: dict[str, list[Any]] = {}
+    places: dict[str, list[object]] = {}
     for tensor in tensors:
         if is_main_replica(tensor.replica_id):
             number = str(len(mine))

@@ -18,7 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megabagel.checkpoint.checksums import ANOTHER
-from megabagel.checkpoint.manifest import KEYS, MANIFEST, STATE, Manifest, leaves, read_json, read_manifest
+from megabagel.checkpoint.manifest import KEYS, MANIFEST, STATE, Manifest, identity, leaves, read_json, read_manifest
 from megabagel.checkpoint.megatron_strategy import LoadBoxes, NothingCommon
 from megabagel.checkpoint.reader import Stored, verify
 from megabagel.checkpoint.saver import LATEST, Saver, save, take_back
@@ -77,24 +77,24 @@ def find(config: Config, mesh: Mesh) -> Path | None:
 def _candidates(root: Path) -> list[Path]:
     """Return checkpoints in the order in which to try them: the one `latest` names, then earlier ones; without it, all.
 
-    A later step than `latest` names may be left from another, longer run. It is this run's, and comes first, only if it
-    was written while `latest` named the same folder as now: the run was killed before it updated `latest`. The manifest
-    records that name (`after`); file times are useless here, since those of a copy are in any order.
+    `latest` may name a lower step than another run left behind. A later step that was written when `latest` named the
+    same checkpoint as now is this run's, which was ended before it could write `latest` again: it comes first. What
+    `latest` named then is in its manifest; times of files are of no use, since those of a copy may be in any order.
     """
     folders = sorted((path for path in root.glob("step_*") if path.is_dir()), reverse=True)
     with suppress(OSError, ValueError):
         named, written = root / (root / LATEST).read_text().strip(), (root / LATEST).stat().st_mtime_ns
         if named in folders:
             place = folders.index(named)
-            return [folder for folder in folders[:place] if _follows(folder, named.name, written)] + folders[place:]
+            return [folder for folder in folders[:place] if _follows(folder, named, written)] + folders[place:]
     return folders
 
 
-def _follows(folder: Path, named: str, written: int) -> bool:
-    """Whether a checkpoint was written while `latest` named `named`; by file time if its manifest has no `after`."""
+def _follows(folder: Path, named: Path, written: int) -> bool:
+    """Whether a checkpoint was written when `latest` named `named`; by its time where its manifest has no `after`."""
     try:
         after = read_manifest(folder).after
-        return after == named if after is not None else (folder / MANIFEST).stat().st_mtime_ns > written
+        return after == identity(named) if after is not None else (folder / MANIFEST).stat().st_mtime_ns > written
     except (OSError, UserError):
         return False
 

@@ -67,7 +67,7 @@ class Manifest:
     files: dict[str, Sums]
     """Every other file, by path inside the folder."""
     after: str | None = None
-    """What `latest` named when this was written, empty for nothing; None in older files and imports."""
+    """`identity` of what `latest` named when this was written; None in older files and imports."""
 
 
 def write_manifest(folder: Path, model: ModelConfig, sums: dict[str, Sums], **about: Any) -> None:
@@ -142,6 +142,19 @@ def read_manifest(folder: Path) -> Manifest:
     )
     model_of(folder, manifest)
     return manifest
+
+
+def identity(folder: Path) -> str:
+    """The checksum of a checkpoint's manifest, empty without one: equal for equal checkpoints, not for equal names."""
+    try:
+        return read_as(_Identity, parse(read_file(folder / MANIFEST, _MOST_JSON))).checksum
+    except (OSError, WrongValue):
+        return ""
+
+
+@dataclass(frozen=True)
+class _Identity:
+    checksum: str
 
 
 AXES = ("tp", "pp", "vpp", "cp", "dp")

@@ -22,7 +22,7 @@ from typing import Any
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
-from megabagel.checkpoint.manifest import CONFIG, MANIFEST, STATE, flush, replace_file, write_manifest
+from megabagel.checkpoint.manifest import CONFIG, MANIFEST, STATE, flush, identity, replace_file, write_manifest
 from megabagel.checkpoint.megatron_strategy import HostCopies, SaveSlices, bytes_of
 from megabagel.config.load import dump
 from megabagel.config.schema import Config
@@ -178,7 +178,7 @@ class Saver:
             grid = axes | {"vpp": self.config.parallel.vpp}
             about = {"step": writer.step, "grid": grid, "ema": train.ema, "freeze": train.freeze, "after": ""}
             with suppress(OSError, ValueError):
-                about["after"] = (self.root / LATEST).read_text().strip()
+                about["after"] = identity(self.root / (self.root / LATEST).read_text().strip())
             write_manifest(partial, self.config.model, writer.strategy.sums, **about, seed=train.seed)
             replaced = final.with_name(f".{final.name}{_REPLACED}")
             # A folder of this name is from a longer run before this one. Two renames rather than a removal first:

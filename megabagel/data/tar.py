@@ -123,7 +123,7 @@ class _Walk:
                 self._member(header)
             except _Damaged as error:
                 if self._at == 0 and not str(error):
-                    raise NotTar("no tar header at byte 0") from error
+                    raise NotTar("no tar header at byte 0" if self._length else "empty file") from error
                 where = BEHIND_THE_END if ended else "no end mark"
                 return self._files, str(error) or f"{where} at byte {self._at}"
             if len(self._files) > MAX_FILES:

@@ -22,28 +22,28 @@ def check_memory(config: Config, device: torch.device, dp: int) -> None:
         device: device of the weights.
         dp: number of ranks that the optimizer's state is sharded over.
     """
-    needed = parameters(config.model) // (config.parallel.tp * config.parallel.pp) * _bytes_each(config, dp)
+    model = config.model
+    tables = 4 * model.hidden * (model.latent_grid**2 * model.visual_gen + model.vit.grid**2 * model.visual_und)
+    needed = parameters(model) // (config.parallel.tp * config.parallel.pp) * _bytes_each(config, dp) + tables
     there = _memory(device)
     if needed > there:
         raise UserError(
-            f"model: about {parameters(config.model):,} parameters take at least {needed / 2**30:,.0f} GiB per rank in "
+            f"model: about {parameters(model):,} parameters take at least {needed / 2**30:,.0f} GiB per rank in "
             f"training, and {device} has {there / 2**30:,.0f} GiB. Check model.hidden, ffn, layers, vocab and "
             "latent_grid, or spread it with parallel.tp and parallel.pp (megabagel plan)."
         )
 
 
 def parameters(model: ModelConfig) -> int:
-    """Number of elements of the model's large matrices and position tables; norms and biases are left out."""
+    """Numbers of the large matrices of the model; norms, biases, connectors and frozen position tables are left out."""
     width, heads = model.hidden, model.kv_channels
     attention = 2 * width * heads * (model.heads + model.kv_heads)
     mlp = 3 * width * model.ffn
     layer = {"dense": attention + mlp, "moe": attention + 2 * mlp, "mot": 2 * (attention + mlp)}[model.variant]
     total = 2 * model.vocab * width + model.layers * layer
-    if model.visual_gen:
-        total += model.latent_grid**2 * width
     if model.visual_und:
         vit = model.vit
-        total += vit.layers * (4 * vit.hidden**2 + 2 * vit.hidden * vit.ffn) + vit.grid**2 * (vit.hidden + width)
+        total += vit.layers * (4 * vit.hidden**2 + 2 * vit.hidden * vit.ffn) + vit.grid**2 * vit.hidden
     return total
 
 

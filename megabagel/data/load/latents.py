@@ -32,7 +32,7 @@ from megabagel.data.documents import ImageItem, SampleError
 from megabagel.data.files import write_atomic
 from megabagel.data.plan.expand import Expander
 from megabagel.data.plan.global_plan import Source
-from megabagel.errors import UserError
+from megabagel.errors import UserError, printable
 from megabagel.locks import inside, locked
 
 logger = logging.getLogger(__name__)
@@ -246,9 +246,9 @@ def _validity(config: Config, codec: str) -> dict[str, Any]:
 
 def _check(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name, value in wanted.items():
-        if manifest.get(name) != value:
+        if (found := manifest.get(name)) != value:
             raise UserError(
-                f"{folder}: a latent cache with {name} = {manifest.get(name)!a:.90}, but {value} is wanted. Write "
+                f"{folder}: a latent cache with {name} = {printable(str(found))[:90]}, but {value} is wanted. Write "
                 "another one with `megabagel data latents CONFIG OUT` into a folder of its own."
             )
 

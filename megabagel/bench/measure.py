@@ -1,4 +1,4 @@
-"""One measurement: some steps to warm up, some that count, and some more to see where the time goes."""
+"""One measurement: warm-up steps, timed steps, and further steps timed by phase."""
 
 import time
 from collections.abc import Iterator
@@ -36,11 +36,11 @@ class Request:
     warmup: int
     steps: int
     phased: int
-    """Steps in which phases are told apart."""
+    """Further steps timed by phase; apart from the timed ones, as timing phases synchronizes the device."""
     synthetic: bool = False
-    """Drawn sizes and noise instead of files."""
+    """Use random sizes and noise instead of files."""
     profile: str | None = None
-    """Folder for a trace and a memory snapshot of rank 0's two steps more; None: neither."""
+    """Folder for a trace and a memory snapshot of two further steps on rank 0; None: neither."""
 
     @property
     def all(self) -> int:
@@ -49,9 +49,15 @@ class Request:
 
 
 def measure(name: str, config: Config, mesh: Mesh, request: Request) -> Measurement:
-    """Train `request.all` steps of a fresh run and say how fast they were. Called on every rank, the same on all.
+    """Train `request.all` steps of a fresh run and return their times. Called on every rank, equal on all.
 
-    Nothing is written: no checkpoint, no metrics.
+    No checkpoint and no metrics are written.
+
+    Args:
+        name: label of the measurement.
+        config: run to measure.
+        mesh: grid of the job.
+        request: numbers of steps, and the kind of data.
     """
     drawn = Data(synthetic_sources(config), ByteTokenizer(), noise, None) if request.synthetic else None
     trainer = build_trainer(config, mesh, drawn)

@@ -1,4 +1,4 @@
-"""What a measurement says, as JSON and as a table to read."""
+"""Result of a measurement, as JSON and as a Markdown table."""
 
 import json
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ class Measurement:
     phases: dict[str, float]
     """Mean over ranks."""
     phased_step: float
-    """Seconds of a step while phases are told apart."""
+    """Seconds of a step while phases are timed, which synchronizes the device and may be slower."""
     busy: list[float]
     """Forward, backward and ViT of each rank."""
     planned: float

@@ -15,7 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: Config, name: str, request: Request, out: Path) -> None:
-    """Measure `config` on the ranks of this job and write the report into `out`; called once per rank."""
+    """Measure a config on the ranks of this job and write the report on rank 0. Called once per rank.
+
+    Args:
+        config: run to measure.
+        name: label, to which the grid is added.
+        request: numbers of steps, and the kind of data.
+        out: folder of the report.
+    """
     with distributed(config) as mesh:
         configure_log(mesh.world.rank)
         logger.info("grid: %s, %s on %s", mesh.describe(), config.train.precision, comm_backend())

@@ -1,1 +1,1 @@
-"""What this machine has for training, what it lacks and what is wrong with it: `megabagel doctor`."""
+"""Diagnosis of a machine for training, as printed by `megabagel doctor`: what is present, absent or unusable."""

@@ -10,14 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 Status = Literal["ok", "absent", "wrong"]
-"""`absent`: training works without it, at the cost that the row names. `wrong`: it is there and will not do."""
+"""`absent`: training works without it, at the cost that the row names. `wrong`: present but unusable."""
 
 _STYLE = {"ok": "green", "absent": "yellow", "wrong": "bold red"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A thing that was looked at."""
+    """Result of one check."""
 
     name: str
     status: Status
@@ -28,17 +28,17 @@ class Row:
 
 
 def ok(name: str, found: str) -> Row:
-    """It is there and works."""
+    """Row of something present and usable."""
     return Row(name, "ok", found)
 
 
 def absent(name: str, cost: str) -> Row:
-    """It is not there; `cost` says what that means and how to get it."""
+    """Row of something absent; `cost` is the effect of its absence and how to get it."""
     return Row(name, "absent", "-", cost)
 
 
 def wrong(name: str, found: str, fix: str) -> Row:
-    """It is there and will not do; `fix` says what to do."""
+    """Row of something present but unusable; `fix` is the remedy."""
     return Row(name, "wrong", found, fix)
 
 

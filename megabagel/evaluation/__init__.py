@@ -1,1 +1,1 @@
-"""Evaluation: what a trained model can do, in numbers."""
+"""Evaluation: suites that measure the abilities of a trained model."""

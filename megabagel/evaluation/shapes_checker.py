@@ -224,7 +224,7 @@ _FILLERS = {"a", "an", "the", "at", "in", "it", "is", "there", "are", "on"}
 
 
 def answer_matches(expected: str, reply: str) -> bool:
-    """Whether a reply says the expected answer and no more, after normalisation.
+    """Whether a reply equals the expected answer, without further content, after normalisation.
 
     Thoughts in <think> tags, case, punctuation, articles and other fillers do not count, digits are read as words. To
     a yes/no question the first word decides, as in MME.

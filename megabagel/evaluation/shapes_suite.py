@@ -87,7 +87,7 @@ def page_of(item: Item, size: int) -> np.ndarray | None:
 
 
 def check(item: Item, output: np.ndarray | str) -> dict[str, Any]:
-    """Judge what a model made of an item: a picture (draw, edit) or a reply (ask).
+    """Score a model's output for an item: a picture (draw, edit) or a reply (ask).
 
     Returns:
         `correct`, and beside it `faults` of pictures, `made` and `kept` of edits.

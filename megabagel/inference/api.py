@@ -1,4 +1,4 @@
-"""A loaded model with `generate`, `edit`, `ask` and `chat`; what `megabagel.load_pretrained` returns.
+"""Python API of inference: `load_pretrained` returns a `Pipeline` with `generate`, `edit`, `ask` and `chat`.
 
 model = megabagel.load_pretrained("runs/demo")
 (picture,) = model.generate("a red circle on the left", size=(64, 64), seed=3)
@@ -41,7 +41,16 @@ from megabagel.sequence.sample import LATENT, VIT
 
 
 class Pipeline:
-    """A model on this rank with its tokenizer, codec and engine. Every rank of a grid makes the same calls."""
+    """A model on this rank with its tokenizer, autoencoder and engine.
+
+    On a grid every rank must make the same calls in the same order, since each forward pass is collective.
+
+    Args:
+        source: model on disk, from `open_source`.
+        mesh: grid of the running job; None: this device alone.
+        cache_tokens: rows of the KV cache, shared by all requests.
+        seats: most tokens of one forward pass.
+    """
 
     def __init__(self, source: Source, mesh: Mesh | None = None, cache_tokens: int = 32768, seats: int = 8192) -> None:
         self.source, self.config = source, source.config
@@ -59,7 +68,7 @@ class Pipeline:
 
     @property
     def codec(self) -> Codec:
-        """The image codec, made on first use."""
+        """Image autoencoder, built on first use: answering questions does not need it."""
         if self._codec is None:
             self._codec = build_codec(self.config.model.vae, current_device())
         return self._codec
@@ -67,7 +76,7 @@ class Pipeline:
     def generate(
         self, prompt: str, n: int = 1, size: tuple[int, int] | None = None, seed: int = 0, **options: Any
     ) -> list[Generated]:
-        """Pictures of a prompt.
+        """Generate pictures from a prompt.
 
         Args:
             prompt: what to draw.
@@ -90,20 +99,29 @@ class Pipeline:
         seed: int = 0,
         **options: Any,
     ) -> list[Generated]:
-        """Pictures after one or several images and an instruction; of the last image's size unless told.
+        """Generate pictures from one or several images and an instruction.
 
-        Args and errors as `generate`; an image that cannot be read is one, too.
+        Args:
+            images: files, their bytes or images in memory, in the order in which the model gets them.
+            instruction: the edit, as text.
+            n: number of pictures; they start from seeds `seed`, `seed` + 1, ...
+            size: width and height in pixels; default: the size of the last image after resizing.
+            seed: of the first picture.
+            options: as in `generate`.
+
+        Raises:
+            UserError: as in `generate`, or an image cannot be read.
         """
         options = {"preset": EDIT, **options}
         return self._pictures(self.submit_draw([*map(self.open, images), instruction], n, size, seed, **options))
 
     def ask(self, images: Sequence[Picture], question: str, think: bool = False, **options: Any) -> str:
-        """The answer to a question about images (none: about nothing).
+        """Answer a question about images, or a text question if there are none.
 
         Args:
             images: in the order in which they are shown.
             question: text.
-            think: ask for a thought first; it stands in the answer between its tags.
+            think: let the model reason first; its reasoning is part of the answer, between <think> tags.
             options: fields of `TextSettings`: max_new_tokens, temperature, top_p, seed.
         """
         request = self.submit_answer([*map(self.open, images), question], think, **options)
@@ -115,7 +133,7 @@ class Pipeline:
         return Chat(self, TextSettings(**options))
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """The events of a submitted request as they happen, `Done` last; other requests go on beside it."""
+        """Yield the events of a submitted request as they happen, `Done` last; other queued requests run beside it."""
         while request.done is None:
             for owner, event in self.engine.step():
                 if owner is request:
@@ -129,7 +147,15 @@ class Pipeline:
         seed: int = 0,
         **options: Any,
     ) -> Request:
-        """Queue pictures after texts and images; `Done.result` is a list of `Generated`. Arguments as `generate`."""
+        """Queue the generation of pictures; `Done.result` is a list of `Generated`.
+
+        Args:
+            items: texts and RGB images, in order.
+            n: number of pictures.
+            size: width and height in pixels, as in `generate`.
+            seed: of the first picture.
+            options: as in `generate`.
+        """
         session = self.engine.session()
         name = options.pop("preset", None) or DRAW
         chosen = preset(name)
@@ -159,7 +185,7 @@ class Pipeline:
         return self.engine.submit(requests.answer(session, settings, self.engine.most_tokens), session, need)
 
     def open(self, picture: Picture) -> Image.Image:
-        """An RGB image. Raises UserError for what is none."""
+        """Open a picture as RGB. Raises UserError if it cannot be read."""
         if isinstance(picture, Image.Image):
             return to_rgb(picture)
         name = "the image" if isinstance(picture, bytes) else str(picture)
@@ -174,7 +200,14 @@ class Pipeline:
             raise UserError(f"{name}: {error}; expected a readable PNG, JPEG or other image (docs/data.md)") from error
 
     def views(self, image: Image.Image, seed: int, number: int, both: bool) -> tuple[ImageContent, ...]:
-        """An image as the model sees it: ViT patches, and before them clean latents if it may be edited."""
+        """Contents of an image for the model: ViT patches, preceded by clean latents for generation and editing.
+
+        Args:
+            image: RGB.
+            seed: of the autoencoder's posterior sample.
+            number: index of the image in the request, part of the key of that sample.
+            both: whether to add clean latents.
+        """
         model, data = self.config.model, self.config.data
         found = []
         if model.visual_gen:
@@ -228,7 +261,14 @@ class Pipeline:
         return height // stride, width // stride
 
     def about(self, items: Sequence[str | Image.Image], settings: DrawSettings, rows: int, cols: int) -> dict[str, Any]:
-        """What a PNG says of the request."""
+        """Metadata of a request, stored in its PNGs.
+
+        Args:
+            items: texts and images of the request; images are recorded by digest.
+            settings: of the sampler.
+            rows: rows of latent tokens.
+            cols: columns of latent tokens.
+        """
         stride = self.config.model.latent_stride
         return {
             "items": [item if isinstance(item, str) else {"sha256": image_digest(item)} for item in items],
@@ -277,7 +317,7 @@ def load_pretrained(
     mesh: Mesh | None = None,
     cache_tokens: int = 32768,
 ) -> Pipeline:
-    """A model from a run folder, a checkpoint of any grid, or a published folder.
+    """Load a model from a run folder, a checkpoint of any grid, or a published folder.
 
     Args:
         path: the folder.

@@ -110,7 +110,7 @@ def has_average(manifest: Manifest) -> bool:
 
 
 class _NoDraws(TorchFunctionMode):
-    """Leaves out random initial values: the weights of a 7B model would take minutes, and are overwritten."""
+    """Skips random initialization: it would take minutes for a 7B model, and loading overwrites all weights."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.uniform_, torch.Tensor.normal_):

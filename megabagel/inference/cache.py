@@ -1,7 +1,7 @@
-"""The KV cache: one pool of rows per layer for all requests, handed out in pages, never moved.
+"""KV cache: one pool of rows per layer for all requests, allocated in pages and never moved.
 
-Both experts write into the same rows: later queries do not ask who made a key. There is no paged-attention kernel: what
-a query sees is a list of rows and mask integers (`segments.mask_codes`).
+Both experts share the rows, since attention treats their keys alike. There is no paged-attention kernel: the visible
+keys of a query are a list of cache rows and mask integers (`segments.mask_codes`).
 """
 
 from collections.abc import Iterable
@@ -40,12 +40,19 @@ class KVCache:
         return int(self._free.sum())
 
     def write(self, layer: int, slots_T: Tensor, k_TMH: Tensor, v_TMH: Tensor) -> None:
-        """Store new keys and values."""
+        """Store new keys and values.
+
+        Args:
+            layer: number of the layer in the whole model.
+            slots_T: int64 cache rows to write; `trash` for padding.
+            k_TMH: keys, after norm and rotation.
+            v_TMH: values.
+        """
         self.keys[layer].index_copy_(0, slots_T, k_TMH)
         self.values[layer].index_copy_(0, slots_T, v_TMH)
 
     def take(self, count: int) -> np.ndarray:
-        """Numbers of `count` pages, side by side where there is room: then attention reads a slice, not a gather.
+        """Allocate `count` pages, contiguous ones if possible, so that attention reads a view instead of a gather.
 
         Raises UserError when there are not so many.
         """
@@ -62,13 +69,13 @@ class KVCache:
         return found.astype(np.int64)
 
     def give_back(self, pages: np.ndarray) -> None:
-        """Pages that may be handed out again."""
+        """Free pages."""
         self._free[pages] = True
 
 
 @dataclass
 class Arena:
-    """The rows of one request or session; all go back together."""
+    """Cache rows of one request or session, freed together."""
 
     cache: KVCache
     _pages: list[np.ndarray] = field(default_factory=list)
@@ -100,7 +107,7 @@ class Arena:
         self._rows = np.concatenate([rows, self._rows])
 
     def close(self) -> None:
-        """Hand everything back."""
+        """Free all pages."""
         for pages in self._pages:
             self.cache.give_back(pages)
         self._pages, self._rows = [], np.zeros(0, np.int64)

@@ -141,6 +141,13 @@ def add_image(log: OpLog, branches: Branches, *views: ImageContent) -> Branches:
 
 
 def add_thought(log: OpLog, branches: Branches, text: TextContent, image_free: bool = False) -> Branches:
-    """The model's own plan of a picture: a condition of `main` alone, or of `image_free` as well."""
+    """Append the model's reasoning about a picture as a condition.
+
+    Args:
+        log: ops of the session.
+        branches: contexts before it.
+        text: the decoded reasoning with its delimiters.
+        image_free: whether `image_free` gets it as well; by default only `main` does.
+    """
     free = log.append(branches.image_free, text) if image_free else branches.image_free
     return replace(branches, main=log.append(branches.main, text), image_free=free)

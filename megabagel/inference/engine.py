@@ -1,7 +1,7 @@
-"""Continuous batching: the parts of many requests in one forward pass, admitted by tokens, cancelled at any time.
+"""Continuous batching: one forward pass computes parts of many requests, which are admitted by their need of KV cache.
 
-Prefill chunks, decoded tokens and denoising queries mix freely; each row has its own timestep, rotary id and view of
-the cache. Every rank of a grid runs the same engine with the same requests in the same order.
+Prefill chunks, decoded tokens and denoising steps of pictures may share a pass: each row has its own timestep, rotary
+id and list of visible cache rows. Every rank of a grid runs the same engine with the same requests in the same order.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Done(Event):
-    """A request has ended; `error` says why it failed."""
+    """End of a request: its result, or the error message if it failed."""
 
     result: Any = None
     error: str | None = None
@@ -27,7 +27,7 @@ class Done(Event):
 
 @dataclass(eq=False)
 class Request:
-    """A program on its way, and the session whose cache rows it uses."""
+    """A submitted program (generator) and the session that owns its cache rows."""
 
     program: Program[Any]
     session: Session
@@ -35,18 +35,25 @@ class Request:
     """Most cache rows that the program takes beside those that the session has."""
     ends_session: bool = True
     parts: tuple[Part, ...] | None = None
-    """What it waits for; None before it starts."""
+    """Parts to compute in its next pass; None before it starts."""
     done: Done | None = None
     events: list[Event] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
-        """Rows of the pass that it waits for."""
+        """Rows that its next pass takes."""
         return sum(part.layout.tokens for part in self.parts or ())
 
 
 class Engine:
-    """Requests over one runner and one KV cache."""
+    """Scheduler of requests over one runner and one KV cache.
+
+    Args:
+        runner: runs forward passes and owns the cache.
+        special: ids of delimiter tokens.
+        most_tokens: limit of rows in one pass; a single larger request still runs, alone.
+        most_waiting: limit of the queue; beyond, `submit` refuses.
+    """
 
     def __init__(self, runner: Runner, special: Special, most_tokens: int = 8192, most_waiting: int = 256) -> None:
         self.runner, self.special, self.most_tokens, self.most_waiting = runner, special, most_tokens, most_waiting
@@ -67,6 +74,14 @@ class Engine:
 
     def submit(self, program: Program[Any], session: Session, need: int, ends_session: bool = True) -> Request:
         """Queue a program. It starts when the cache has `need` free rows for it.
+
+        The rows are reserved at the start, so a running request never waits for another one to free rows.
+
+        Args:
+            program: generator that yields parts and events.
+            session: owns the cache rows of the program.
+            need: most cache rows that the program takes beside those of the session.
+            ends_session: whether the session's rows are freed at the end; False for a dialogue.
 
         Raises:
             UserError: it could never fit, or too many requests wait already.
@@ -93,7 +108,7 @@ class Engine:
         return not self.waiting and not self.running
 
     def step(self) -> list[tuple[Request, Event]]:
-        """Admit what fits, run one forward pass, and return what requests tell, `Done` last of each."""
+        """Admit requests that fit, run one forward pass, and return the new events, `Done` last of each request."""
         self._admit()
         chosen = self._choose()
         if chosen:
@@ -106,7 +121,17 @@ class Engine:
         return self._collected()
 
     def run(self, program: Program[R], session: Session, need: int = 0, ends_session: bool = True) -> R:
-        """Run one program to its end, beside whatever else is queued. Raises UserError if it fails."""
+        """Run one program to its end, together with other queued requests, and return its result.
+
+        Args:
+            program: generator that yields parts and events.
+            session: owns the cache rows of the program.
+            need: most cache rows that the program takes beside those of the session.
+            ends_session: whether the session's rows are freed at the end.
+
+        Raises:
+            UserError: the request was refused or failed.
+        """
         request = self.submit(program, session, need, ends_session)
         while request.done is None:
             self.step()
@@ -119,6 +144,8 @@ class Engine:
         while self.waiting:
             request = self.waiting[0]
             missing = request.need - request.session.arena.at_hand
+            # Strictly first come, first served: a large request is not overtaken by smaller ones. If nothing runs, no
+            # rows will become free, since open sessions hold them; waiting on would block the queue for ever.
             if -(-missing // PAGE) > self.cache.free_pages:
                 if not self.running:
                     self.waiting.popleft()
@@ -133,7 +160,7 @@ class Engine:
                 self.running.remove(request)
 
     def _choose(self) -> list[Request]:
-        """Those that have waited longest, as many as the pass takes; at least one."""
+        """Requests of the next pass: longest-waiting first, up to `most_tokens` rows; at least one."""
         chosen: list[Request] = []
         total = 0
         for request in self.running:
@@ -144,7 +171,7 @@ class Engine:
         return chosen
 
     def _advance(self, request: Request, results: list[Result] | None) -> None:
-        """Let a program go on to its next parts or its end."""
+        """Resume a program until its next parts or its end."""
         try:
             found = next(request.program) if results is None else request.program.send(results)
             while isinstance(found, Event):

@@ -1,4 +1,4 @@
-"""Generated pictures and the PNGs that say how they were made."""
+"""Generated pictures, saved as PNGs whose metadata hold the prompt, seed and settings."""
 
 import hashlib
 import json

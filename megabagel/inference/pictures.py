@@ -42,9 +42,17 @@ def latent_tokens(latent_Chw: Tensor, patch: int) -> Tensor:
 def from_latent(
     tokens: Tensor, rows: int, cols: int, patch: int, codec: Codec, device: torch.device | str = "cpu"
 ) -> np.ndarray:
-    """The picture uint8 [height, width, 3] of latent tokens.
+    """Decode latent tokens to a picture, uint8 [height, width, 3].
 
-    Levels are truncated, not rounded, as in the released code: pictures that it made can be reproduced.
+    Levels are truncated, not rounded, as in the released code, so that its pictures can be reproduced.
+
+    Args:
+        tokens: [rows * cols, Z] latent tokens.
+        rows: rows of latent tokens.
+        cols: columns of latent tokens.
+        patch: latent cells per side of a token.
+        codec: image autoencoder.
+        device: where the autoencoder is.
     """
     pixels = codec.decode(unpatchify(tokens, rows, cols, patch)[None].to(device))[0]
     return (pixels * 0.5 + 0.5).clamp(0, 1).mul(255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()

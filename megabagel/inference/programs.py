@@ -1,7 +1,7 @@
-"""What a request does, as generators: they yield parts to compute or events to tell, and are sent results.
+"""Programs of requests (prefill, decoding, denoising): generators that yield parts or events and receive results.
 
-The engine runs the parts of many programs in one forward pass. A program is plain sequential code; closing it cancels
-the request, and its cache rows go back with its session.
+The engine runs the parts of many programs in one forward pass. A program is plain sequential code. Closing the
+generator cancels the request; its cache rows are freed with its session.
 
 Letters: Q rows with logits, V vocabulary, L latent tokens of a picture, Z numbers of each.
 """
@@ -30,7 +30,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a request tells while it runs."""
+    """Base class of progress reported by a running request."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Session:
     branches: Branches = field(default_factory=Branches)
 
     def view(self, context: Context) -> "View":
-        """What a query at the end of a context sees. All its ops have run."""
+        """Visible cache rows and rotary id of a query at the end of a context, all of whose ops have run."""
         return View(self.log.rows(context), self.log.position(context))
 
     def close(self) -> None:
@@ -292,7 +292,7 @@ class _Drawing:
         return {name: of[self._twin(name)] for name in self.wanted}
 
     def _twin(self, name: str) -> str:
-        """The first branch that sees the same."""
+        """First branch with the same view, whose result can be used for this one."""
         return next(other for other in self.wanted if self.views[other].same(self.views[name]))
 
     def _layout(self, names: tuple[str, ...]) -> Layout:

@@ -1,4 +1,4 @@
-"""What users ask for, as programs: pictures from texts and images, answers, and turns of a dialogue."""
+"""Programs of complete requests: pictures from texts and images, answers, and turns of a dialogue."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,11 +1,12 @@
-"""One forward pass over the parts of any requests, on this rank: the only place where inference becomes tensors.
+"""Forward pass over the parts of any requests on this rank; the only file of inference that calls the model.
 
-Rows of all parts stand as [und | gen], dealt over context-parallel ranks part by part; every rank keeps the whole KV
-cache of its layers and heads, so new keys are gathered and queries stay. Pipeline stages exchange hidden states of the
-pass; predictions of the last stage go to all ranks, so that every rank takes the same decisions.
+Rows of all parts are ordered [und | gen] and split over context-parallel ranks part by part. Every rank keeps the whole
+KV cache of its layers and heads, so new keys and values are gathered while queries stay. Pipeline stages exchange
+hidden states of the pass. Predictions of the last stage are broadcast, so that every rank takes the same decisions.
 
-Bits do not depend on what shares a pass: each part has an attention plan of its own, everything else works row by row.
-A CPU's fp32 GEMM takes another kernel for 1 to 3 rows, with other last bits: such blocks are padded to 4 rows.
+Results are bitwise independent of the other parts in a pass: each part has an attention plan of its own, and everything
+else works row by row. An fp32 GEMM on a CPU uses another kernel for 1 to 3 rows, with different last bits, so such
+blocks are padded to 4 rows.
 
 Legend: see `model.inputs`; T = U + G rows of this rank, W rows of all context-parallel ranks, Q rows with logits.
 """
@@ -35,7 +36,7 @@ from megabagel.sequence.pack import mask_codes
 from megabagel.sequence.sample import LATENT, TEXT, VIT, Segment
 
 MIN_ROWS = 4
-"""Rows of the smallest GEMM."""
+"""Fewest rows of a GEMM; smaller blocks are padded (see above)."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Result:
-    """What a pass found for one part, fp32, equal on every rank."""
+    """Predictions of a pass for one part, fp32, equal on every rank."""
 
     logits_QV: Tensor
     """After the last token of every segment that wants them."""
     velocities: tuple[Tensor, ...]
-    """[rows * cols, Z] of every latent image, in order; those of clean images mean nothing."""
+    """[rows * cols, Z] of every latent image, in order; meaningless for clean images."""
 
 
 class Runner:
@@ -84,8 +85,9 @@ class Runner:
 
     def run(self, parts: Sequence[Part]) -> list[Result]:
         """One forward pass. Keys and values of all parts are in the cache afterwards. Called on every rank alike."""
-        # Without a grid nothing of megatron-core runs, and what parallel.host does for it on a CPU (Python code around
-        # every torch call) only costs: measured, a fifth of the CPU time of a decoded token.
+        # Without a grid nothing of megatron-core runs, so the torch-function mode that runtime.cpu_backend installs for
+        # it on a CPU (Python code around every torch call) is switched off: measured, it takes a fifth of the CPU time
+        # of a decoded token.
         plain = torch._C.DisableTorchFunction() if self.alone else nullcontext()
         with torch.inference_mode(), plain:
             return self._run(parts)
@@ -137,7 +139,7 @@ class Runner:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def _vit(self, parts: Sequence[Part], rows: "_Rows") -> VitInputs | None:
-        """The patches of all images; every context-parallel rank encodes all of them, which is little work."""
+        """ViT inputs: every context-parallel rank encodes the patches of all images, which is little work."""
         vit = self.config.vit
         images = [(grid, values) for part in parts for kind, grid, values, _ in images_of(part) if kind == VIT]
         if not images:
@@ -195,7 +197,7 @@ class Runner:
         )
 
     def _attention(self, parts: Sequence[Part], rows: "_Rows") -> Callable[[int], Attend]:
-        """Attention of every layer: new keys into the cache, then each part by itself over its rows of the cache."""
+        """Attention by layer: write new keys and values to the cache, then attend part by part over its cache rows."""
         calls = [self._plan(part.layout, self._tensor(row_T)) for part, row_T in zip(parts, rows.of_part, strict=True)]
         slots_W = self._tensor(np.where(rows.slot_W < 0, self.cache.trash, rows.slot_W))
         cp = self.ranks.cp
@@ -255,7 +257,7 @@ class Runner:
     def _shared(
         self, parts: Sequence[Part], computed: Sequence[Part], rows: "_Rows", found: Predictions | None
     ) -> list[Result]:
-        """The results of every part, on every rank: rows gathered over cp, then sent from the last stage."""
+        """Results of every part on every rank: rows are gathered over cp, then broadcast from the last stage."""
         size, Z, V = self.ranks.cp_size, self.config.latent_dim, self.config.vocab
         counts = [int((part.layout.kind == LATENT).sum()) for part in parts]
         order = [i for i, part in enumerate(parts) if part in computed] + [
@@ -292,7 +294,7 @@ class Runner:
 
 
 def _pick(rows: Tensor, which: Tensor | slice) -> Tensor:
-    """Rows of the cache: a view where they lie side by side."""
+    """Rows of the cache: a view where they are contiguous, which saves the copy, else a gather."""
     return rows[which] if isinstance(which, slice) else rows.index_select(0, which)
 
 
@@ -304,7 +306,7 @@ def images_of(part: Part) -> list[tuple[int, tuple[int, int], Tensor, float]]:
 
 
 class _Rows:
-    """Where the tokens of all parts lie on this rank, as [und | gen] rows. Numbers only."""
+    """Placement of the tokens of all parts on this rank, as [und | gen] rows, in NumPy."""
 
     def __init__(self, parts: Sequence[Part], ranks: Ranks) -> None:
         rank, size = ranks.cp_rank, ranks.cp_size

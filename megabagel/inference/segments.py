@@ -1,4 +1,4 @@
-"""New tokens of one forward pass in NumPy: which cache rows they see, where they are written, how they lie.
+"""New tokens of one forward pass in NumPy: visible cache rows, rows to write, and layout over context-parallel ranks.
 
 A segment is a run of new tokens of one context under one rule of attention. A part is a set of segments with an
 attention plan of its own: all guidance branches of one picture, or one decoded token. Plans never span parts, so what a
@@ -113,10 +113,10 @@ class Layout:
 
 
 def mask_codes(segments: Sequence[Segment]) -> tuple[np.ndarray, AttentionRanges]:
-    """Cache rows that the segments see, and who sees which of them.
+    """Cache rows visible to the segments, and the range of key codes that each new token sees.
 
-    A context is an interval of public codes. One that begins like a longer one is the beginning of that one's interval,
-    so a text-free context costs no keys of its own; the new tokens of such a branch carry private codes.
+    A context is an interval of public codes. A context that is a prefix of a longer one is a prefix of that interval,
+    so a text-free context adds no keys; the new tokens of such a branch get private codes.
     """
     chains: list[np.ndarray] = []
     starts: list[int] = []
@@ -159,7 +159,7 @@ def _chain_of(rows: np.ndarray, chains: Sequence[np.ndarray]) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A layout with its contents: what a request asks of one forward pass."""
+    """A layout with its images and timesteps: the share of a request in one forward pass."""
 
     layout: Layout
     images: tuple[Any, ...] = ()

@@ -1,1 +1,1 @@
-"""Proof of equality with the official model: golden cases through the program's own path, in numbers."""
+"""Parity with the official model: golden cases run through the production code path and compared in numbers."""

@@ -1,4 +1,4 @@
-"""What a forward pass computes, seen on every rank of a grid and put together in sequence order on rank 0.
+"""Capture of a forward pass: activations of every rank of a grid, assembled in sequence order on rank 0.
 
 Shape letters: docs/notation.md.
 """
@@ -27,7 +27,7 @@ Parts = dict[str, list[tuple[np.ndarray, Tensor]]]
 
 
 class Watch:
-    """Collects this rank's rows while its stages run one batch."""
+    """Forward hooks that collect this rank's rows while its stages run one batch."""
 
     def __init__(self, machine: Rank, batch: PackedBatch, inputs: StageInputs) -> None:
         self.machine, self.batch, self.inputs = machine, batch, inputs

@@ -1,4 +1,4 @@
-"""Rows of the table: one number or tensor of ours beside the official one, and whether it is close enough."""
+"""Comparisons of one number or tensor with the official one, each with a gate (largest allowed difference)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -95,9 +95,14 @@ class Row:
 
 
 def compare(name: str, ours: Tensor | float | None, theirs: Tensor | float, gate: Gate, scale: float = 0.0) -> Row:
-    """Compare two tensors or numbers; `scale`: norm to divide by instead of the expected one's.
+    """Compare two tensors or numbers in float64. A missing value or another shape counts as an infinite difference.
 
-    Another shape, or nothing at all, differs infinitely.
+    Args:
+        name: label of the row.
+        ours: value of this project; None: missing.
+        theirs: official value.
+        gate: measure and its largest allowed value.
+        scale: norm by which `rel_l2` is divided; 0: the norm of the official value.
     """
     expected = torch.as_tensor(theirs, dtype=torch.float64)
     if ours is None or torch.as_tensor(ours).shape != expected.shape:

@@ -59,7 +59,14 @@ def _autoencoder_case(case: Case) -> Case:
 
 
 def compare_inference(case: Case, config: Config, mesh: Mesh, gates: Gates) -> list[Row]:
-    """Run every sub-case and compare everything. Rows are whole on rank 0; called on all ranks."""
+    """Run every sub-case and compare everything. Called on all ranks; rows are complete on rank 0.
+
+    Args:
+        case: an `infer_*` case.
+        config: from the case, with overrides.
+        mesh: grid of the job.
+        gates: allowed differences.
+    """
     wanted = set(case.weights)
     fill = from_published(TensorFiles(case.path, keep=wanted.__contains__))
     whole = mesh.world.size == mesh.dp.size

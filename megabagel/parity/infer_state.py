@@ -1,4 +1,4 @@
-"""What the files of an `infer_*` case share: one sub-case, its sessions, and the comparisons so far."""
+"""State of one sub-case of an `infer_*` case: its sessions, and the comparisons so far."""
 
 from dataclasses import dataclass, field
 from typing import Any

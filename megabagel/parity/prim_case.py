@@ -37,7 +37,7 @@ NOT_OURS = ("packing", "len2weight")
 
 Entries = dict[str, Tensor]
 Result = tuple[Tensor, bool]
-"""What we compute for an entry, and whether it must be exact."""
+"""This project's value of an entry, and whether it must be exact."""
 
 
 def compare_blocks(case: Case, gates: Gates) -> list[Row]:

@@ -1,4 +1,4 @@
-"""What `megabagel parity` says: the table, the clock, and both as JSON."""
+"""Report of `megabagel parity`: the table, the timing, and both as JSON."""
 
 import json
 from collections.abc import Sequence

@@ -51,7 +51,17 @@ def rule_of(case: Case) -> str:
 
 
 def compare_trace(case: Case, config: Config, mesh: Mesh, gates: Gates) -> list[Row]:
-    """Train the steps of the trace and compare. Rows come on rank 0; called on all ranks."""
+    """Train the steps of the trace and compare losses, gradient norms and weights. Called on all ranks.
+
+    Args:
+        case: a trace of the official trainer.
+        config: from `trace_config`.
+        mesh: grid of the job.
+        gates: allowed differences.
+
+    Returns:
+        Rows on rank 0, nothing on other ranks.
+    """
     _check_ranks(case, config, mesh.dp.size)
     machine, batches = build_rank(config, mesh, choose_attention(config)), _batches(case)
     if not machine.builder.attention.has_backward:

@@ -44,7 +44,17 @@ SMALL_NORM = 1e-6
 
 
 def case_config(case: Case, batches: list[OfficialBatch], train: TrainConfig, overrides: list[str]) -> Config:
-    """The config of a run over the packs of a case. Raises UserError for overrides that do not fit."""
+    """Config of a run over the packs of a case.
+
+    Args:
+        case: gives the model.
+        batches: packs of the case; the longest sets data.max_tokens.
+        train: optimizer, schedule and loss settings.
+        overrides: `section.key=value`.
+
+    Raises:
+        UserError: overrides do not fit.
+    """
     model = model_config(case)
     data = DataConfig(
         min_tokens=1,
@@ -59,7 +69,7 @@ def case_config(case: Case, batches: list[OfficialBatch], train: TrainConfig, ov
 
 
 def freeze_sets(case: Case) -> tuple[str, ...]:
-    """What the case froze, in our words."""
+    """Frozen parts of the case, as names of `train.freeze`."""
     named = {str(entry).removeprefix("freeze_") for entry in case.about.get("freeze", ())}
     und = case.config["llm_config"].get("freeze_und", False)
     return tuple(sorted((named | ({"und"} if und else set())) - {"vae"}))  # the VAE never learns
@@ -89,7 +99,14 @@ def train_config(case: Case, overrides: list[str], ranks: int) -> Config:
 
 
 def prepare(case: Case, config: Config, mesh: Mesh, random_weights: bool) -> TrainRun:
-    """Build the model of a case, with its weights or with keyed random ones, and its batch for this rank."""
+    """Build the model of a case and its batch for this rank.
+
+    Args:
+        case: a `train_*` case.
+        config: from `train_config`.
+        mesh: grid of the job.
+        random_weights: keep the keyed random initialization instead of loading the case's weights.
+    """
     machine = build_rank(config, mesh, choose_attention(config))
     if not random_weights:
         load_weights(machine, case)

@@ -1,9 +1,9 @@
-"""What forward keeps for backward, bytes of one micro-batch on one rank.
+"""Activation memory: bytes that the forward pass saves for backward, per micro-batch and rank.
 
-Read off `model.layers`, `model.vit`, `model.bagel` and megatron-core's linears: which tensor each operation saves.
-The terms are those of Korthikanti et al., Reducing Activation Recomputation, section 4, for gated MLPs and grouped
-queries, without dropout and without stored attention scores. tests/plan/test_memory.py compares them with what torch
-really keeps.
+The terms follow the tensors that each operation of `model.layers`, `model.vit`, `model.bagel` and megatron-core's
+linears saves. They are those of Korthikanti et al., Reducing Activation Recomputation, section 4, for gated MLPs and
+grouped queries, without dropout and without stored attention scores. The symbols are explained in `planner.scenario`.
+tests/plan/test_memory.py compares the formulas with the tensors that torch saves.
 """
 
 from functools import cache
@@ -14,15 +14,16 @@ from megabagel.parallel.schedules import peak_in_flight, schedule
 from megabagel.planner.scenario import Case
 
 STATISTIC = 4
-"""Bytes of a norm's scale and of a row's log-sum-exp: fp32."""
+"""Bytes per row of a saved statistic (inverse RMS of a norm, log-sum-exp of attention): one fp32 number."""
 
 
 def layer(case: Case, recompute: str) -> float:
-    """One decoder layer.
+    """Bytes saved by one decoder layer under a mode of recomputation.
 
-    none: both norms' inputs and outputs (4 r h), q/k/v before their norms, q and k and v of attention with its output,
-    and 4 R f of the MLP (gate and up, silu of gate, product). selective: attention and SwiGLU keep their inputs and
-    outputs alone. full: the layer's input.
+    - none: inputs and outputs of both norms (4 r h), q/k/v before their norms, q, k, v and output of attention, and
+      4 R f of the MLP (gate and up, silu of gate, product).
+    - selective: attention and SwiGLU save only their inputs and outputs.
+    - full: only the input of the layer.
     """
     b, rows, split = case.bytes, case.load.rows, case.split_rows
     model = case.config.model
@@ -37,28 +38,30 @@ def _attention(case: Case, recompute: str) -> float:
     b, rows = case.bytes, case.load.rows
     if recompute == "selective":
         return 2 * rows * (case.q + case.k) * b  # q, own k and v, output
-    copies = 3 if case.system.engine == "host" else 2  # q, output, and the output in the engine's own order
+    # The CPU engine works in an order of rows of its own, so its output is saved a second time in that order.
+    copies = 3 if case.system.engine == "host" else 2  # q, output, (CPU) output in the engine's order
     gathered = 2 * case.load.keys * case.k
     return (copies * rows * case.q + gathered) * b + rows * case.q / case.config.model.kv_channels * STATISTIC
 
 
 def _mlp(case: Case, recompute: str) -> float:
-    """Gate and up together, the product, and silu(gate) unless that is made again in backward."""
+    """Gate and up (2), their product (1), and silu(gate) (1) unless backward recomputes it, each [R, f]."""
     return (3 if recompute == "selective" or case.system.fused else 4) * case.load.rows * case.ffn * case.bytes
 
 
 def layers(case: Case, count: float) -> float:
-    """`count` decoder layers in the grid's mode of recomputation."""
+    """Bytes saved by `count` decoder layers in the grid's mode of recomputation."""
     full = case.full_layers
     other = "none" if case.grid.recompute == "full" else case.grid.recompute
     return count * (full * layer(case, "full") + (1 - full) * layer(case, other))
 
 
 def embed(case: Case) -> float:
-    """Inputs of the model: the ViT tower, which is never recomputed, connector and latents.
+    """Bytes saved by the inputs of the model: ViT, connector and latents.
 
-    A tower layer keeps 4 P E (inputs and outputs of its norms), q, k, v and output (4 P E / tp) and both sides of
-    GELU (2 P F / tp); the connector its input and both sides of GELU.
+    The ViT is never recomputed. For P patches and ViT width E, a ViT layer saves 4 P E (inputs and outputs of its
+    norms), q, k, v and output (4 P E / tp) and both sides of GELU (2 P F / tp); the connector saves its input and both
+    sides of GELU.
     """
     model, load, b = case.config.model, case.load, case.bytes
     vit, shards = model.vit, case.vit_shards
@@ -68,23 +71,28 @@ def embed(case: Case) -> float:
         one = 4 * vit.hidden + copies * vit.hidden / shards + 2 * vit.ffn / shards
         connector = vit.hidden + 2 * model.hidden / case.grid.tp
         total += max(load.vit_patches, 1.0) * (vit.layers * one + connector + 2 * vit.hidden) * b
+    # Under sequence parallelism this rank's und rows are a view into all of them, which keeps the whole tensor alive.
     if case.split_rows < load.rows:
-        total += load.rows_und * model.hidden * b  # split rows are a view of all of them
+        total += load.rows_und * model.hidden * b
     if model.visual_gen:
         total += load.rows_gen * case.split_rows / load.rows * model.latent_dim * b
     return total
 
 
 def carried(case: Case) -> float:
-    """What a stage receives beside hidden states: the flow target on its way to the last one, as part of the wire
-    and as a copy of its own (`parallel.wire`)."""
+    """Bytes that a later stage receives beside hidden states: the flow target, on its way to the last stage.
+
+    It is held twice: inside the received payload and as a copy of its own (`parallel.stage_activations`).
+    """
     target = (case.config.model.latent_dim + 1) * 4
     return case.split_rows * (1 + case.load.rows_gen / case.load.rows) * target
 
 
 def heads(case: Case) -> float:
-    """Final norms and both heads, without the logits: norm inputs (r h), llm2vae's input, the word head's input, and
-    velocities with their targets (fp32)."""
+    """Bytes saved by the final norms and both heads, without the logits.
+
+    These are the norm inputs (r h), the inputs of llm2vae and of the LM head, and velocities with their targets (fp32).
+    """
     model, load, b = case.config.model, case.load, case.bytes
     gen = load.rows_gen * case.split_rows / load.rows
     flow = gen * (model.hidden * b + 2 * model.latent_dim * 4) if model.visual_gen else 0.0
@@ -92,14 +100,18 @@ def heads(case: Case) -> float:
 
 
 def logits_kept(case: Case) -> float:
-    """The softmax over this rank's words, fp32, that the cross-entropy keeps: K V / tp; sliced, nothing of that
-    size."""
+    """Bytes of the fp32 softmax over this rank's vocabulary that the cross-entropy saves: CE rows x V / tp.
+
+    0 where the LM head computes logits in slices of the vocabulary, which are dropped after use.
+    """
     return 0.0 if case.system.slices_words else case.load.ce_rows * case.config.model.vocab / case.grid.tp * 4
 
 
 def logits_peak(case: Case) -> float:
-    """Most that the logits take at once: the softmax, and logits and their gradient in the type of the model;
-    sliced, two such tensors of one slice."""
+    """Peak bytes of the logits: the fp32 softmax, and logits and their gradient in the model's dtype.
+
+    Where the LM head works in slices of the vocabulary: logits and gradient of one slice.
+    """
     if case.system.slices_words:
         words = min(SLICE_TOKENS, case.config.model.vocab / case.grid.tp)
         return case.load.ce_rows * words * 2 * case.bytes
@@ -107,17 +119,18 @@ def logits_peak(case: Case) -> float:
 
 
 def in_flight(case: Case, rank: int) -> list[int]:
-    """Micro-batches of each model chunk of a pipeline rank whose activations are alive at the peak."""
+    """Micro-batches per model chunk of a pipeline rank whose activations are alive at the rank's peak."""
     return _in_flight(rank, case.grid.pp, case.grid.vpp, case.micro_batches)
 
 
-@cache  # a search has many grids with the same pipeline
+# Cached on the four integers because a search visits many grids with the same pipeline.
+@cache
 def _in_flight(rank: int, pp: int, vpp: int, micro_batches: int) -> list[int]:
     return peak_in_flight(schedule(rank, pp, vpp, micro_batches), vpp)
 
 
 def kept(case: Case, rank: int) -> float:
-    """All activations that a pipeline rank holds at its peak, logits aside."""
+    """Bytes of all activations that a pipeline rank holds at its peak, without logits."""
     total = 0.0
     for chunk, (count, alive) in enumerate(zip(case.chunks[rank], in_flight(case, rank), strict=True)):
         first, last = case.ends(rank, chunk)
@@ -127,9 +140,11 @@ def kept(case: Case, rank: int) -> float:
 
 
 def workspace(case: Case) -> float:
-    """Beside them while one layer's backward runs: what it recomputes, and the gradients in its MLP (3 R f + R h).
+    """Bytes needed on top of saved activations while one layer's backward runs.
 
-    Where only some layers are recomputed, the last ones are not: their backward has freed more by then.
+    These are the activations that it recomputes and the gradients in its MLP (3 R f + R h). Recomputed activations
+    count only where all layers are recomputed: otherwise the last layers are not, and by the time that backward reaches
+    a recomputed layer, they have freed more than it needs.
     """
     gradients = case.load.rows * (3 * case.ffn + case.config.model.hidden) * case.bytes
     return gradients + (layer(case, "none") if case.full_layers == 1 else 0.0)

@@ -1,8 +1,8 @@
-"""The few constants that no data sheet gives, and how a measured step corrects them.
+"""Efficiency constants of the planner, and their correction from measured step times.
 
-`plan --calibration bench.json` reads what `megabagel bench` wrote: step times of the same model and packs on some
-grids, with any number of packs per step. Each is compared with the prediction for the very config that was measured;
-the ratio of measured to predicted time, the geometric mean over them, then multiplies every prediction.
+`plan --calibration bench.json` reads the output of `megabagel bench`: step times of the same model and packs on some
+grids, with any number of packs per step. Each measurement is compared with the prediction for the config that was
+measured. The geometric mean of the ratios (measured over predicted time) then multiplies every prediction.
 """
 
 import json
@@ -22,32 +22,33 @@ from megabagel.planner.hardware import CATALOG
 
 @dataclass(frozen=True)
 class Calibration:
-    """Shares of a peak that kernels reach, and costs that do not scale. docs/planner.md says what each was fitted
-    on."""
+    """Shares of the hardware's peaks that kernels reach, and fixed costs.
+
+    No data sheet gives these numbers. docs/planner.md lists the published systems that they were fitted on.
+    """
 
     gemm: float = 0.60
-    """Of the matmul peak, for a GEMM that is large in all three dimensions."""
+    """Share of the matmul peak that a GEMM reaches if it is large in all three dimensions."""
     gemm_half: float = 160.0
-    """A GEMM with a dimension of this size runs at half of that (tiles and waves that are not full, k loops that
-    end)."""
+    """Size of one dimension at which a GEMM reaches half of `gemm` (partly filled tiles and waves, short k loops)."""
     attention: float = 0.40
-    """Of the matmul peak, over visible pairs, forward and backward together."""
+    """Share of the matmul peak that attention reaches over visible pairs, forward and backward together."""
     convolution: float = 0.35
-    """Of the TF32 peak: the codec's convolutions."""
+    """Share of the TF32 peak that the convolutions of the autoencoder reach."""
     memory: float = 0.70
-    """Of the memory bandwidth: element-wise kernels."""
+    """Share of the memory bandwidth that element-wise kernels reach."""
     link: float = 0.75
-    """Of NVLink's or the network's bandwidth, for large messages."""
+    """Share of NVLink's or the network's bandwidth that large messages reach."""
     latency: float = 2e-5
-    """Seconds of a collective without data."""
+    """Seconds of a collective of two ranks without data; grows with the logarithm of the group."""
     launch: float = 5e-6
     """Seconds to launch one kernel from Python."""
     hidden: float = 0.75
-    """Share of tensor-parallel communication that a system which overlaps it hides."""
+    """Share of tensor-parallel communication hidden behind GEMMs in a system that overlaps the two."""
     slack: float = 0.05
-    """Of a step: what no formula names (stragglers, logging, the clock)."""
+    """Share of a step that no formula covers (stragglers, logging, clock frequency)."""
     measured: float = 1.0
-    """Measured over predicted step time, from a file of measurements; 1 without."""
+    """Measured over predicted step time, from a file of measurements; 1 without one."""
     source: str = "published systems"
 
 
@@ -56,13 +57,17 @@ class Run:
     """One measured step time."""
 
     config: Config
-    """What was measured, its own number of packs per step included."""
+    """Config of the measured run, with its own number of packs per step."""
     grid: Grid
     seconds: float
 
 
 def read_measurements(path: Path, config: Config, gpu: str) -> list[Run]:
-    """The runs of a file that bench wrote. Raises UserError where it is none, or of another GPU, model or packs."""
+    """Read the measured runs of a file written by `megabagel bench`.
+
+    Raises:
+        UserError: the file is not a bench result, or was measured on another GPU, model or packs.
+    """
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         entries = [
@@ -84,8 +89,10 @@ def read_measurements(path: Path, config: Config, gpu: str) -> list[Run]:
 
 
 def _check_same(path: Path, measured: Config, config: Config) -> None:
-    """Refuse a measurement of another model, other packs, other learning weights or other kernels; where files lie is
-    no matter."""
+    """Refuse a measurement of another model, other packs, other trained weights or other kernels.
+
+    Paths are not compared: they differ between clusters and do not change the time of a step.
+    """
     theirs, mine = _compared(to_dict(measured)), _compared(to_dict(config))
     for key, value in mine.items():
         found = theirs.get(key)
@@ -96,7 +103,10 @@ def _check_same(path: Path, measured: Config, config: Config) -> None:
 
 
 def _compared(tree: dict[str, Any]) -> dict[str, Any]:
-    """What a measurement must share with the plan, by dotted key."""
+    """Settings that must be equal in measurement and plan, by dotted key.
+
+    Grid, precision and packs per step are left out, since the planner predicts how they change the step time.
+    """
     model, data = tree["model"], tree["data"]
     vae = {key: value for key, value in model["vae"].items() if key != "path"}
     weights: dict[str, float] = {}
@@ -115,7 +125,7 @@ def _compared(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(settings: dict[str, Any]) -> Config:
-    """The config of a measurement. Raises ValueError where it is none of this version."""
+    """Config of a measurement. Raises ValueError where it does not fit this version's schema."""
     problems = Problems()
     config = build(Config, settings, problems)
     if problems.found:
@@ -130,6 +140,7 @@ def _grid(settings: dict[str, Any], world: int) -> Grid:
 
 
 def corrected(calibration: Calibration, ratios: list[float], source: str) -> Calibration:
-    """The constants after measurements that took `ratios` of the predicted times."""
+    """Constants corrected by measurements whose times over the predicted ones are `ratios`."""
+    # A geometric mean, because ratios multiply: 2 and 1/2 cancel.
     mean = math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))
     return replace(calibration, measured=calibration.measured * mean, source=source)

@@ -1,9 +1,9 @@
-"""Seconds of the collectives of one rank.
+"""Communication model: seconds of the collectives of one rank.
 
 A ring moves (n - 1) / n of the message per rank (Thakur et al., Optimization of Collective Communication Operations in
-MPICH, section 4). Ranks are numbered tp fastest, then cp, dp, pp, as megatron-core does, so a group's neighbours share
-a server while its stride allows. A group that spans servers uses the network ports of all its members in a server.
-All groups of an axis work at once, so the one that lies worst counts.
+MPICH, section 4). Ranks are numbered as in megatron-core: tp fastest, then cp, dp, pp. So groups with a small stride
+lie within a server. A group that spans servers uses the network ports of all its members in a server. All groups of an
+axis communicate at the same time, so the slowest placement sets the time.
 """
 
 from math import gcd
@@ -14,11 +14,17 @@ from megabagel.planner.scenario import Case
 
 
 def bandwidth(case: Case, constants: Calibration, size: int, stride: int) -> float:
-    """Bytes per second per rank of a group of `size` ranks that lie `stride` apart, one of the groups side by side that
-    make up the job.
+    """Bytes per second per rank in the worst-placed group of one parallel axis.
 
-    Of the places that a server has at this stride, the groups take `size` after `size`: every group stays within a
-    server if `size` divides them, else some group has no more than their greatest common divisor in one of its servers.
+    A server has gpus_per_node / stride places for ranks of one group, and consecutive groups fill them in turn. If
+    `size` divides the places, every group stays within a server. Otherwise some group has only gcd(size, places) of its
+    ranks in one of its servers.
+
+    Args:
+        case: the run on its grid.
+        constants: `link` is the share of the bandwidth that is reached.
+        size: ranks of a group.
+        stride: distance between rank numbers of neighbours in the group.
     """
     gpu = case.gpu
     places = 1 if gpu.gpus_per_node % stride else gpu.gpus_per_node // stride
@@ -29,8 +35,15 @@ def bandwidth(case: Case, constants: Calibration, size: int, stride: int) -> flo
 
 
 def collective(case: Case, constants: Calibration, size: int, stride: int, message: float) -> float:
-    """An all-gather or reduce-scatter whose whole tensor has `message` bytes; the time that latency takes grows with
-    the logarithm of the group."""
+    """Seconds of an all-gather or reduce-scatter; latency grows with the logarithm of the group.
+
+    Args:
+        case: the run on its grid.
+        constants: shares of bandwidths and the latency.
+        size: ranks of the group.
+        stride: distance between rank numbers of neighbours in the group.
+        message: bytes of the whole (gathered) tensor.
+    """
     if size == 1:
         return 0.0
     wire = (size - 1) / size * message / bandwidth(case, constants, size, stride)
@@ -38,8 +51,11 @@ def collective(case: Case, constants: Calibration, size: int, stride: int, messa
 
 
 def tensor_parallel(case: Case, constants: Calibration) -> tuple[float, float]:
-    """(forward, backward) of one decoder layer: 4 collectives of R h forward, 6 backward of which megatron-core runs
-    the 2 that gather inputs for weight gradients beside the other product. Recomputation repeats the forward ones."""
+    """Seconds (forward, backward) of one decoder layer's tensor-parallel collectives, each of R h.
+
+    4 run in forward and 6 in backward. Of the latter, 2 gather the inputs for weight gradients; megatron-core overlaps
+    those with the GEMM for the input gradient, so they are not counted. Recomputation repeats the forward ones.
+    """
     message = case.load.rows * case.config.model.hidden * case.bytes
     one = collective(case, constants, case.grid.tp, 1, message)
     exposed = 1 - constants.hidden if case.system.overlaps_tensor else 1.0
@@ -47,7 +63,10 @@ def tensor_parallel(case: Case, constants: Calibration) -> tuple[float, float]:
 
 
 def context_parallel(case: Case, constants: Calibration) -> tuple[float, float]:
-    """(forward, backward) of one decoder layer: K and V gathered, their gradients reduced and scattered."""
+    """Seconds (forward, backward) of one decoder layer: all-gather of K and V, reduce-scatter of their gradients.
+
+    Backward gathers once more where attention is recomputed.
+    """
     message = 2 * case.load.keys * case.k * case.bytes
     one = collective(case, constants, case.grid.cp, case.grid.tp, message)
     again = 1.0 if case.grid.recompute == "selective" else case.full_layers
@@ -55,21 +74,28 @@ def context_parallel(case: Case, constants: Calibration) -> tuple[float, float]:
 
 
 def wire(case: Case, constants: Calibration) -> float:
-    """A micro-batch's hidden states from one stage to the next; interleaving hides it behind other chunks."""
+    """Seconds to send a micro-batch's hidden states to the next stage; 0 if interleaved, where other chunks hide it."""
     if case.grid.pp == 1 or case.grid.vpp > 1:
         return 0.0
     message = case.split_rows * case.config.model.hidden * case.bytes
     gpu = case.gpu
-    link = gpu.nvlink_gb_s if case.grid.gpus <= gpu.gpus_per_node else gpu.network_gb_s  # the border that lies worst
+    # The slowest boundary between stages counts: in a job of several servers, that one crosses the network.
+    link = gpu.nvlink_gb_s if case.grid.gpus <= gpu.gpus_per_node else gpu.network_gb_s
     return message / (link * 1e9 * constants.link) + constants.latency
 
 
 def data_parallel(case: Case, constants: Calibration, rank: int, beside: float) -> float:
-    """Gradients scattered (fp32) and weights gathered over the replicas, once per step, on one pipeline rank.
+    """Exposed seconds per step of reducing gradients (fp32) and gathering weights over the replicas.
 
-    A system that overlaps can hide it behind the micro-batch that makes the last gradients, `beside` seconds; with
-    interleaving the chunks end one after the other, over the last pp micro-batches. FSDP gathers weights twice and
-    reduces gradients once per micro-batch.
+    A system that overlaps them hides up to one micro-batch, the one that produces the last gradients. With interleaving
+    the chunks finish one after the other, over the last pp micro-batches. FSDP gathers weights twice and reduces
+    gradients once per micro-batch.
+
+    Args:
+        case: the run on its grid.
+        constants: shares of bandwidths and the latency.
+        rank: pipeline rank.
+        beside: seconds of one micro-batch on this rank, behind which communication can hide.
     """
     pp, vpp = case.grid.pp, case.grid.vpp
     numbers, size, stride = stage_numbers(case, rank), case.grid.replicas, case.grid.tp

@@ -1,7 +1,8 @@
-"""Seconds of the arithmetic of one micro-batch on one rank: GEMMs, attention, element-wise passes, codec.
+"""Compute model: seconds of one micro-batch on one rank for GEMMs, attention, element-wise kernels and the autoencoder.
 
-Forward of a linear [R, i] x [i, o] is 2 R i o operations, backward twice that. A GEMM reaches `calibration.gemm` of the
-peak times a factor that falls with its smallest dimensions. Element-wise kernels take their bytes over the bandwidth.
+The forward of a linear [R, i] x [i, o] takes 2 R i o FLOPs, the backward twice that. A GEMM reaches the share
+`Calibration.gemm` of the peak, times a factor per dimension that falls for small ones. Element-wise kernels are bound
+by memory: bytes over bandwidth. The symbols are explained in `planner.scenario`.
 """
 
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ from megabagel.planner.calibration import Calibration
 from megabagel.planner.scenario import Case
 
 KERNELS_PER_LAYER = 70
-"""Launches of a layer's forward (both experts); backward has twice as many."""
+"""Kernel launches in a layer's forward (both experts); backward has twice as many."""
 UNFUSED = 4
-"""Memory traffic of norms, rotation and SwiGLU as several torch operations with fp32 between them, over one kernel's.
-Fitted: torchtitan without torch.compile."""
+"""Memory traffic of norms, RoPE and SwiGLU as several torch operations with fp32 intermediates, relative to one fused
+kernel. Fitted on torchtitan without torch.compile."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,20 @@ class Passes:
 
     @property
     def total(self) -> float:
-        """Both."""
+        """Seconds of forward and backward together."""
         return self.forward + self.backward
 
 
 def gemm(case: Case, constants: Calibration, rows: float, inputs: float, outputs: float) -> Passes:
-    """One linear: forward, and both products of backward."""
+    """Seconds of one linear [rows, inputs] x [inputs, outputs]: forward, and both GEMMs of backward.
+
+    Args:
+        case: the run on its grid; gives peak and precision.
+        constants: shares of the peak that GEMMs reach.
+        rows: rows on this rank; 0 takes no time.
+        inputs: input channels on this rank.
+        outputs: output channels on this rank.
+    """
     if rows <= 0:
         return Passes()
     fill = 1.0
@@ -47,20 +56,27 @@ def gemm(case: Case, constants: Calibration, rows: float, inputs: float, outputs
 
 
 def flash(case: Case, constants: Calibration, pairs: float, channels: float) -> Passes:
-    """Attention over visible pairs: 4 operations per pair and channel forward, 10 backward (FlashAttention-2, 3.1)."""
+    """Seconds of attention: 4 FLOPs per visible pair and channel forward, 10 backward (FlashAttention-2, section 3.1).
+
+    Args:
+        case: the run on its grid; gives peak and precision.
+        constants: share of the peak that attention reaches.
+        pairs: (query, key) pairs that the mask lets through.
+        channels: query heads of this rank times head channels.
+    """
     seconds = 4 * pairs * channels / (case.gpu.peak(case.grid.precision) * constants.attention)
     return Passes(seconds, 2.5 * seconds)
 
 
 def passes_over(case: Case, constants: Calibration, numbers: float) -> Passes:
-    """Element-wise kernels that read and write `numbers` numbers forward, twice as many backward."""
+    """Seconds of element-wise kernels that read and write `numbers` numbers forward, twice as many backward."""
     numbers *= 1 if case.system.fused else UNFUSED
     seconds = numbers * case.bytes / (case.gpu.bandwidth_gb_s * 1e9 * constants.memory)
     return Passes(seconds, 2 * seconds)
 
 
 def layer(case: Case, constants: Calibration) -> dict[str, Passes]:
-    """One decoder layer by kind of work. Each expert's rows are a GEMM of their own."""
+    """Seconds of one decoder layer by kind of work, without recomputation. Each expert's rows are a separate GEMM."""
     model, load, rows = case.config.model, case.load, case.load.rows
     linears = Passes()
     for part in (load.rows_und, load.rows_gen) if model.variant == "mot" else (rows,):
@@ -69,8 +85,8 @@ def layer(case: Case, constants: Calibration) -> dict[str, Passes]:
     for part in (load.rows_und, load.rows_gen) if model.variant != "dense" else (rows,):
         linears += gemm(case, constants, part, model.hidden, 2 * case.ffn)
         linears += gemm(case, constants, part, case.ffn, model.hidden)
-    # Norms read and write, residuals read two and write one: 10 h. QK-norm, rotation and the join of both experts read
-    # and write q and k, SwiGLU reads 2 f and writes f.
+    # Per row: two norms read and write h, two residual additions read 2 h and write h, together 10 h. QK-norm, RoPE and
+    # the join of both experts each read and write q and k. SwiGLU reads 2 f and writes f.
     heads = (case.q + case.k) * (2 * model.qk_norm + 2 + 2 * (model.variant == "mot"))
     elementwise = passes_over(case, constants, 10 * case.split_rows * model.hidden + rows * (heads + 3 * case.ffn))
     return {
@@ -81,7 +97,11 @@ def layer(case: Case, constants: Calibration) -> dict[str, Passes]:
 
 
 def with_recompute(case: Case, constants: Calibration) -> dict[str, Passes]:
-    """A layer in the grid's mode: what is recomputed runs forward once more in backward; launches bound it below."""
+    """Seconds of one decoder layer in the grid's mode of recomputation, by kind of work.
+
+    Recomputed operations run their forward once more in backward. Where the GPU's work takes less time than launching
+    the kernels from Python, the difference is listed as `launches`.
+    """
     parts = layer(case, constants)
     if case.grid.recompute == "full":
         again = sum(part.forward for part in parts.values()) * case.full_layers
@@ -99,7 +119,7 @@ def with_recompute(case: Case, constants: Calibration) -> dict[str, Passes]:
 
 
 def vit(case: Case, constants: Calibration) -> Passes:
-    """Tower and connector on this rank's patches; forward and backward, never recomputed."""
+    """Seconds of ViT and connector on this rank's patches; they are never recomputed."""
     model, load = case.config.model, case.load
     if not model.visual_und or not load.vit_patches:
         return Passes()
@@ -116,8 +136,10 @@ def vit(case: Case, constants: Calibration) -> Passes:
 
 
 def head(case: Case, constants: Calibration) -> Passes:
-    """Word head on rows with cross-entropy: the GEMM, forward once more in backward where it is sliced, and five passes
-    over fp32 logits."""
+    """Seconds of the LM head on rows with cross-entropy: the GEMM, and five passes over fp32 logits.
+
+    Where logits are computed in slices of the vocabulary, backward repeats the forward GEMM.
+    """
     model, rows = case.config.model, case.load.ce_rows
     words = model.vocab / case.grid.tp
     logits = rows * words * 4 * 5 / (case.gpu.bandwidth_gb_s * 1e9 * constants.memory)
@@ -126,12 +148,15 @@ def head(case: Case, constants: Calibration) -> Passes:
 
 
 def encode(case: Case, constants: Calibration) -> float:
-    """The codec on the images of one micro-batch that this rank encodes; forward alone, fp32 convolutions in TF32."""
+    """Seconds to encode this rank's images of one micro-batch: forward only, fp32 convolutions in TF32."""
     return case.load.vae_flops / (case.gpu.tf32_tflops * 1e12 * constants.convolution)
 
 
 def optimizer(case: Case, constants: Calibration, numbers: float) -> float:
-    """AdamW and averages on this rank's shard: fp32 weight, two moments and average read and written, gradient read
-    twice (once for the norm), and the weight written in the type of the model."""
+    """Seconds of AdamW and EMA on this rank's shard, bound by memory.
+
+    The fp32 weight, two moments and the average are read and written, the gradient is read twice (once for the norm),
+    and the weight is written in the model's dtype.
+    """
     per_number = 4 * (2 + 4 + 2 * bool(case.config.train.ema) + 2) + case.bytes
     return numbers / case.grid.replicas * per_number / (case.gpu.bandwidth_gb_s * 1e9 * constants.memory)

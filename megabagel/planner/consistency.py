@@ -1,7 +1,8 @@
-"""Do all ranks of a model-parallel group derive the same shapes from the same plan?
+"""Consistency check: do all ranks of a model-parallel group derive the same shapes from the same plan?
 
-Every rank derives packs, its pack, the layout and what it exchanges for itself, as in a run, from the config and its
-place alone; then they are compared. Packs are typical ones (`workload`), dealt to ranks as a run deals them.
+As in a run, every rank derives its pack, the layout and the shapes that it exchanges from the config and its place
+alone, without communication. The results are then compared. Packs are typical ones (`workload`), assigned to
+data-parallel ranks as in a run.
 """
 
 import hashlib
@@ -42,13 +43,13 @@ class Place:
         return cls(tp, cp, dp, pp)
 
     def rank(self, config: Config, dp_size: int) -> int:
-        """And back."""
+        """Global rank at this place; inverse of `of`."""
         return ((self.pp * dp_size + self.dp) * config.parallel.cp + self.cp) * config.parallel.tp + self.tp
 
 
 @dataclass(frozen=True)
 class Derived:
-    """What one rank makes of the plan for its first micro-batch."""
+    """Shapes and assignments that one rank derives for its first micro-batch."""
 
     place: Place
     pack: str
@@ -70,7 +71,14 @@ class Derived:
 
 
 def derive(config: Config, workload: Workload, place: Place, dp_size: int) -> Derived:
-    """The plan, as the rank at `place` sees it."""
+    """Derive the first micro-batch as the rank at `place` would.
+
+    Args:
+        config: config of the run.
+        workload: typical packs.
+        place: indices of the rank on all axes.
+        dp_size: data-parallel ranks of the job.
+    """
     last = place.pp == config.parallel.pp - 1
     pack = _first_pack(config, workload, place.dp, dp_size)
     rank = RankPack.of(pack, config, RankPlace(place.tp, place.cp, first=place.pp == 0, last=last))
@@ -98,7 +106,7 @@ def _first_pack(config: Config, workload: Workload, dp_rank: int, dp_size: int) 
 
 
 def _sent(config: Config, und: int, rows: int) -> tuple[int, ...]:
-    """Shape of the wire that `parallel.wire` makes of this rank's rows."""
+    """Shape of the stage activations of this rank's rows (`parallel.stage_activations.to_wire`), on the meta device."""
     split = config.parallel.row_shards
     width, gen, dtype = config.model.hidden, (rows - und) // split, parameter_dtype(config)
     with torch.device("meta"):
@@ -115,7 +123,7 @@ def _digest(*arrays: np.ndarray) -> str:
 
 
 def disagreements(group: Sequence[Derived], config: Config, wire_shape: tuple[int, ...]) -> Iterator[str]:
-    """What is wrong with a model-parallel group, whose ranks all have one data-parallel index.
+    """Yield one line per inconsistency in a model-parallel group (ranks with one data-parallel index).
 
     wire_shape: what the schedules expect to receive.
     """

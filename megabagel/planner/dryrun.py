@@ -1,8 +1,9 @@
-"""The dry run of a large job in one process: ranks are built one after the other, then everything is compared.
+"""Dry run of a large job in one process: build ranks one after the other on the meta device and compare them.
 
-Checked are (1) that the flat ranges of all ranks with the same weights tile each local parameter, (2) that the local
+Checks: (1) the optimizer's flat ranges of all ranks with the same weights tile each local parameter, (2) the local
 parameters of one replica tile every tensor of the whole model, each over all its tensor- and pipeline-parallel ranks,
-and (3) that the ranks of a model-parallel group agree about packs, layouts, borders and what stages exchange.
+and (3) the ranks of a model-parallel group derive the same packs, layouts, numbers of und rows and shapes of stage
+activations.
 """
 
 import re
@@ -29,14 +30,14 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a dry run found."""
+    """Report of a dry run, and its findings (empty: the job can start)."""
 
     text: str
     findings: tuple[str, ...]
 
 
 def dry_run(config: Config, world_size: int, ranks: str) -> Outcome:
-    """Rehearse the job. `ranks` names those whose table is printed, such as `0,17,last`.
+    """Build and compare the ranks of a job. `ranks` lists those shown in the table, such as `0,17,last`.
 
     Raises UserError where the grid does not fit the world size, or a rank is not in it.
     """
@@ -61,7 +62,7 @@ def dry_run(config: Config, world_size: int, ranks: str) -> Outcome:
 
 
 def host_memory() -> float:
-    """Most memory that this process has held, GiB; unlike `host.peak_memory` also beside a GPU."""
+    """Peak CPU memory of this process, GiB; works beside a GPU too."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -88,7 +89,7 @@ def _replica(config: Config) -> Iterator[Place]:
 def _compare(
     config: Config, workload: Workload, dp_size: int, built: Mapping[Place, FakeRank]
 ) -> tuple[dict[Place, Derived], list[str]]:
-    """Everything that is wrong, and what ranks derived from the plan."""
+    """Run checks 1 to 3; return what each rank derived from the plan, and all findings."""
     findings: list[str] = []
     for place, rank in built.items():
         grid = rank.mesh

@@ -1,4 +1,4 @@
-"""One grid, judged: memory of its fullest rank, seconds of a step, speed in both conventions."""
+"""Estimate of one grid: memory of its fullest rank, seconds per step, and MFU in two conventions of FLOPs."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +29,7 @@ WORDS = {
     "optimizer": "the optimizer",
     "slack": "stragglers",
 }
-"""Phases of a step in words."""
+"""Phases of a step in words, for messages."""
 
 SAFE = 0.93
 """Share of a GPU's memory that a plan may fill: the memory model is off by several percent (docs/planner.md)."""
@@ -37,7 +37,7 @@ SAFE = 0.93
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the planner says of one grid."""
+    """Estimated memory and step time of one grid."""
 
     case: Case
     workload: Workload
@@ -46,32 +46,32 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the fullest rank has room, with some to spare."""
+        """Whether the fullest rank stays within `SAFE` of the GPU's memory."""
         return self.memory.gib <= SAFE * self.case.gpu.memory_gib
 
     @property
     def tokens_per_second(self) -> float:
-        """Per GPU; padding is not counted."""
+        """Tokens per second per GPU, padding not counted."""
         return self.workload.tokens * self.case.config.train.packs_per_step / self.time.seconds / self.case.grid.gpus
 
     def mfu(self, flops: float) -> float:
-        """Model FLOPs of a pack against the peak of all GPUs."""
+        """Model FLOPs utilization: FLOPs of a step over the peak of all GPUs, for `flops` per pack."""
         peak_flops = self.case.gpu.peak(self.case.grid.precision) * self.case.grid.gpus
         return flops * self.case.config.train.packs_per_step / self.time.seconds / peak_flops
 
     @property
     def mfu_official(self) -> float:
-        """In the released trainer's convention."""
+        """MFU with FLOPs counted as the released trainer does."""
         return self.mfu(self.workload.flops.official)
 
     @property
     def mfu_masked(self) -> float:
-        """By visible pairs."""
+        """MFU with attention counted over visible pairs only."""
         return self.mfu(self.workload.flops.masked)
 
     @property
     def limit(self) -> str:
-        """One sentence: what takes the time beside matrix products, and how much memory is left."""
+        """Sentence for the report: the two largest phases beside GEMMs, and the memory left."""
         phases = {name: seconds for name, seconds in self.time.phases.items() if name not in ("linears", "slack")}
         first, second = sorted(phases, key=phases.__getitem__, reverse=True)[:2]
         share = {name: f"{phases[name] / self.time.seconds:.0%}" for name in (first, second)}
@@ -85,7 +85,14 @@ class Estimate:
 
 
 class Planner:
-    """Estimates for one config on one kind of GPU."""
+    """Estimates for one config on one kind of GPU.
+
+    Args:
+        config: model, data and training; its grid is replaced by that of each estimate.
+        gpu: hardware numbers.
+        constants: efficiency constants; default: those fitted on published systems.
+        system: training system; default: this project with the config's kernels.
+    """
 
     def __init__(
         self, config: Config, gpu: Gpu, constants: Calibration | None = None, system: System | None = None
@@ -93,15 +100,16 @@ class Planner:
         self.config, self.gpu, self.system = config, gpu, system or our_system(config)
         self.constants = constants or Calibration()
         self.workload = typical_workload(config)
+        # Many grids of a search share (cp, tp) or dp; laying out the packs is done once for them.
         self._load = cache(self.workload.load)
         self._imbalance = cache(self.workload.imbalance)
 
     def case(self, grid: Grid) -> Case:
-        """The grid with its load."""
+        """Inputs of the formulas for a grid."""
         load, imbalance = self._load(grid.cp, grid.tp), self._imbalance(grid.dp)
         return Case(grid.apply(self.config), grid, load, self.gpu, self.system, imbalance)
 
     def estimate(self, grid: Grid) -> Estimate:
-        """Judge a legal grid."""
+        """Estimate memory and step time of a legal grid."""
         case = self.case(grid)
         return Estimate(case, self.workload, peak(case), step_time(case, self.constants))

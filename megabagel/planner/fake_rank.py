@@ -1,7 +1,7 @@
-"""One rank of a job that is not running: the real groups, stages, optimizer and shards, without storage.
+"""One rank of a simulated job: real process groups, stages, optimizer and shards, without storage.
 
-torch's fake process group lets this process be any rank of any world size; collectives return at once. Tensors lie on
-torch's meta device: they have shapes and types and no numbers.
+torch's fake process group lets this process act as any rank of any world size; collectives return at once. Tensors are
+on the meta device: they have shapes and dtypes but no values.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ from megabagel.train.optimizer import Optimizer
 
 @dataclass(frozen=True)
 class FakeRank:
-    """What one rank of the job would hold."""
+    """Stages, shards and shapes that one rank of the job would hold."""
 
     mesh: Mesh
     wire_shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class FakeRank:
 
 @contextmanager
 def as_rank(config: Config, world_size: int, rank: int) -> Iterator[Mesh]:
-    """Be one rank of a job: its groups, on a process group whose collectives do nothing."""
+    """Initialize this process as one rank of a job, on torch's fake process group; torn down at the end."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         with _gathering_alone():
@@ -80,7 +80,7 @@ def rehearse(config: Config, world_size: int, rank: int) -> FakeRank:
 
 
 def _wire_shape(config: Config, grid: Mesh, megatron: Any) -> tuple[int, ...]:
-    """What the schedules expect to receive, by their own function."""
+    """Shape of stage activations that the schedules expect to receive, from megatron-core's `get_tensor_shapes`."""
     (shape,) = get_tensor_shapes(
         seq_length=layout_rows(config.data.max_tokens, config.parallel.chunk, config.parallel.cp),
         micro_batch_size=1,
@@ -113,7 +113,9 @@ def _flat_ranges(
 
 
 def _owned(optimizer: Optimizer, buffer: Any, bucket: Any, rank: int, size: int) -> Iterator[tuple[Any, int, int]]:
-    """(parameter, start, stop) of the numbers in a bucket that one of `size` ranks owns."""
+    """(parameter, start, stop) of the elements in a bucket that one of `size` ranks owns."""
+    # Calls a private method of DistributedOptimizer rather than repeat its arithmetic, so that the dry run checks the
+    # ranges that training would use.
     share = bucket.grad_data.numel() // size
     world = Range(bucket.offset + rank * share, bucket.offset + (rank + 1) * share)
     ranges = optimizer.distributed._build_model_gbuf_param_range_map(buffer.param_index_map, world, bucket.offset)
@@ -123,10 +125,10 @@ def _owned(optimizer: Optimizer, buffer: Any, bucket: Any, rank: int, size: int)
 
 @contextmanager
 def _gathering_alone() -> Iterator[None]:
-    """Let `all_gather_object` find on every rank what it finds here.
+    """Replace `all_gather_object` by one that returns this rank's object for every rank.
 
-    megatron-core's optimizer compares parameter groups by it. torch's fake group copies tensors, but pickled objects
-    travel as numbers in a tensor, and tensors have no numbers here.
+    megatron-core's optimizer compares parameter groups with it. torch pickles objects into tensors, and tensors of this
+    process have no values.
     """
 
     def gather(out: list[Any], mine: Any, group: Any = None) -> None:
@@ -140,7 +142,7 @@ def _gathering_alone() -> Iterator[None]:
 
 
 class _WithoutStorage(TorchFunctionMode):
-    """Creates everything on the meta device, whichever device was asked for."""
+    """Creates all tensors on the meta device, whichever device was requested."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -1,4 +1,4 @@
-"""One way to lay a run out over GPUs, and which ways are legal."""
+"""Parallel grid of a run (sizes of all axes), and enumeration of the legal ones."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -43,7 +43,7 @@ class Grid:
         return replace(config, parallel=parallel, train=replace(config.train, precision=self.precision))
 
     def overrides(self, config: Config) -> str:
-        """The words that, after those that made `config`, make a command of it: exactly `apply(config)`."""
+        """Command-line overrides that turn `config` into exactly `apply(config)`."""
         words = [f"parallel.{key}={value}" for key, value in (("tp", self.tp), ("pp", self.pp), ("cp", self.cp))]
         if self.vpp > 1 or config.parallel.vpp > 1:
             words.insert(2, f"parallel.vpp={self.vpp}")
@@ -66,7 +66,7 @@ def grid_of(config: Config, gpus: int) -> Grid:
 
 
 def why_illegal(config: Config, gpus: int) -> str | None:
-    """What the config's own rules say against its grid on `gpus` GPUs, or None."""
+    """First message of the config's rules against its grid on `gpus` GPUs; None if the grid is legal."""
     for rule in RULES:
         if any(key.startswith("parallel.") for key in rule.keys):
             for line in rule.messages(config):

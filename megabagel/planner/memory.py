@@ -1,8 +1,8 @@
-"""Memory of one rank by category, and of the rank that has the most.
+"""Memory model: bytes of a rank by category, and the rank with the most.
 
-What is kept per number of a weight (Rajbhandari et al., ZeRO, section 3, with megatron-core's distributed optimizer):
-the weight itself, an fp32 gradient, and over all ranks with the same weights an fp32 copy (bf16 runs), two moments and
-the averaged weight.
+Bytes per parameter follow Rajbhandari et al., ZeRO, section 3, with megatron-core's distributed optimizer: every rank
+holds the weight and an fp32 gradient; an fp32 copy of the weight (bf16 runs only), two moments and the averaged weight
+are sharded over all ranks with the same weights.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ GIB = 2**30
 RUNTIME = 2.0 * GIB
 """CUDA context, NCCL channels, cuBLAS workspaces and compiled kernels. An assumption."""
 FRAGMENTATION = 0.05
-"""Of what comes and goes: memory that the allocator holds and nobody can use. An assumption."""
+"""Share of `DYNAMIC` memory that the allocator holds but cannot use. An assumption."""
 DYNAMIC = ("activations", "logits", "workspace", "codec", "communication")
 
 
@@ -32,17 +32,17 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Bytes."""
+        """Bytes of all categories."""
         return sum(self.parts.values())
 
     @property
     def gib(self) -> float:
-        """The same in GiB."""
+        """Total in GiB."""
         return self.total / GIB
 
 
 def stage_numbers(case: Case, rank: int) -> Numbers:
-    """Weights of all chunks of a pipeline rank."""
+    """Parameter counts of all model chunks of a pipeline rank."""
     total = Numbers()
     for chunk, layers in enumerate(case.chunks[rank]):
         total += case.parts.stage(layers, *case.ends(rank, chunk))
@@ -50,7 +50,7 @@ def stage_numbers(case: Case, rank: int) -> Numbers:
 
 
 def state(case: Case, rank: int) -> dict[str, float]:
-    """Weights, gradients, optimizer and averages: what does not depend on the batch."""
+    """Bytes that do not depend on the batch, by category: weights, gradients, optimizer, EMA, tables."""
     numbers, shards, b = stage_numbers(case, rank), case.grid.replicas, case.bytes
     per_number = {
         "weights": b * numbers.weights,
@@ -60,14 +60,15 @@ def state(case: Case, rank: int) -> dict[str, float]:
         "tables": 4 * numbers.tables,
     }
     if case.system.shards_weights:
-        gathered = 2 * case.parts.layer.weights  # the layer that computes and the one that is on its way
+        # FSDP holds two gathered layers: the one that computes and the one that is prefetched.
+        gathered = 2 * case.parts.layer.weights
         per_number["weights"] = b * (numbers.weights / shards + gathered)
         per_number["gradients"] = 4 * (numbers.learning / shards + case.parts.layer.learning)
     return per_number
 
 
 def stage_memory(case: Case, rank: int) -> Memory:
-    """Everything on one pipeline rank."""
+    """Peak memory of one pipeline rank by category."""
     first, last = rank == 0, rank == case.grid.pp - 1
     parts = {
         **state(case, rank),
@@ -84,28 +85,35 @@ def stage_memory(case: Case, rank: int) -> Memory:
 
 
 def peak(case: Case) -> Memory:
-    """The rank with the most."""
+    """Memory of the pipeline rank that needs the most."""
     return max((stage_memory(case, rank) for rank in range(case.grid.pp)), key=lambda memory: memory.total)
 
 
 def inputs(case: Case, first: bool) -> float:
-    """Inputs of a step: all its micro-batches are built before the first runs.
+    """Bytes of a step's inputs: all its micro-batches, because they are built before the first one runs.
 
-    On every rank two rotary tables (R H, fp32); on the first stage patches, noised latents and flow targets too.
+    Every rank holds two RoPE tables (rows x head channels, fp32) per micro-batch; the first stage also holds patches,
+    noised latents and flow targets.
     """
     rope = 2 * case.load.rows * case.config.model.kv_channels
     return 4 * case.micro_batches * (rope + (case.load.inputs if first else 0))
 
 
 def codec(case: Case, encodes: bool) -> float:
-    """The image codec's fp32 weights, and on the first stage its widest maps: 4 of `width` channels per pixel."""
+    """Bytes of the autoencoder: fp32 weights, and where it encodes, 4 fp32 feature maps of `width` channels per pixel.
+
+    These are its widest maps, at full resolution.
+    """
     maps = 4 * case.config.model.vae.width * case.load.largest_image * 4
     return 4 * codec_numbers(case.config.model) + (maps if encodes and codec_numbers(case.config.model) else 0)
 
 
 def communication(case: Case) -> float:
-    """Gathered rows of sequence parallelism (2 R h), gathered K and V with their gradients, and the wire's 4
-    buffers."""
+    """Bytes of communication buffers.
+
+    These are the gathered rows of sequence parallelism (2 R h), gathered K and V with their gradients, and 4 buffers of
+    stage activations.
+    """
     b, rows, model = case.bytes, case.load.rows, case.config.model
     gathered = 2 * rows * model.hidden * b if case.config.parallel.row_shards > 1 else 0
     keys = 4 * case.load.keys * case.k * b if case.grid.cp > 1 else 0
@@ -115,10 +123,10 @@ def communication(case: Case) -> float:
 
 
 def host_memory(case: Case) -> float:
-    """Host bytes per GPU: torch and libraries (6 GiB), prefetched batches, and the shards on their way to disk.
+    """Bytes of CPU memory per GPU: torch and libraries (6 GiB), prefetched batches, and shards being written to disk.
 
-    Nothing scales with the whole model: weights are built, loaded and saved in shards; a fresh start draws one whole
-    tensor at a time.
+    Nothing scales with the whole model: weights are built, loaded and saved in shards, and a fresh start initializes
+    one whole tensor at a time.
     """
     data = case.config.data
     batch = 4 * case.load.inputs * case.micro_batches * (data.prefetch + (1 if data.workers else 2))
@@ -127,7 +135,7 @@ def host_memory(case: Case) -> float:
 
 
 def checkpoint_bytes(case: Case) -> float:
-    """One checkpoint on disk: fp32 weights, two moments and averages of the whole model, once."""
+    """Bytes of one checkpoint on disk: fp32 weights, two moments and averages of the whole model, each stored once."""
     config = case.config
     whole = count_parts(config.model, 1, config.train.freeze).stage(config.model.layers, True, True)
     return (16 if config.train.ema else 12) * whole.learning + case.bytes * whole.frozen

@@ -1,7 +1,7 @@
-"""How many numbers a rank's weights are: counted on the real model, built from tensors without storage.
+"""Parameter counts of a rank, taken from the real model built on tensors without storage.
 
-Nothing is restated here: one layer and both ends of the model are built as one of `tp` ranks has them
-(`model.shapes_only`); stages are sums of these.
+No formula for the counts is repeated here: one layer and both ends of the model are built as one of `tp` ranks has them
+(`model.shapes_only`), and stages are sums of these.
 """
 
 from dataclasses import dataclass

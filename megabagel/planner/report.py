@@ -1,4 +1,4 @@
-"""What the command prints: the best grids, one grid in detail, a refusal."""
+"""Text output of `megabagel plan`: the best grids, one grid in detail, or why none fits."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,7 @@ COLUMNS = ("grid", "s/step", "tokens/s/GPU", "MFU official", "MFU masked", "GiB"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells in aligned columns; the first is a heading, the first column stands left."""
+    """Format rows of cells in aligned columns: first row is the heading, first column left-aligned, others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -26,7 +26,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def opening(planner: Planner, gpus: int) -> str:
-    """What is planned, and on which assumptions."""
+    """Header of the report: GPUs, packs, and where the efficiency constants come from."""
     config, work, gpu = planner.config, planner.workload, planner.gpu
     return (
         f"{gpus} x {gpu.name} ({gpu.memory_gib:.0f} GiB, {gpu.peak(config.train.precision) / 1e12:.0f} TFLOP/s "
@@ -43,7 +43,7 @@ def _constants(constants: Calibration) -> str:
 
 
 def best(found: Found) -> str:
-    """The fastest grids that fit, with the reason and the command of the first."""
+    """Table of the fastest grids that fit, with limits, overrides and stage estimate of the first."""
     chosen = shapes(found.fitting, SHOWN)
     rows = [COLUMNS, *(_row(estimate) for estimate in chosen)]
     first = chosen[0]
@@ -70,7 +70,7 @@ def _row(estimate: Estimate) -> tuple[str, ...]:
 
 
 def stage(estimate: Estimate) -> str:
-    """The whole stage at this speed."""
+    """Duration, energy, checkpoints and CPU memory of the whole training stage at the estimated speed."""
     plan, gpu = campaign(estimate), estimate.case.gpu
     host = "enough" if plan.host_enough else f"MORE than the {gpu.host_gib:.0f} GiB that a GPU's share is"
     return "\n".join([
@@ -91,7 +91,14 @@ def _written(estimate: Estimate, plan: Campaign) -> str:
 
 
 def refusal(planner: Planner, gpus: int, found: Found, remedy: str) -> str:
-    """No grid fits: the closest one, what fills it, and what would do."""
+    """Error message where no grid fits: the closest grid, its largest categories, and a remedy.
+
+    Args:
+        planner: config and GPU of the search.
+        gpus: ranks of the job.
+        found: result of the search; all its grids are too large.
+        remedy: sentence from `search.what_would_fit`.
+    """
     closest = found.too_large[0]
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in _largest(closest.memory.parts)[:3])
     return (
@@ -106,7 +113,7 @@ def _largest(parts: Mapping[str, float]) -> list[tuple[str, float]]:
 
 
 def explain(estimate: Estimate) -> str:
-    """One grid: memory by category on its fullest rank, and the step by phase."""
+    """Detail of one grid: memory by category on its fullest rank, and seconds of a step by phase."""
     memory, time = estimate.memory, estimate.time
     by_size = [(name, f"{size / GIB:.2f}") for name, size in _largest(memory.parts) if size]
     by_time = [(name, f"{s:.3f}", f"{s / time.seconds:.1%}", WORDS[name]) for name, s in _largest(time.phases)]

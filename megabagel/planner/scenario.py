@@ -1,7 +1,8 @@
-"""What the formulas are about: one run on one grid of one kind of GPU, by one training system.
+"""Inputs of the planner's formulas: one run on one grid of one kind of GPU, by one training system.
 
-Legend used in all formulas: h hidden width, f MLP width, V vocabulary; q and k query and key/value channels of this
+Symbols in all formulas: h hidden width, f MLP width, V vocabulary; q and k query and key/value channels of this
 tensor-parallel rank; R rows of this context-parallel rank, r its share under sequence parallelism; b bytes per number.
+They follow the papers that the formulas come from, not docs/notation.md.
 """
 
 from dataclasses import dataclass, replace
@@ -16,40 +17,42 @@ from megabagel.planner.workload import Load
 
 @dataclass(frozen=True)
 class System:
-    """How a training system treats weights and communication. The planner is about ours; the others carry the published
-    measurements that the model is checked against."""
+    """How a training system shards weights and overlaps communication.
+
+    Plans are made for `OURS`. Other systems describe published measurements, against which the model is checked.
+    """
 
     name: str
     shards_weights: bool = False
     """Weights and gradients are sharded over data-parallel ranks too and gathered layer by layer (FSDP, ZeRO-3)."""
     overlaps_data: bool = False
-    """Gradients are reduced and weights gathered beside the backward and forward pass."""
+    """Gradient reduction and weight gathering overlap with the backward and forward pass."""
     overlaps_tensor: bool = False
-    """Tensor-parallel collectives run beside the GEMMs that feed on them, piece by piece."""
+    """Tensor-parallel collectives are split into pieces that overlap with the GEMMs that use their results."""
     recomputed_layers: int | None = None
-    """Layers under full recomputation; None: all that have it."""
+    """Layers that are recomputed under full recomputation; None: all."""
     fused: bool = False
-    """Norms, rotation and SwiGLU are one kernel each, and SwiGLU keeps its input alone."""
+    """Norms, RoPE and SwiGLU are one kernel each, and SwiGLU saves only its input."""
     slices_words: bool = False
-    """The word head makes logits slice by slice and drops them, and makes them again in backward."""
+    """The LM head computes logits in slices of the vocabulary, drops them and recomputes them in backward."""
     engine: str = "flash"
-    """Attention: `flash` on a GPU; `host`, whose outputs are kept in a second order as well, on a CPU."""
+    """Attention engine: `flash` on a GPU; `host` on a CPU, which saves its output in a second order of rows as well."""
 
 
 OURS = System("megabagel", fused=True, slices_words=True)
-"""On a GPU, as `train.optimizer` and `parallel.linears` set megatron-core up: nothing is overlapped but what its
-backward of column-parallel linears does by itself."""
+"""This project on a GPU, as `train.optimizer` and `parallel.linears` configure megatron-core: the only overlap is the
+one built into its backward of column-parallel linears."""
 
 
 def our_system(config: Config) -> System:
-    """Ours with the kernels that `parallel.kernels` asks for."""
+    """This project's system with the kernels that `parallel.kernels` names."""
     fused = config.parallel.kernels != "torch"
     return replace(OURS, fused=fused, slices_words=fused)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Everything that memory and time follow from. `config` is on the grid already."""
+    """All inputs of the memory and time formulas. `config` already has the grid's parallel sizes."""
 
     config: Config
     grid: Grid
@@ -60,7 +63,7 @@ class Case:
 
     @property
     def micro_batches(self) -> int:
-        """Of one rank in one step."""
+        """Micro-batches of one data-parallel rank in one step."""
         return self.config.train.packs_per_step // self.grid.dp
 
     @property
@@ -70,7 +73,7 @@ class Case:
 
     @property
     def split_rows(self) -> float:
-        """r: rows between the linears."""
+        """r: rows between the linears, split over tensor-parallel ranks under sequence parallelism."""
         return self.load.rows / self.config.parallel.row_shards
 
     @property
@@ -90,7 +93,7 @@ class Case:
 
     @property
     def vit_shards(self) -> int:
-        """Ways that the ViT tower is split (`model.vit.splits`)."""
+        """Tensor-parallel ranks that the ViT is split over; 1 if it is replicated (`model.vit.splits`)."""
         vit, tp = self.config.model.vit, self.grid.tp
         return tp if vit.heads % tp == 0 and vit.ffn % tp == 0 else 1
 
@@ -107,12 +110,12 @@ class Case:
         return [[split[chunk * self.grid.pp + rank] for chunk in range(self.grid.vpp)] for rank in range(self.grid.pp)]
 
     def ends(self, rank: int, chunk: int) -> tuple[bool, bool]:
-        """Whether a chunk holds the inputs, and the heads, of the model."""
+        """Whether a model chunk holds the embeddings, and whether it holds the heads."""
         return (rank, chunk) == (0, 0), (rank, chunk) == (self.grid.pp - 1, self.grid.vpp - 1)
 
     @property
     def full_layers(self) -> float:
-        """Share of a stage's layers that are recomputed as a whole."""
+        """Share of the layers that are under full recomputation."""
         if self.grid.recompute != "full":
             return 0.0
         some = self.system.recomputed_layers

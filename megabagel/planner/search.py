@@ -1,4 +1,4 @@
-"""The best grids of a job, or why there is none and what would do."""
+"""Search over all legal grids of a job; where none fits, the smallest change that would."""
 
 from dataclasses import dataclass, replace
 
@@ -13,19 +13,19 @@ MOST_GPUS = 65536
 
 @dataclass(frozen=True)
 class Found:
-    """Every legal grid, judged; those that fit first, fastest first, the others by memory."""
+    """Estimates of all legal grids: those that fit, fastest first, and the others, smallest memory first."""
 
     fitting: list[Estimate]
     too_large: list[Estimate]
 
     @property
     def legal(self) -> int:
-        """Grids that the rules allow."""
+        """Number of legal grids."""
         return len(self.fitting) + len(self.too_large)
 
 
 def search(planner: Planner, gpus: int, precisions: tuple[Precision, ...]) -> Found:
-    """Judge every legal grid of `gpus` GPUs. Raises UserError where the rules allow none."""
+    """Estimate every legal grid of `gpus` GPUs. Raises UserError where no grid is legal."""
     grids = list(legal_grids(planner.config, gpus, precisions))
     if not grids:
         raise UserError(_no_grid(planner.config, gpus))
@@ -37,7 +37,7 @@ def search(planner: Planner, gpus: int, precisions: tuple[Precision, ...]) -> Fo
 
 
 def shapes(found: list[Estimate], count: int) -> list[Estimate]:
-    """The first `count` that differ in more than interleaving or recomputation: the best of every shape."""
+    """First (best) estimate of each shape (tp, pp, cp), at most `count`; variants of one shape are left out."""
     best: dict[tuple[int, ...], Estimate] = {}
     for estimate in found:
         grid = estimate.case.grid
@@ -46,7 +46,7 @@ def shapes(found: list[Estimate], count: int) -> list[Estimate]:
 
 
 def what_would_fit(planner: Planner, gpus: int, precisions: tuple[Precision, ...]) -> str:
-    """One sentence for a job that fits nowhere: more GPUs of this kind, or GPUs with more memory."""
+    """Remedy for a job that fits nowhere, as one sentence: more GPUs of this kind, or GPUs with more memory."""
     more = gpus
     while (more := more * 2) <= MOST_GPUS:
         legal = any(True for _ in legal_grids(planner.config, more, precisions))
@@ -63,7 +63,7 @@ def what_would_fit(planner: Planner, gpus: int, precisions: tuple[Precision, ...
 
 
 def _no_grid(config: Config, gpus: int) -> str:
-    """Why the rules allow no grid of `gpus` GPUs, and the nearest number of them that they allow."""
+    """Error message where no grid of `gpus` GPUs is legal, with the nearest numbers of GPUs that have one."""
     plain = replace(config, parallel=replace(config.parallel, tp=1, pp=1, vpp=1, cp=1, layer_split=None))
     near = [n for n in _around(gpus) if any(True for _ in legal_grids(config, n, (config.train.precision,)))]
     return (

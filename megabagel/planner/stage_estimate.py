@@ -1,4 +1,4 @@
-"""A whole stage of training: days, energy, checkpoints.
+"""Estimate of a whole training stage: days, energy, checkpoints.
 
 The interval between checkpoints is Young's, with Daly's first correction (Daly, A higher order estimate of the
 optimum checkpoint interval, equation 20): tau = sqrt(2 C M) - C, where C is the time that a checkpoint takes from

@@ -1,4 +1,4 @@
-"""Seconds of one optimizer step: stages in the pipeline, then what only happens once."""
+"""Step-time model: seconds of one optimizer step, from pipeline stages and the work done once per step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class StepTime:
 
     phases: dict[str, float]
     slowest: int
-    """That pipeline rank."""
+    """Index of that pipeline rank."""
 
     @property
     def seconds(self) -> float:
-        """Of the step."""
+        """Seconds of the whole step."""
         return sum(self.phases.values())
 
 
@@ -32,7 +32,14 @@ def layer_phases(case: Case, constants: Calibration) -> dict[str, float]:
 
 
 def stage_phases(case: Case, constants: Calibration, rank: int, layer: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of one micro-batch on a pipeline rank, whose layers take `layer` each, by phase."""
+    """Seconds of one micro-batch on a pipeline rank, by phase.
+
+    Args:
+        case: the run on its grid.
+        constants: efficiency constants.
+        rank: pipeline rank.
+        layer: seconds of one decoder layer by phase, from `layer_phases`.
+    """
     layers = sum(case.chunks[rank])
     phases = {name: layers * seconds for name, seconds in layer.items()}
     phases["pipeline wire"] = 2 * communication.wire(case, constants)
@@ -42,7 +49,7 @@ def stage_phases(case: Case, constants: Calibration, rank: int, layer: Mapping[s
 
 
 def step_time(case: Case, constants: Calibration) -> StepTime:
-    """The step: m micro-batches of the slowest rank, and the pipeline's filling and draining.
+    """Time of a step: m micro-batches on the slowest pipeline rank, pipeline bubble, and the work done once per step.
 
     With t_s seconds per micro-batch on rank s, 1F1B takes m max(t) + (sum(t) - max(t)) / vpp; for equal stages that
     is the bubble (pp - 1) / (vpp m) of Narayanan et al., section 2.2. Images are encoded before the first

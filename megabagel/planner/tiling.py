@@ -1,7 +1,7 @@
-"""Do parts lie side by side and cover the whole? Pure arithmetic on intervals and boxes.
+"""Tiling check: do shards cover every tensor exactly once? Pure arithmetic on intervals and n-d slices.
 
-Two levels: the ranks with the same weights split each local parameter into flat ranges, and the local parameters of all
-model-parallel ranks are boxes of the whole model's tensors. Every finding is one line; none means exactly once.
+There are two levels. The ranks with the same weights split each local parameter into flat ranges, and the local
+parameters of all model-parallel ranks are slices of the whole model's tensors. Every gap or overlap is one line.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,7 @@
-"""What one micro-batch of a run looks like, before any data is at hand: typical samples through the real packing.
+"""Typical workload of a run, without data: samples of assumed sizes, packed by the code that training uses.
 
-Sizes of documents are assumptions, written here in one table; everything after them (resizing, items, dropout, packs,
-mask, layout over context-parallel ranks) is the code of the run. Draws are keyed, so a plan repeats exactly.
+The assumed sizes of documents are the constants below. Everything after them (resizing, items, dropout, packs, mask,
+layout over context-parallel ranks) is the code of the run. Random numbers are keyed, so a plan repeats exactly.
 
 A micro-batch is reduced to a `Load`: the rows, pairs and pixels that one rank handles, averaged over the drawn packs.
 """
@@ -27,7 +27,7 @@ from megabagel.sequence.sample import Dropout, SamplePlan, plan_sample
 from megabagel.sequence.sizes import pack_size
 
 PACKS = 24
-"""Packs drawn: enough that their mean moves by about a percent."""
+"""Packs sampled: enough that their mean varies by about a percent."""
 
 TEXT_TOKENS = {
     "document": (400, 3000),
@@ -99,7 +99,7 @@ class Workload:
 
     @cached_property
     def _layouts(self) -> dict[int, list[Layout]]:
-        """Of every pack, by context-parallel size: all that takes long is done once."""
+        """Layouts of all packs by context-parallel size, cached because they are slow to build."""
         return {}
 
     def load(self, cp: int, tp: int) -> Load:
@@ -110,6 +110,7 @@ class Workload:
             self._layouts[cp] = [build_layout(pack, rows, chunk, cp) for pack in self.packs]
         table = [_load(self.config, p, layout, tp) for p, layout in zip(self.packs, self._layouts[cp], strict=True)]
         means = np.mean([[*vars(load).values()] for load in table], 0).tolist()
+        # Field 8, largest_image: it sizes buffers, so the maximum over packs counts and not the mean.
         means[8] = max(load.largest_image for load in table)
         return Load(*means)
 
@@ -155,7 +156,7 @@ def _load(config: Config, pack: Pack, layout: Layout, tp: int) -> Load:
 def typical_workload(config: Config, packs: int = PACKS) -> Workload:
     """Packs of `config`'s mixture, filled with typical samples.
 
-    Raises UserError when the config names no sources, so that nothing says what a batch is made of.
+    Raises UserError when the config names no sources: the mixture of tasks would be unknown.
     """
     sources = [source for source in config.data.sources if source.weight > 0]
     if not sources:

@@ -45,7 +45,7 @@ class Guidance:
 
 
 def extrapolated(without: Tensor, towards: Tensor, scale: float) -> Tensor:
-    """The point `scale` times as far from `without` as `towards` is."""
+    """Linear extrapolation from `without` through `towards`: `towards` at scale 1, beyond it above 1."""
     return without + scale * (towards - without)
 
 
@@ -75,7 +75,7 @@ def guide(
 
 
 def _renormed(guided: Tensor, v: Tensor, how: Guidance) -> Tensor:
-    """`guided` shortened to the norm of the plain conditional velocity `v` where it is longer."""
+    """Scale `guided` down to the norm of the conditional velocity `v` where it is longer; it is never scaled up."""
     if how.renorm == "global":
         ratio = v.norm() / (guided.norm() + _TINY)
     else:

@@ -24,5 +24,12 @@ def timestep_grid(points: int, shift: float) -> np.ndarray:
 
 
 def euler_step(x: Tensor, velocity: Tensor, now: float, then: float) -> Tensor:
-    """x at timestep `then` from x at `now`, where dx/dt = `velocity`."""
+    """Euler step: x at timestep `then` from x at `now`, where dx/dt = `velocity`.
+
+    Args:
+        x: state at `now`, any shape.
+        velocity: of the shape of `x`.
+        now: current timestep in [0, 1].
+        then: next timestep, smaller than `now`.
+    """
     return x - velocity * (now - then)

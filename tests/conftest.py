@@ -9,8 +9,30 @@ from tests.support.parity_files import at_hand, cases_of
 from tests.support.rank_pool import RankPool
 
 
+COSTLY = (
+    "tests/faults",
+    "tests/kernels",
+    "tests/parity",
+    "tests/runtime/test_launch.py",
+    "tests/slurm",
+    "tests/test_bad_input.py",
+    "tests/test_documents_python.py",
+    "tests/test_readme.py",
+    "tests/tools",
+)
+"""Tests that start jobs, run kernels in Triton's interpreter, or build corpora; `make check` leaves them out."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests of golden cases that are absent; tests/parity/test_golden_cases.py names their folder."""
+    """Mark what `make check` leaves out, and leave out tests of golden cases that are absent.
+
+    tests/parity/test_golden_cases.py names the folder of the absent cases.
+    """
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker("ranks")
+        if item.nodeid.startswith(COSTLY):
+            item.add_marker("costly")
     absent = [item for item in items if len(at_hand(*(needed := tuple(cases_of(item))))) < len(needed)]
     if absent:
         config.hook.pytest_deselected(items=absent)

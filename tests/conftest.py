@@ -8,7 +8,6 @@ import pytest
 from tests.support.parity_files import at_hand, cases_of
 from tests.support.rank_pool import RankPool
 
-
 COSTLY = (
     "tests/faults",
     "tests/kernels",

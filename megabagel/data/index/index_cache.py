@@ -178,7 +178,7 @@ def _unpack(fields: _Head, body: bytes) -> Scan:
     """Build a scan from the header and the body of a cache file. Raises ValueError if they do not fit together."""
     columns, offset = {}, 0
     for name, kind in TYPES.items():
-        length = fields.lengths.get(name, -1)
+        length = fields.lengths.get(ON_DISK[name], -1)
         if not 0 <= length * kind.itemsize <= len(body) - offset:
             raise ValueError(f"{length} entries of {name} in {len(body)} bytes")
         columns[name] = np.frombuffer(body, kind, length, offset)

@@ -16,7 +16,9 @@ ANCHORED = re.compile(r"([\w./-]+\.md)((?:#[\w-]+)(?:(?:,| and)\s+#[\w-]+)*)")
 OWN_ANCHOR = re.compile(r"\]\((#[\w-]+)\)")
 PLACE = re.compile(r"\b(?:sections?|ideas?|chapters?)\s+\d|§")
 """A place inside some document."""
-PUBLIC = re.compile(r"BAGEL|SRUM|FlashAttention|\b[Pp]aper\b|Llama 3|PaLM|Korthikanti|Narayanan|Rajbhandari|MPICH|architecture\.md#")
+PUBLIC = re.compile(
+    r"BAGEL|SRUM|FlashAttention|\b[Pp]aper\b|Llama 3|PaLM|Korthikanti|Narayanan|Rajbhandari|MPICH|architecture\.md#"
+)
 """Documents whose places may be cited: published ones, and files of this repository."""
 REACH = 160
 """Characters before a place in which its document is named."""

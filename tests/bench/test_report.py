@@ -156,7 +156,7 @@ def test_sweep(tmp_path: Path) -> None:
         ("grids: []", "no list `grids`"),
         ("grids: [1]", "grids.0 = 1"),
         ("grids: [{nproc: 0}]", "grids.0.nproc = 0; expected a number of ranks"),
-        ("grids: [{}, {nproc: yes}]", "grids.1.nproc = True"),
+        ("grids: [{}, {nproc: true}]", "grids.1.nproc = True"),
         ("grids: [", "cannot be read"),
     ],
 )

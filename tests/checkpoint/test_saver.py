@@ -97,7 +97,7 @@ def train_on(config: Config) -> list[Any]:
     grid, lines = grid_of(config), []
     saver, tensors = api.Saver(config, grid), tensors_of(grid, 1)
     root = Path(config.run.dir) / "checkpoints"
-    with mock.patch.object(module.logger, "info", lambda text, *args: lines.append(text % args)), gate() as opened:
+    with mock.patch.object(module.logger, "info", lambda text, *args, **_: lines.append(text % args)), gate() as opened:
         saver.save(1, tensors, {"n": 1})
         for tensor in tensors.values():
             tensor.data.fill_(-9)
@@ -263,7 +263,7 @@ def fall_back(config: Config) -> tuple[str, list[str], str]:
         (root / "step_00000003/rank_00000.safetensors").write_bytes(b"")
         (root / "step_00000002/manifest.json").unlink()
     torch.distributed.barrier()
-    with mock.patch.object(api.logger, "warning", lambda text, *args: lines.append(text % args)):
+    with mock.patch.object(api.logger, "warning", lambda text, *args, **_: lines.append(text % args)):
         chosen = api.find(config, grid)
     torch.distributed.barrier()
     (root / "step_00000001/state.json").write_text("[]")

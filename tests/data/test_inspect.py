@@ -70,7 +70,7 @@ def test_splits_are_those_of_the_definition(views: list[SampleView]) -> None:
         tokens = tokens_of([segment.item for segment in shown.segments], dropped)
         assert len(tokens) == shown.pack.tokens == sum(segment.tokens for segment in shown.segments)
         for number, segment in enumerate(shown.segments):
-            rows = [token for token in tokens if token.split == number]
+            rows = [token for token in tokens if token.segment == number]
             assert tokens[segment.rows] == rows and bool(rows) != segment.dropped
             if not rows:
                 continue

@@ -146,7 +146,7 @@ def test_faults_inside_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"picture": [b"a"], "captions": ["{}"]}, r"columns picture, captions; expected image\+captions or image_list"),
+        ({"picture": [b"a"], "captions": ["{}"]}, r"columns picture, captions; expected image\+captions, image_list"),
         ({"image": ["a.png"], "captions": ["{}"]}, r"column 'image' has type string; expected binary"),
         ({"image": [b"a"], "captions": [["a"]]}, r"column 'captions' has type list<.*string>; expected string"),
         (

@@ -84,7 +84,7 @@ def test_codes_are_positions_of_public_keys_and_private_numbers_of_noised_ones(p
     code = np.asarray(pack.codes.key_code)
     assert np.array_equal(code[~hidden], np.flatnonzero(~hidden))
     numbers = code[hidden] - PRIVATE
-    groups = {(place.sample, place.split) for place in places_of(tokens) if place.mode is Mode.NOISE}
+    groups = {(place.sample, place.segment) for place in places_of(tokens) if place.mode is Mode.NOISE}
     assert set(numbers.tolist()) == set(range(len(groups)))
     for array in (pack.codes.key_code, *pack.codes.of_queries):
         assert array.dtype == np.int32

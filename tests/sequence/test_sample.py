@@ -104,7 +104,7 @@ def test_every_token_is_as_the_definition_says(items, text, vit, latent, advance
     assert sample.position_S.tolist() == [token.position for token in tokens]
     assert sample.ce_S.tolist() == [bool(token.label) for token in tokens]
     assert sample.tokens == len(tokens) == sum(segment.length for segment in sample.segments)
-    runs = [list(run) for _, run in groupby(tokens, key=lambda token: token.split)]
+    runs = [list(run) for _, run in groupby(tokens, key=lambda token: token.segment)]
     assert [(s.mode, s.length, s.chain) for s in sample.segments] == [(r[0].mode, len(r), r[0].chain) for r in runs]
     dtypes = (sample.kind_S.dtype, sample.position_S.dtype, sample.ce_S.dtype)
     assert dtypes == (np.uint8, np.int32, bool)

@@ -105,12 +105,12 @@ def sees(q: int, k: int, places: Sequence[Place]) -> bool:
     query, key = places[q], places[k]
     if query.sample != key.sample:
         return False
-    same_split = query.split == key.split
-    reaches = q >= k or (same_split and query.mode in (Mode.FULL, Mode.NOISE))
+    same_segment = query.segment == key.segment
+    reaches = q >= k or (same_segment and query.mode in (Mode.FULL, Mode.NOISE))
     if key.mode is not Mode.NOISE:
         return reaches
     earlier_of_chain = query.mode is Mode.NOISE and key.chain is not None and query.chain == key.chain and q >= k
-    return reaches and (same_split or earlier_of_chain)
+    return reaches and (same_segment or earlier_of_chain)
 
 
 def mask_of(places: Sequence[Place]) -> np.ndarray:

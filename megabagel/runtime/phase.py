@@ -36,7 +36,7 @@ _COLLECTIVES = (
 """Files whose functions have the name of the collective that they wait for."""
 _SEVERAL = "coalescing_manager"
 """torch.distributed's function that runs several collectives as one; its caller's name is more informative."""
-_BETWEEN = ("runtime/cpu_backend.py", "runtime/device.py", _OWN)
+_BETWEEN = ("runtime/cpu_backend.py", "runtime/device.py", "runtime/collective_errors.py", "runtime/objects.py", _OWN)
 """Files of this package that lie on the stack between a caller and a collective."""
 
 

@@ -1,5 +1,6 @@
 """Fixtures for all rooms."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 
 from tests.support.parity_files import at_hand, cases_of
 from tests.support.rank_pool import RankPool
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # runs that tests start heed it, also where nohup started the tests
 
 COSTLY = (
     "tests/faults",

@@ -126,8 +126,8 @@ def in_flight(case: Case, rank: int) -> list[int]:
 # Cached on the four integers because a search visits many grids with the same pipeline.
 @cache
 def _in_flight(rank: int, pp: int, vpp: int, micro_batches: int) -> list[int]:
-    if vpp > 1:  # a run with another count is refused; an evaluation of one batch repeats it (`fewest_micro_batches`)
-        micro_batches = -(-micro_batches // pp) * pp
+    if vpp > 1 and micro_batches < pp:  # refused for a run, but asked for by who compares a single micro-batch
+        return [micro_batches] * vpp
     return peak_in_flight(schedule(rank, pp, vpp, micro_batches), vpp)
 
 

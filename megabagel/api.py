@@ -114,9 +114,10 @@ def train_steps(config: Config) -> Iterator[dict[str, Any]]:
     from megabagel.runtime import cpu_backend
 
     cpu_backend.install()
+    from megabagel.inference.training_samples import training_sampler
     from megabagel.train.run import records
 
-    yield from records(config)
+    yield from records(config, sampler=training_sampler)
 
 
 @dataclass(frozen=True)

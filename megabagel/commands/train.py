@@ -50,10 +50,11 @@ def _train(args: argparse.Namespace) -> int:
         from megabagel.runtime import cpu_backend
 
         cpu_backend.install()  # before anything imports megatron
+        from megabagel.inference.training_samples import training_sampler
         from megabagel.train.run import main as run
 
         try:
-            run(config, stop)
+            run(config, stop, training_sampler)
         except KeyboardInterrupt:
             raise Interrupted(interrupted(config)) from None
     return 0

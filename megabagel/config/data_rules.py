@@ -199,18 +199,27 @@ def init_is_for_fresh_starts(c: Config) -> Iterator[str]:
         yield "Pick one: set run.init_from to null, or run.resume to auto or none."
 
 
-@rule("telemetry.sample_every", "telemetry.prompts")
-def samples_have_prompts(c: Config) -> Iterator[str]:
-    """Sample images are made from prompts."""
-    if c.telemetry.sample_every and not c.telemetry.prompts:
-        yield "List telemetry.prompts, or set telemetry.sample_every to 0."
+@rule("telemetry.sample_every", "telemetry.prompts", "telemetry.edits", "telemetry.questions")
+def samples_are_listed(c: Config) -> Iterator[str]:
+    """Samples are made from prompts, edits and questions."""
+    telemetry = c.telemetry
+    if telemetry.sample_every and not (telemetry.prompts or telemetry.edits or telemetry.questions):
+        yield "List telemetry.prompts (or edits, questions), or set telemetry.sample_every to 0."
 
 
-@rule("telemetry.sample_every", "model.visual_gen")
+@rule("telemetry.sample_every", "telemetry.prompts", "telemetry.edits", "model.visual_gen")
 def samples_have_a_branch(c: Config) -> Iterator[str]:
     """Sample images are made by the latent path."""
-    if c.telemetry.sample_every and not c.model.visual_gen:
-        yield "Set model.visual_gen to true, or telemetry.sample_every to 0."
+    if c.telemetry.sample_every and (c.telemetry.prompts or c.telemetry.edits) and not c.model.visual_gen:
+        yield "Set model.visual_gen to true, leave out telemetry.prompts and edits, or set telemetry.sample_every to 0."
+
+
+@rule("telemetry.sample_every", "telemetry.questions", "telemetry.edits", "model.visual_und", "model.visual_gen")
+def questions_see_images(c: Config) -> Iterator[str]:
+    """Questions and edits show images to the model."""
+    shown = c.telemetry.questions or c.telemetry.edits
+    if c.telemetry.sample_every and shown and not (c.model.visual_und or c.model.visual_gen):
+        yield "Set model.visual_und or visual_gen to true, or leave out telemetry.questions and edits."
 
 
 @rule("telemetry.sample_every", "telemetry.sample_size", *_STRIDE)

@@ -302,6 +302,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class SampleRequest:
+    """An image file with a text: an edit or a question that training repeats as a sample."""
+
+    image: str
+    """Path of an image file."""
+    text: str
+    """Instruction or question."""
+
+
+@dataclass(frozen=True)
 class TelemetryConfig:
     """Console lines, metrics, sample images and MFU."""
 
@@ -309,8 +319,13 @@ class TelemetryConfig:
     """Steps between console lines; metrics.jsonl has every step."""
     tensorboard: bool = True
     sample_every: int = 0
-    """Steps between sample images; 0: none."""
+    """Steps between samples, made with the averaged weights where train.ema > 0; 0: none."""
     prompts: tuple[str, ...] = ()
+    """Texts to draw."""
+    edits: tuple[SampleRequest, ...] = ()
+    """Images to edit."""
+    questions: tuple[SampleRequest, ...] = ()
+    """Questions to answer about images."""
     sample_size: tuple[int, int] = (64, 64)
     """Height and width of sample images, pixels."""
     sample_steps: int = 25

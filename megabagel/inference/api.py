@@ -31,6 +31,7 @@ from megabagel.inference.pictures import Picture, from_latent, latent_tokens, pa
 from megabagel.inference.presets import DRAW, EDIT, adjusted, preset
 from megabagel.inference.programs import DrawSettings, Event, Special, Step, Token, official_noise
 from megabagel.inference.prompts import THINK_BEFORE_ANSWER, THINK_BEFORE_IMAGE
+from megabagel.inference.runner import Runner
 from megabagel.model.vae import Codec, build_codec
 from megabagel.parallel.attention import choose_attention
 from megabagel.parallel.mesh import Mesh
@@ -50,9 +51,19 @@ class Pipeline:
         mesh: grid of the running job; None: this device alone.
         cache_tokens: rows of the KV cache, shared by all requests.
         seats: most tokens of one forward pass.
+        runner: over weights that are there already, as in training; None: a new one, filled from `source`.
+        codec: image autoencoder; None: built from the config on first use.
     """
 
-    def __init__(self, source: Source, mesh: Mesh | None = None, cache_tokens: int = 32768, seats: int = 8192) -> None:
+    def __init__(
+        self,
+        source: Source,
+        mesh: Mesh | None = None,
+        cache_tokens: int = 32768,
+        seats: int = 8192,
+        runner: Runner | None = None,
+        codec: Codec | None = None,
+    ) -> None:
         self.source, self.config = source, source.config
         self.tokenizer: TextTokenizer = load_tokenizer(self.config.data.tokenizer)
         if self.tokenizer.vocab_size > self.config.model.vocab:
@@ -62,9 +73,10 @@ class Pipeline:
             )
         names = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
         special = Special(*(self.tokenizer.token_id(name) for name in names))
-        runner = build_runner(self.config, mesh, choose_attention(self.config), source.fill, cache_tokens)
+        if runner is None:
+            runner = build_runner(self.config, mesh, choose_attention(self.config), source.fill, cache_tokens)
         self.engine = Engine(runner, special, most_tokens=seats)
-        self._codec: Codec | None = None
+        self._codec = codec
 
     @property
     def codec(self) -> Codec:
@@ -184,7 +196,8 @@ class Pipeline:
         need = requests.tokens_of(shown) + len(system or ()) + 2 + settings.max_new_tokens
         return self.engine.submit(requests.answer(session, settings, self.engine.most_tokens), session, need)
 
-    def open(self, picture: Picture) -> Image.Image:
+    @staticmethod
+    def open(picture: Picture) -> Image.Image:
         """Open a picture as RGB. Raises UserError if it cannot be read."""
         if isinstance(picture, Image.Image):
             return to_rgb(picture)
@@ -256,7 +269,7 @@ class Pipeline:
         if min(size) < stride or width % stride or height % stride:
             near = "x".join(str(max(stride, round(x / stride) * stride)) for x in size)
             raise UserError(f"size {width}x{height}: expected multiples of {stride} pixels, such as {near}")
-        if max(width, height) > side * stride:
+        if max(width, height) > side * stride and not model.interpolate_pos:
             raise UserError(f"size {width}x{height}: the model's latent grid ends at {side * stride} pixels per side")
         return height // stride, width // stride
 

@@ -1,6 +1,6 @@
 """The model for inference on this rank: its stage of the grid, filled with weights, over a KV cache."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,18 +43,23 @@ def build_runner(config: Config, mesh: Mesh | None, engine: AttentionEngine, fil
     stage = build_stage(config, mesh)
     fill(stage)
     stage.requires_grad_(False).eval()
-    model, tp = config.model, mesh.tp.size if mesh else 1
-    numbers = [int(number) for number in stage.layers]
-    cache = KVCache(
-        numbers,
-        -(-cache_tokens // PAGE),
-        model.kv_heads // tp,
-        model.kv_channels,
-        parameter_dtype(config),
-        current_device(),
-    )
+    cache = build_cache(config, mesh.tp.size if mesh else 1, map(int, stage.layers), cache_tokens)
     ranks = Ranks(mesh.cp, mesh.pp) if mesh else None
-    return Runner(model, stage, cache, engine, current_device(), ranks)
+    return Runner(config.model, stage, cache, engine, current_device(), ranks)
+
+
+def build_cache(config: Config, tp: int, layers: Iterable[int], cache_tokens: int) -> KVCache:
+    """This rank's KV cache.
+
+    Args:
+        config: model and precision.
+        tp: tensor-parallel size, which divides the heads.
+        layers: numbers of this rank's layers in the whole model.
+        cache_tokens: rows, rounded up to pages.
+    """
+    model, pages = config.model, -(-cache_tokens // PAGE)
+    dtype, device = parameter_dtype(config), current_device()
+    return KVCache(layers, pages, model.kv_heads // tp, model.kv_channels, dtype, device)
 
 
 def build_stage(config: Config, mesh: Mesh | None) -> Bagel:

@@ -16,15 +16,15 @@ from megabagel.data.load.loader import Loader
 from megabagel.data.plan.global_plan import GlobalPlan, Source, open_sources
 from megabagel.data.tokenize.tokenizer import TextTokenizer, load_tokenizer
 from megabagel.errors import UserError
-from megabagel.generate.euler import EulerSampler
 from megabagel.model.vae import build_codec, codec_fingerprint
 from megabagel.parallel.attention import AttentionEngine, choose_attention
 from megabagel.parallel.mesh import Mesh
 from megabagel.runtime.collective_errors import on_all_ranks, on_rank0, require_equal
 from megabagel.runtime.device import current_device
 from megabagel.train.anomaly import LossSpikeDetector
-from megabagel.train.build_rank import Rank, build_rank
+from megabagel.train.build_rank import build_rank
 from megabagel.train.memory_check import check_memory
+from megabagel.train.sample_images import SamplerFactory
 from megabagel.train.trainer import Trainer
 
 
@@ -58,7 +58,13 @@ def open_data(config: Config) -> Data:
     return Data(sources, tokenizer, decode, on_all_ranks(lambda: _latents(config, sources)))
 
 
-def build_trainer(config: Config, mesh: Mesh, data: Data | None = None, draw: bool = True) -> Trainer:
+def build_trainer(
+    config: Config,
+    mesh: Mesh,
+    data: Data | None = None,
+    draw: bool = True,
+    samplers: SamplerFactory | None = None,
+) -> Trainer:
     """Build the trainer of this rank.
 
     Args:
@@ -66,6 +72,7 @@ def build_trainer(config: Config, mesh: Mesh, data: Data | None = None, draw: bo
         mesh: process groups of the job.
         data: opened data; by default that of the config.
         draw: whether to draw initial weights; False where a checkpoint will fill them.
+        samplers: builds the sampler of `telemetry`; needed with telemetry.sample_every > 0.
 
     Raises:
         UserError: on every rank alike.
@@ -81,14 +88,11 @@ def build_trainer(config: Config, mesh: Mesh, data: Data | None = None, draw: bo
     loader = Loader(plan, data.tokenizer, data.decode, config, rank.batches, dp, data.latents)
     sampler = None
     if config.telemetry.sample_every:
-        sampler = on_all_ranks(lambda: _sampler(rank, data.tokenizer))
+        assert samplers is not None, "telemetry.sample_every > 0 needs a sampler"
+        chunks = [stage.model for stage in rank.stages]
+        sampler = on_all_ranks(lambda: samplers(config, mesh, chunks, data.tokenizer, codec))
     saver, detector = Saver(config, mesh), LossSpikeDetector(config.train)
     return Trainer(config, mesh, plan, loader, rank.optimizer, rank.runner, rank.builder, sampler, saver, detector)
-
-
-def _sampler(rank: Rank, tokenizer: TextTokenizer) -> EulerSampler:
-    """Return the sampler of training's sample images."""
-    return EulerSampler(rank.config, rank.mesh, rank.batches, rank.builder, tokenizer, rank.runner.evaluate)
 
 
 def _attention(config: Config) -> AttentionEngine:

@@ -4,6 +4,8 @@ Every data-parallel rank owns a flat shard of the fp32 weights, moments and aver
 docs/bagel.md#optimizer, docs/bagel.md#ema.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,12 +93,40 @@ class Optimizer:
                 group["step"] = step
             for shard in group["params"] if self._counts_per_shard else ():
                 self.inner.state[shard]["step"].fill_(step)
-        # A private of megatron-core: its public load_state_dict takes a state dict, but the shards were filled in
-        # place.
+        self._publish()
+
+    def _publish(self) -> None:
+        """Copy the fp32 shards, which were written in place, to the model weights of all ranks."""
+        # A private of megatron-core: its public load_state_dict takes a state dict.
         self.distributed._copy_main_params_to_model_params()
         for chunk in self.chunks:
             # Each rank wrote its own shard of the model weights only: gather the others'.
             chunk.start_param_sync(force_sync=True)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Hold the averaged weights in the model inside the block, and the trained ones again after it, bit for bit.
+
+        Without averages (train.ema=0) and for frozen weights nothing changes. Collective.
+        """
+        if not self.ema:
+            yield
+            return
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Exchange weights and averages."""
+        # Shard by shard: a copy of all weights at once would be as large as the averages.
+        for shard, average in self.ema.items():
+            weight = shard.detach().clone()
+            shard.copy_(average)
+            average.copy_(weight)
+        self._publish()
 
     def start_averages(self) -> None:
         """Set the averaged weights to the current weights."""

@@ -31,6 +31,7 @@ from megabagel.runtime.signals import StopRequest
 from megabagel.train.anomaly import StepAnomaly
 from megabagel.train.bad_step_dump import bad_step_dump, dump_path
 from megabagel.train.build import Data, build_trainer, open_data
+from megabagel.train.sample_images import SamplerFactory
 from megabagel.train.saved import done
 from megabagel.train.schedule import learning_rate
 from megabagel.train.step import Losses
@@ -41,17 +42,24 @@ from megabagel.train.trainer import Outcome, Trainer
 logger = logging.getLogger(__name__)
 
 
-def main(config: Config, stop: StopRequest | None = None) -> None:
-    """Train `config` on the ranks of this job. Called once per rank; raises as `records` does."""
-    for _ in records(config, stop):
+def main(config: Config, stop: StopRequest | None = None, sampler: SamplerFactory | None = None) -> None:
+    """Train `config` on the ranks of this job. Called once per rank; arguments and errors as of `records`."""
+    for _ in records(config, stop, sampler):
         pass
 
 
-def records(config: Config, stop: StopRequest | None = None) -> Iterator[dict[str, Any]]:
+def records(
+    config: Config, stop: StopRequest | None = None, sampler: SamplerFactory | None = None
+) -> Iterator[dict[str, Any]]:
     """Train `config` on the ranks of this job and yield the record of every finished step, equal on all ranks.
 
     Called once per rank. Closing the generator ends the run between two steps: a checkpoint that is being written is
     completed, the steps after it are not saved.
+
+    Args:
+        config: the run.
+        stop: signals to obey between steps; None: none.
+        sampler: makes the samples of `telemetry`; needed with telemetry.sample_every > 0.
 
     Raises:
         Preempted: `stop` received a signal on any rank; the run is saved.
@@ -72,7 +80,7 @@ def records(config: Config, stop: StopRequest | None = None) -> Iterator[dict[st
         with phase("load"):
             checkpoint = api.find(config, mesh)
         with phase("build"):
-            trainer = _build(config, mesh, data, checkpoint)
+            trainer = _build(config, mesh, data, checkpoint, sampler)
         # Last, because every check that can refuse a start has passed: a refused start must leave the folder's config
         # and checkpoints as they were.
         on_rank0(lambda: _take_over(config, folder))
@@ -89,11 +97,11 @@ def records(config: Config, stop: StopRequest | None = None) -> Iterator[dict[st
             telemetry.close()
 
 
-def _build(config: Config, mesh: Mesh, data: Data, checkpoint: Path | None) -> Trainer:
+def _build(config: Config, mesh: Mesh, data: Data, checkpoint: Path | None, sampler: SamplerFactory | None) -> Trainer:
     """Return the trainer with its weights: those of the checkpoint to resume, of `run.init_from`, or new ones."""
     source = checkpoint or (Path(config.run.init_from) if config.run.init_from else None)
     # No initial weights are drawn where a checkpoint overwrites them.
-    trainer = build_trainer(config, mesh, data, draw=source is None)
+    trainer = build_trainer(config, mesh, data, draw=source is None, samplers=sampler)
     if source is not None:
         (trainer.resume if checkpoint else trainer.start_from)(source)
     return trainer
@@ -132,7 +140,8 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
         last = trainer.step == config.train.steps
         if trainer.sampler and (last or trainer.step % config.telemetry.sample_every == 0):
             with phase("sampling"):
-                on_rank0(partial(telemetry.log_images, trainer.step, trainer.sampler.draw()))
+                pictures = trainer.sample()
+                on_rank0(partial(telemetry.log_images, trainer.step, pictures))
         with phase("checkpoint"):
             # Collective: completes an asynchronous checkpoint once every rank has written its file.
             trainer.saver.poll()

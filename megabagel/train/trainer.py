@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megabagel.checkpoint import api
 from megabagel.checkpoint.checksums import ANOTHER
 from megabagel.checkpoint.saver import Saver
@@ -16,7 +18,6 @@ from megabagel.config.typed_json import Count, WrongValue, read_as
 from megabagel.data.load.loader import Loader, Step
 from megabagel.data.plan.global_plan import GlobalPlan
 from megabagel.errors import BadStep, UserError
-from megabagel.generate.euler import EulerSampler
 from megabagel.log import RANK0
 from megabagel.parallel.inputs import InputBuilder
 from megabagel.parallel.mesh import Mesh
@@ -25,6 +26,7 @@ from megabagel.runtime.phase import phase
 from megabagel.train.anomaly import LossSpikeDetector, StepAnomaly
 from megabagel.train.optimizer import Optimizer
 from megabagel.train.resume_changes import log_changes
+from megabagel.train.sample_images import Sampler
 from megabagel.train.schedule import learning_rate
 from megabagel.train.step import Losses, StepRunner, denominators
 
@@ -70,7 +72,7 @@ class Trainer:
     optimizer: Optimizer
     runner: StepRunner
     builder: InputBuilder
-    sampler: EulerSampler | None
+    sampler: Sampler | None
     saver: Saver
     detector: LossSpikeDetector
     step: int = 0
@@ -104,6 +106,12 @@ class Trainer:
         # A skipped step counts: learning-rate schedule, data and step number go on without it.
         self.step += 1
         return Outcome(losses, norm, anomaly)
+
+    def sample(self) -> dict[str, np.ndarray]:
+        """Return samples of the averaged weights, or of the trained ones with train.ema=0: caption -> picture."""
+        assert self.sampler is not None
+        with self.optimizer.averaged_weights():
+            return self.sampler.draw()
 
     def tensors(self) -> dict[str, Any]:
         """Return this rank's shards as views, keyed and placed as a checkpoint stores them."""

@@ -30,9 +30,20 @@ def test_two_ranks(ranks: RankPool, axis: str) -> None:
     passes(ranks, 2, [*paths(RENORM, KV, TAYLOR, SAMPLED), f"parallel.{axis}=2"])
 
 
+EIGHT = ["parallel.tp=2", "parallel.pp=2", "parallel.cp=2"]
+
+
 @pytest.mark.slow
+@needs(RENORM)
 def test_eight_ranks(ranks: RankPool) -> None:
-    passes(ranks, 8, [*paths(*at_hand(*INFERENCE)), "parallel.tp=2", "parallel.pp=2", "parallel.cp=2"])
+    """One case of pictures: eight ranks on two cores spend their time in exchanges, 30 s for a case."""
+    passes(ranks, 8, [*paths(RENORM), *EIGHT])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", INFERENCE)
+def test_every_case_on_eight_ranks(ranks: RankPool, case: str) -> None:
+    passes(ranks, 8, [*paths(case), *EIGHT])
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def wrong_weights(entries: Entries, about: About) -> None:
         ),
         (
             lambda entries, about: about["config"]["llm_config"].update(num_hidden_layers="4"),
-            ["model.layers = '4': expected an integer"],
+            ["num_hidden_layers is '4'; expected a whole number"],
         ),
         (lambda entries, about: about.pop("config"), [f"{EDIT}.json: no entry 'config'"]),
         (lambda entries, about: about["config"].pop("llm_config"), [f"{EDIT}.safetensors", "'llm_config'"]),

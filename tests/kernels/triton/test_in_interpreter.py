@@ -26,7 +26,18 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 @needs_triton
 @pytest.mark.parametrize("files", [ATTENTION, OTHERS], ids=["attention", "the others"])
 def test_kernel_values(files: tuple[Path, ...]) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
+    interpreted(files, "not thorough")
+
+
+@needs_triton
+@pytest.mark.thorough
+def test_more_random_packings() -> None:
+    interpreted(ATTENTION, "thorough")
+
+
+def interpreted(files: tuple[Path, ...], marked: str) -> None:
+    """Run the tests of some files in the interpreter."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, *map(str, files)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=KERNELS.parents[1], env=environment, capture_output=True, text=True, timeout=600, check=False

@@ -40,7 +40,7 @@ def compare(a: Sequence[Measurement], b: Sequence[Measurement]) -> str:
 
 
 def _differences(a: Measurement, b: Measurement) -> list[str]:
-    """What else differs: settings, versions, commit and device."""
+    """Other differences: settings, versions, commit and device."""
     facts = [
         {**leaves(m.config), **m.versions, "commit": m.commit, "device": m.device, "batches": m.batches} for m in (a, b)
     ]

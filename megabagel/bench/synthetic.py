@@ -37,7 +37,7 @@ DOCUMENTS = 2048
 
 @dataclass(frozen=True)
 class Bounds:
-    """What no document exceeds."""
+    """Upper limits of every document."""
 
     sides: ResizeConfig
     """Of pictures, pixels."""

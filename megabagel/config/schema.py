@@ -76,7 +76,7 @@ class ModelConfig:
     """Sizes of the decoder-only Mixture-of-Transformers (BAGEL section 2; Qwen2.5 layout)."""
 
     variant: Literal["dense", "moe", "mot"] = "mot"
-    """What the generation expert owns: nothing, its MLP, or every weight of a layer (BAGEL section 2.4, figure 3)."""
+    """Weights of the generation expert: none, its MLP, or every weight of a layer (BAGEL section 2.4, figure 3)."""
     layers: int = 4
     hidden: int = 128
     heads: int = 4

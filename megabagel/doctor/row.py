@@ -24,7 +24,7 @@ class Row:
     found: str
     """Version, place or number."""
     advice: str = ""
-    """What its absence costs and how to get it, or how to mend it. Empty where nothing is to be done."""
+    """Cost of its absence and how to install it, or how to repair it. Empty where nothing is to be done."""
 
 
 def ok(name: str, found: str) -> Row:

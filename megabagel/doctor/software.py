@@ -1,4 +1,4 @@
-"""Rows about packages: which are there, which load, which are too old or not what their name says."""
+"""Rows about packages: present, importable, recent enough, and the package that its name promises."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -22,8 +22,10 @@ def python() -> Row:
 
 
 def _pinned() -> tuple[dict[str, Requirement], dict[str, Requirement]]:
-    """What setup.py asks for, by name: for every installation, and by extras alone. The latter say what the project was
-    tested with, which other versions may do as well as; of several extras the first one counts."""
+    """Return the requirements of setup.py by name: those of every installation, and those of extras alone.
+
+    Extras name the versions that were tested; other versions may work as well. Of several extras the first one counts.
+    """
     try:
         wanted = [Requirement(line) for line in requires("megabagel") or ()]
     except PackageNotFoundError:  # run from a checkout that was not installed

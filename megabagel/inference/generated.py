@@ -42,7 +42,7 @@ class Generated:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What made a PNG. Raises UserError for a file that this program did not write."""
+    """Prompt, settings and seed that made a PNG. Raises UserError for a file that this program did not write."""
     try:
         with Image.open(path) as image:
             found = json.loads(getattr(image, "text", {})[METADATA])

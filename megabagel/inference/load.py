@@ -131,7 +131,7 @@ def _beside(folder: Path, config: Config) -> Config:
 
 
 def _inference(config: Config, overrides: tuple[str, ...], folder: Path) -> Config:
-    """What of a config matters here, on the grid and in the precision that the overrides name."""
+    """The settings that inference reads, on the grid and in the precision that the overrides name."""
     data = DataConfig(
         tokenizer=config.data.tokenizer, vae_resize=config.data.vae_resize, vit_resize=config.data.vit_resize
     )

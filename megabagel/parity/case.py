@@ -43,7 +43,7 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """What the case compares: the first word of its name."""
+        """Kind of comparison: the first word of the case's name."""
         return self.name.partition("_")[0]
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ DIFFERS = 1
 
 @dataclass(frozen=True)
 class Request:
-    """What to do with the cases."""
+    """Options of one run over the cases."""
 
     cases: tuple[Path, ...]
     overrides: tuple[str, ...] = ()

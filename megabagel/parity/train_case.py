@@ -195,7 +195,7 @@ def _ids(images: list, side: int, interpolate: bool) -> np.ndarray:
 
 
 def _hidden_rows(run: TrainRun, found: dict[str, Tensor], gates: Gates) -> Iterator[Row]:
-    """What the forward pass computes, by the names of the case."""
+    """Tensors of the forward pass by their names in the case."""
     noised_L = torch.from_numpy(run.official.pack.noised_S[run.official.pack.kind_S == LATENT])
     if len(noised_L):
         found["mse"] = found["mse"][noised_L]

@@ -33,7 +33,7 @@ def holes(what: str, size: int, intervals: Sequence[Interval]) -> Iterator[str]:
 def whole_tensors(
     expected: Mapping[str, tuple[int, ...]], held: Sequence[tuple[int, int, Sequence[Piece]]]
 ) -> Iterator[str]:
-    """What is wrong with the pieces that (pp rank, tp rank) hold, against the tensors of the whole model.
+    """Problems of the pieces that each (pp rank, tp rank) holds, compared with the tensors of the whole model.
 
     A tensor lies on one pipeline rank; there, either every tensor-parallel rank holds all of it, or their parts follow
     one another along one dimension.

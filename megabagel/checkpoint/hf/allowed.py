@@ -61,7 +61,7 @@ _FIXED: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
         "num_channels": ("3", lambda value: value == 3),
     },
 }
-"""What our model computes in one way only."""
+"""Settings that our model computes in one way only."""
 
 ARCHITECTURES = {
     LLM_CONFIG: ("Qwen2ForCausalLM", "Qwen2Model", "Bagel", "BagelForConditionalGeneration"),

@@ -127,7 +127,7 @@ def _check_same(path: Path, read: Callable[[dict[str, Any]], Any], ours: ModelCo
     for key in vars(ours).keys() - {"head_dim"}:  # may be left to its default
         if getattr(theirs, key) != getattr(ours, key):
             raise UserError(
-                f"{path.name} of the files to copy says {key} = {getattr(theirs, key)!r}, the checkpoint's model has "
+                f"{path.name} of the files to copy has {key} = {getattr(theirs, key)!r}, the checkpoint's model has "
                 f"{getattr(ours, key)!r}: name the folder that belongs to it with --assets"
             )
 

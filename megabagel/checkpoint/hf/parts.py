@@ -52,7 +52,7 @@ SIGLIP_DEFAULTS = {
     "patch_size": 16,
     "layer_norm_eps": 1e-6,
 }
-"""What a SigLIP config file means where it says nothing."""
+"""Defaults of a SigLIP config file, for the keys it leaves out."""
 ROTARY = {"rotary frequencies": r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"}
 """Tensors of a Qwen2.5 folder that BAGEL does not have: pattern of names by what they are."""
 QK_NORM = re.compile(r"\.self_attn\.[qk]_norm")
@@ -61,7 +61,7 @@ PATCHES, POSITIONS = (f"vision_model.embeddings.{name}_embedding.weight" for nam
 
 
 LANGUAGE_MODEL, VIT_MODEL = "language_model.", "vit_model."
-"""What BAGEL's names have before those of the parts."""
+"""Prefixes that BAGEL's names put before those of the parts."""
 
 
 @dataclass(frozen=True)

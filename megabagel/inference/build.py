@@ -15,6 +15,7 @@ from megabagel.checkpoint.reader import Stored, Target
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
 from megabagel.inference.cache import PAGE, KVCache
+from megabagel.inference.packed import pack_linears
 from megabagel.inference.runner import Ranks, Runner
 from megabagel.model.bagel import Bagel
 from megabagel.model.factory import LayerFactory, SingleDevice
@@ -43,9 +44,10 @@ def build_runner(config: Config, mesh: Mesh | None, engine: AttentionEngine, fil
     stage = build_stage(config, mesh)
     fill(stage)
     stage.requires_grad_(False).eval()
+    packed = mesh is None and pack_linears(stage)
     cache = build_cache(config, mesh.tp.size if mesh else 1, map(int, stage.layers), cache_tokens)
     ranks = Ranks(mesh.cp, mesh.pp) if mesh else None
-    return Runner(config.model, stage, cache, engine, current_device(), ranks)
+    return Runner(config.model, stage, cache, engine, current_device(), ranks, least_rows=1 if packed else 4)
 
 
 def build_cache(config: Config, tp: int, layers: Iterable[int], cache_tokens: int) -> KVCache:

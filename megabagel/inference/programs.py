@@ -6,7 +6,7 @@ generator cancels the request; its cache rows are freed with its session.
 Letters: Q rows with logits, V vocabulary, L latent tokens of a picture, Z numbers of each.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
@@ -26,6 +26,9 @@ from megabagel.sampling.timesteps import euler_step, timestep_grid
 from megabagel.sequence.sample import LATENT, TEXT
 
 R = TypeVar("R")
+
+NO_LIMIT = 1 << 30
+"""Of tokens in a pass."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,20 @@ class View:
         return self.position == other.position and np.array_equal(self.rows, other.rows)
 
 
-def prefill(session: Session, contexts: Sequence[Context], most_tokens: int = 1 << 30) -> Program[None]:
+def prefill(session: Session, contexts: Sequence[Context], most_tokens: int = NO_LIMIT) -> Program[None]:
     """Run all ops of the contexts that have not run yet, any number of ops in a pass of at most `most_tokens`."""
+    for part in waiting_parts(session, contexts, most_tokens):
+        yield (part,)
+
+
+def waiting_parts(session: Session, contexts: Sequence[Context], most_tokens: int) -> Iterator[Part]:
+    """Parts that run all ops of the contexts that have not run yet, in an order in which they can.
+
+    Args:
+        session: of the contexts; the ops get their cache rows.
+        contexts: any of the session's.
+        most_tokens: of one part, unless a single image has more.
+    """
     log = session.log
     group: list[Segment] = []
     images: list[Tensor] = []
@@ -119,13 +134,13 @@ def prefill(session: Session, contexts: Sequence[Context], most_tokens: int = 1 
         whole = segment(op.content, log.rows(op.on), slots, log.position(op.on), session.special.image)
         for part in _chunks(whole, most_tokens):
             if group and sum(len(one.slots) for one in group) + len(part.slots) > most_tokens:
-                yield (Part(Layout(tuple(group)), tuple(images), (0.0,) * len(images)),)
+                yield Part(Layout(tuple(group)), tuple(images), (0.0,) * len(images))
                 group, images = [], []
             group.append(part)
             if isinstance(op.content, ImageContent):
                 images.append(op.content.values)
     if group:
-        yield (Part(Layout(tuple(group)), tuple(images), (0.0,) * len(images)),)
+        yield Part(Layout(tuple(group)), tuple(images), (0.0,) * len(images))
 
 
 def _chunks(whole: Segment, most: int) -> list[Segment]:
@@ -146,11 +161,23 @@ def _chunks(whole: Segment, most: int) -> list[Segment]:
     ]
 
 
-def decode(session: Session, context: Context, settings: TextSettings) -> Program[list[int]]:
+def decode(
+    session: Session, context: Context, settings: TextSettings, most_tokens: int = NO_LIMIT
+) -> Program[list[int]]:
     """Decode a text at the end of a context; returns its ids without delimiters. The context stays as it was.
 
     What is decoded is forgotten with its rows: a text that shall stay is appended to the context and run again.
+
+    Args:
+        session: of the context.
+        context: ops that have not run yet are run first, the last of them in one pass with bos.
+        settings: of the text.
+        most_tokens: of one pass of prefill, bos not counted.
     """
+    waiting = list(waiting_parts(session, [context], most_tokens))
+    for part in waiting[:-1]:
+        yield (part,)
+    beside = tuple(waiting[-1:])
     view, special = session.view(context), session.special
     own = session.arena.take(settings.max_new_tokens)
     ids: list[int] = []
@@ -166,7 +193,8 @@ def decode(session: Session, context: Context, settings: TextSettings) -> Progra
                 causal=True,
                 logits=True,
             )
-            (result,) = yield (Part(Layout((step,))),)
+            result = (yield (*beside, Part(Layout((step,)))))[-1]
+            beside = ()
             last = choose(result.logits_QV[0], settings, number)
             yield Token(last, result.logits_QV[0])
             if last == special.eos:

@@ -80,8 +80,7 @@ def draw(
     """
     ids: tuple[int, ...] | None = None
     if thought is not None:
-        yield from prefill(session, [session.branches.main], most_tokens)
-        ids = tuple((yield from decode_text(session, session.branches.main, thought)))
+        ids = tuple((yield from decode_text(session, session.branches.main, thought, most_tokens)))
         yield Thought(ids)
         text = session.special.text(ids)
         session.branches = add_thought(session.log, session.branches, text, preset.thought_in_image_free)
@@ -99,5 +98,4 @@ def draw(
 
 def answer(session: Session, settings: TextSettings, most_tokens: int = 8192) -> Program[tuple[int, ...]]:
     """The text that follows what the session has been shown; its ids without delimiters."""
-    yield from prefill(session, [session.branches.main], most_tokens)
-    return tuple((yield from decode_text(session, session.branches.main, settings)))
+    return tuple((yield from decode_text(session, session.branches.main, settings, most_tokens)))

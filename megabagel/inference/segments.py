@@ -16,6 +16,7 @@ import numpy as np
 from megabagel_kernels.attention.mask import PRIVATE, AttentionRanges
 
 from megabagel.inference.contexts import Content, TextContent
+from megabagel.inference.placement import Shape
 from megabagel.sampling.taylorseer import TaylorSeer
 from megabagel.sequence.sample import LATENT, TEXT
 
@@ -99,12 +100,21 @@ class Layout:
         ends = np.cumsum([len(segment.slots) for segment in self.segments]) - 1
         return ends[[segment.logits for segment in self.segments]]
 
-    def share(self, generation: bool, rank: int, size: int) -> np.ndarray:
-        """Token numbers of one expert that a context-parallel rank computes; -1 pads to equal shares."""
-        mine = np.flatnonzero((self.kind == LATENT) == generation)
-        rows = -(-len(mine) // size)
-        padded = np.concatenate([mine, np.full(rows * size - len(mine), -1, np.int64)])
-        return padded[rank * rows : (rank + 1) * rows]
+    @cached_property
+    def shape(self) -> Shape:
+        """What decides where its tokens lie among the rows of a pass."""
+        return self.kind.tobytes(), tuple(int(token) for token in self.wanted)
+
+    @cached_property
+    def pictures(self) -> tuple[int, ...]:
+        """Latent tokens of every image that has them."""
+        grids = [one.grid for one in self.segments if one.grid and one.kind[1] == LATENT]
+        return tuple(rows * cols for rows, cols in grids)
+
+    @cached_property
+    def latents(self) -> int:
+        """Latent tokens."""
+        return sum(self.pictures)
 
     @cached_property
     def mask(self) -> tuple[np.ndarray, AttentionRanges]:

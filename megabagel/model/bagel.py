@@ -15,7 +15,7 @@ from megabagel.model.factory import LayerFactory, SingleDevice
 from megabagel.model.flow import TimeEmbedder
 from megabagel.model.freezing import freeze_parameters
 from megabagel.model.init_weights import initialize_weights
-from megabagel.model.inputs import Hidden, LatentInputs, Outputs, Predictions, StageInputs, VitInputs
+from megabagel.model.inputs import Hidden, LatentInputs, Outputs, StageInputs, VitInputs
 from megabagel.model.layers import Experts, Layer, RMSNorm
 from megabagel.model.positions import sincos_table
 from megabagel.model.vit import Connector, Vit, splits
@@ -102,18 +102,13 @@ class Heads(nn.Module):
         mse_g = self.factory.kernels.flow_loss(velocity_gZ, hidden.target_gZ, hidden.weight_g)
         return Outputs(ce_Q, mse_g, velocity_gZ)
 
-    def predict(self, und_uD: torch.Tensor, gen_gD: torch.Tensor, row_Q: torch.Tensor) -> Predictions:
-        """Return next-token logits and velocities instead of losses, for inference.
+    def logits(self, und_uD: torch.Tensor, row_Q: torch.Tensor) -> torch.Tensor:
+        """Return fp32 next-token logits [Q, V] of rows `row_Q` of the und rows [u, D] after the last layer.
 
-        Requires rows that are not split over tensor-parallel ranks (`parallel.sp` false).
-
-        Args:
-            und_uD: hidden states of und rows after the last layer.
-            gen_gD: hidden states of gen rows after the last layer.
-            row_Q: [Q] int64 indices of the und rows whose logits are wanted.
+        For inference, as `velocity`: rows are not split over tensor-parallel ranks (`parallel.sp` false).
         """
-        logits: Callable[[torch.Tensor], torch.Tensor] = self.lm_head.logits  # type: ignore[assignment]
-        return Predictions(logits(self.norm.und(und_uD[row_Q])), self.velocity(gen_gD))
+        head: Callable[[torch.Tensor], torch.Tensor] = self.lm_head.logits  # type: ignore[assignment]
+        return head(self.norm.und(und_uD[row_Q]))
 
     def velocity(self, gen_gD: torch.Tensor) -> torch.Tensor:
         """Return the velocity [g, Z] of gen rows [g, D]; [g, 0] for a model without `visual_gen`."""
@@ -180,7 +175,7 @@ class Bagel(nn.Module):
         return self.heads(hidden, inputs) if self.last else hidden
 
     def through_layers(self, inputs: StageInputs, hidden: Hidden | None = None) -> Hidden:
-        """Run `forward` without the heads; inference passes the result to `Heads.predict` instead of the losses."""
+        """Run `forward` without the heads; inference calls `Heads.logits` and `Heads.velocity` on the result."""
         if self.first:
             hidden = self.embed(inputs)
         assert hidden is not None

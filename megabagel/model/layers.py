@@ -160,6 +160,8 @@ class Layer(nn.Module):
     def _forward(
         self, und_uD: torch.Tensor, gen_gD: torch.Tensor, rope: Rope, attend: Attend
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(gen_gD) == 0 and not torch.is_grad_enabled():
+            return self._und_alone(und_uD, rope, attend), gen_gD
         und_uD = self._und(und_uD)
         normed_und, normed_gen = self.input_norm(und_uD, gen_gD)
         und, gen = self._attention(normed_und, normed_gen, rope, attend)
@@ -169,6 +171,17 @@ class Layer(nn.Module):
         gen_gD, normed_gen = self.mlp_norm.for_gen.of_sum(gen_gD, gen)
         und, gen = self.mlp(normed_und, normed_gen)
         return und_uD + und, gen_gD + gen
+
+    def _und_alone(self, und_uD: torch.Tensor, rope: Rope, attend: Attend) -> torch.Tensor:
+        """Run the layer without gen rows, as in decoding, where calls on no rows would double the cost of a token."""
+        of_und = self.attention.und
+        q, k, v_TMH = of_und.project(self.input_norm.und(und_uD))
+        of_gen = self.attention.for_gen
+        q_TNH = self.qk_norm_rope(q, q[:0], of_und.q_gamma, of_gen.q_gamma, rope=rope)
+        k_TMH = self.qk_norm_rope(k, k[:0], of_und.k_gamma, of_gen.k_gamma, rope=rope)
+        out_uW = attend(q_TNH, k_TMH, v_TMH).flatten(1)
+        und_uD, normed = self.mlp_norm.und.of_sum(und_uD, of_und.o(out_uW))
+        return und_uD + self.mlp.und(normed)
 
     def _und(self, x: torch.Tensor) -> torch.Tensor:
         """Return the und rows, detached where the understanding stream is frozen."""

@@ -62,7 +62,7 @@ class Vit(nn.Module):
         """
         # Indexing instead of calling the embedding: on GPUs the backward of indexing is deterministic.
         position_PE = self.position_embedding.weight[grid_P]
-        x_PE = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)) + position_PE
+        x_PE = self.patch_embedding(patches.to(position_PE.dtype)) + position_PE
         for layer in self.layers:
             x_PE = layer(x_PE, attend)
         return self.post_norm(x_PE)

@@ -14,6 +14,7 @@ from megabagel.inference.contexts import (
     add_text,
     add_thought,
 )
+from megabagel.inference.placement import share_of
 from megabagel.inference.segments import Layout, Segment, mask_codes, segment
 from megabagel.sequence.sample import LATENT, VIT
 
@@ -132,7 +133,7 @@ def test_an_image_has_one_rotary_id_and_understood_ends() -> None:
 def test_shares_of_context_parallel_ranks_are_equal_and_hold_every_token_once(size: int) -> None:
     layout = Layout((segment(LATENTS, np.zeros(0, np.int64), np.arange(8), 0, (3, 4)),))
     for generation, count in ((False, 2), (True, 6)):
-        shares = [layout.share(generation, rank, size) for rank in range(size)]
+        shares = [share_of(layout.kind, generation, rank, size) for rank in range(size)]
         assert len({len(share) for share in shares}) == 1
         tokens = np.concatenate(shares)
         assert sorted(tokens[tokens >= 0].tolist()) == sorted(np.flatnonzero((layout.kind == LATENT) == generation))

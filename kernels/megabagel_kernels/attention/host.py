@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -51,7 +52,8 @@ class Order:
     def spread(self, parts: Iterable[Tensor], like: Tensor) -> Tensor:
         """Inverse of `gather`, from consecutive parts of an ordered tensor like `like`; zeros for tokens left out."""
         left_out = len(self.back) - len(self.there) if self.in_place else 1
-        whole = torch.cat([*parts, like.new_zeros(left_out, *like.shape[1:])])
+        parts = [*parts, like.new_zeros(left_out, *like.shape[1:])] if left_out else [*parts]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole if self.in_place else whole.index_select(0, self.back)
 
 
@@ -103,6 +105,11 @@ class HostPlan:
 
 def plan_host(ranges: AttentionRanges) -> HostPlan:
     """Plan the calls for a mask. Raises ValueError for a mask that `mask.check` refuses."""
+    if _sees_all(ranges):  # one image, one decoded token: planning costs no more than a layer's attention
+        keys, queries = np.argsort(ranges.key_code, kind="stable"), ranges.queries
+        tile = HostTile(queries, 1, (slice(0, len(keys)),), 0, None)
+        orders = Order.of(torch.arange(queries), queries), Order.of(torch.from_numpy(keys), len(keys))
+        return HostPlan(*orders, (tile,), (queries,))
     check(ranges)
     tiling = cut_into_tiles(ranges)
     tiles = []
@@ -117,6 +124,14 @@ def plan_host(ranges: AttentionRanges) -> HostPlan:
         tuple(tiles),
         tuple(tile.rows for tile in tiles),
     )
+
+
+def _sees_all(ranges: AttentionRanges) -> bool:
+    """Whether the public range of every query holds the codes of all keys."""
+    if ranges.queries == 0 or ranges.keys == 0:
+        return False
+    first, last = ranges.key_code.min(), ranges.key_code.max()
+    return bool(first >= 0 and ranges.public_start.max() <= first and ranges.public_stop.min() > last)
 
 
 def host_attention(q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: HostPlan, scale: float | None = None) -> Tensor:
@@ -135,7 +150,11 @@ def host_attention(q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: HostPlan, 
     Raises:
         ValueError: shapes or dtypes do not fit each other or the plan.
     """
-    return host_attention_lse(q_TNH, k_KMH, v_KMH, plan, scale)[0]
+    if torch.is_grad_enabled():
+        return host_attention_lse(q_TNH, k_KMH, v_KMH, plan, scale)[0]
+    _check(q_TNH, k_KMH, v_KMH, plan)
+    q, _, _, outs, _ = _run_tiles(q_TNH, k_KMH, v_KMH, plan, q_TNH.shape[2] ** -0.5 if scale is None else scale)
+    return plan.queries.spread(map(_tokens_first, outs), q).to(q_TNH.dtype)
 
 
 def host_attention_lse(
@@ -159,18 +178,26 @@ def _check(q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: HostPlan) -> None:
         raise ValueError(f"{found}: expected as many value as key heads, and a divisor of the query heads")
 
 
+def _run_tiles(
+    q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: HostPlan, scale: float
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Ordered (q, k, v), and the outputs [B, N, t, H] and logsumexps of every tile."""
+    q, k, v = plan.queries.gather(q_TNH), plan.keys.gather(k_KMH), plan.keys.gather(v_KMH)
+    outs, lses = [], []
+    for tile, q_tNH in zip(plan.tiles, q.split(plan.rows), strict=True):
+        qkv = tile.heads_first(q_tNH), tile.pick(k), tile.pick(v)
+        out, lse = _flash(*qkv, attn_mask=tile.mask(q.dtype), scale=scale)
+        outs.append(out)
+        lses.append(lse)
+    return q, k, v, outs, lses
+
+
 class _HostAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: HostPlan, scale: float
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = plan.queries.gather(q_TNH), plan.keys.gather(k_KMH), plan.keys.gather(v_KMH)
-        outs, lses = [], []
-        for tile, q_tNH in zip(plan.tiles, q.split(plan.rows), strict=True):
-            qkv = tile.heads_first(q_tNH), tile.pick(k), tile.pick(v)
-            out, lse = _flash(*qkv, attn_mask=tile.mask(q.dtype), scale=scale)
-            outs.append(out)
-            lses.append(lse)
+        q, k, v, outs, lses = _run_tiles(q_TNH, k_KMH, v_KMH, plan, scale)
         ctx.save_for_backward(q, k, v, *outs, *lses)
         ctx.plan, ctx.scale, ctx.dtype = plan, scale, q_TNH.dtype
         blind_N1 = q.new_full((q.shape[1], 1), -math.inf)

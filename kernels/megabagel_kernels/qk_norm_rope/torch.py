@@ -20,6 +20,9 @@ def qk_norm_rope(
     cos_TH: Tensor, sin_TH: Tensor, eps: float,
 ) -> Tensor:  # fmt: skip
     """[T, N, H]; see `functional.qk_norm_rope`."""
+    if len(gen_GNH) == 0 and not torch.is_grad_enabled():  # decoding: no calls on empty tensors, no copy
+        normed = und_UNH if gamma_und_H is None else rms_norm(und_UNH, gamma_und_H, eps)
+        return apply_rope(normed, cos_TH, sin_TH)
     if gamma_und_H is not None and gamma_gen_H is not None:
         und_UNH, gen_GNH = rms_norm(und_UNH, gamma_und_H, eps), rms_norm(gen_GNH, gamma_gen_H, eps)
     return apply_rope(torch.cat([und_UNH, gen_GNH]), cos_TH, sin_TH)
@@ -27,7 +30,7 @@ def qk_norm_rope(
 
 def apply_rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """See `functional.apply_rope`."""
-    return _Rope.apply(x_TNH, cos_TH, sin_TH)
+    return _Rope.apply(x_TNH, cos_TH, sin_TH) if torch.is_grad_enabled() else _rotate(x_TNH, cos_TH, sin_TH, 1)
 
 
 class _Rope(torch.autograd.Function):

@@ -16,16 +16,22 @@ from torch.nn import functional
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up: [T, 2 F], gate first -> [T, F]."""
-    return _SwiGLU.apply(gate_up)
+    return _SwiGLU.apply(gate_up) if torch.is_grad_enabled() else _activated(gate_up)[0]
+
+
+def _activated(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """(silu(gate) * up, silu(gate))."""
+    gate, up = gate_up.chunk(2, -1)
+    active = functional.silu(gate)
+    return active * up, active
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        active = functional.silu(gate)
+        result, active = _activated(gate_up)
         ctx.save_for_backward(gate_up, active)
-        return active * up
+        return result
 
     @staticmethod
     @once_differentiable

@@ -129,14 +129,15 @@ def _start(args: argparse.Namespace, action: Callable[[argparse.Namespace, Any],
     from megabagel.runtime.launch_env import read_launch_env
 
     source = open_source(args.checkpoint, args.weights, tuple(args.set))
+    args.writes = True  # whether this rank writes files; asking stdout instead lost pictures where it was redirected
     if read_launch_env()[1] == 1:
         return action(args, Pipeline(source, None, args.cache_tokens))
     from megabagel.parallel.mesh import distributed
 
     with distributed(source.config) as mesh:
-        first = mesh.world.first
+        args.writes = mesh.world.first
         with Path(os.devnull).open("w") as nowhere:
-            if not first:
+            if not args.writes:
                 sys.stdout = nowhere
             try:
                 return action(args, Pipeline(source, mesh, args.cache_tokens))
@@ -236,10 +237,10 @@ def _draw(args: argparse.Namespace, model: Any, items: list[Any], options: dict[
     pictures = request.done.result
     for picture in pictures:
         path = args.out / f"{args.command}_seed{picture.about['seed']}.png"
-        if sys.stdout is sys.__stdout__:
+        if args.writes:
             picture.save(path)
         print(json.dumps({"path": str(path), **picture.about}) if args.json else path, flush=True)
-    if len(pictures) > 1 and sys.stdout is sys.__stdout__:
+    if len(pictures) > 1 and args.writes:
         _contact_sheet(args, pictures)
     return 0
 
@@ -295,7 +296,7 @@ def _chat(args: argparse.Namespace, model: Any) -> int:
                     options = {"points": args.steps} if args.steps else {}
                     picture = chat.draw(rest, size=args.size, seed=(args.seed or 0) + number, **options)
                     path, number = args.out / f"chat_{number}.png", number + 1
-                    if sys.stdout is sys.__stdout__:
+                    if args.writes:
                         picture.save(path)
                     print(json.dumps({"path": str(path), **picture.about}) if args.json else path, flush=True)
                 elif line.strip():

@@ -224,6 +224,9 @@ class Runner:
                 if cp is not None and cp.size > 1:
                     k_TMH, v_TMH = join_over_cp(torch.cat([k_TMH, v_TMH], 1), cp).chunk(2, 1)
                 self.cache.write(layer, slots_W, k_TMH, v_TMH)
+                if rows.one_part:
+                    ((_, key, plan),) = calls
+                    return self.engine.run(q_TNH, _pick(keys, key), _pick(values, key), plan)
                 out = torch.zeros_like(q_TNH)
                 for row, key, plan in calls:
                     out[row] = self.engine.run(_pick(q_TNH, row), _pick(keys, key), _pick(values, key), plan)
@@ -322,6 +325,7 @@ class _Rows:
             torch.from_numpy(array).to(device)
             for array in (self.at.is_text_U, self.at.vit_U, self.at.logits_Q, self.at.logits_at)
         )
+        self.one_part = len(shapes) == 1 and len(self.at.of_part[0]) == len(self.at.token_T)  # and no padding
         self.of_part = tuple(_index(rows, device) for rows in self.at.of_part)
         short = max(0, least - len(self.logits_Q))
         self.padded_logits_Q = torch.nn.functional.pad(self.logits_Q, (0, short))

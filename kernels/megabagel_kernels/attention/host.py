@@ -13,6 +13,7 @@ Letters: T queries, K keys, t and s those of a tile, B its batch; N query heads,
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,13 @@ class HostPlan:
     tiles: tuple[HostTile, ...]
     rows: tuple[int, ...]  # queries of each tile
 
+    @cached_property
+    def whole(self) -> bool:
+        """Whether all queries see all keys and both are in order: a single call on the inputs as they are."""
+        orders = (self.queries, self.keys)
+        in_order = all(order.in_place and len(order.there) == len(order.back) for order in orders)
+        return in_order and len(self.tiles) == 1 and self.tiles[0].batch == 1 and self.tiles[0].bias_ts is None
+
 
 def plan_host(ranges: AttentionRanges) -> HostPlan:
     """Plan the calls for a mask. Raises ValueError for a mask that `mask.check` refuses."""
@@ -153,6 +161,10 @@ def host_attention(q_TNH: Tensor, k_KMH: Tensor, v_KMH: Tensor, plan: HostPlan, 
     if torch.is_grad_enabled():
         return host_attention_lse(q_TNH, k_KMH, v_KMH, plan, scale)[0]
     _check(q_TNH, k_KMH, v_KMH, plan)
+    if plan.whole and q_TNH.dtype in (torch.float32, torch.float64):
+        # A decoded token: ordering, splitting and joining would take longer than the attention.
+        out, _ = _flash(*(x.transpose(0, 1)[None] for x in (q_TNH, k_KMH, v_KMH)), scale=scale)
+        return _tokens_first(out)
     q, _, _, outs, _ = _run_tiles(q_TNH, k_KMH, v_KMH, plan, q_TNH.shape[2] ** -0.5 if scale is None else scale)
     return plan.queries.spread(map(_tokens_first, outs), q).to(q_TNH.dtype)
 

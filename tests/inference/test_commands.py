@@ -39,9 +39,10 @@ class Bench:
         """The one message of a command that is refused."""
         outcome = self.run(*words, fails=True)
         assert outcome.code == 2 and outcome.out == ""
-        if "usage:" not in outcome.err:  # argparse prints how to call it first
-            assert outcome.err.count("\n") == 1, outcome.err
-        return outcome.err.splitlines()[-1]
+        lines = outcome.err.splitlines()
+        errors = [number for number, line in enumerate(lines) if ": error: " in line]
+        assert len(errors) == 1, outcome.err  # argparse prints how to call it before, the config's problems come after
+        return "\n".join(lines[errors[0] :])
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_from_repeats_a_picture(bench: Bench) -> None:
 
 def test_an_edit_has_the_size_of_its_last_image_and_depends_on_all(bench: Bench) -> None:
     (one,) = bench.draw("in.png", "make it blue", verb="edit")
-    assert about(one)["preset"] == "edit" and levels(one).shape == (32, 48, 3)  # 50 x 40 pixels, resized
+    assert about(one)["preset"] == "edit" and levels(one).shape == (48, 64, 3)  # 50 x 40 pixels, resized
     first = levels(one)
     (two,) = bench.draw(one, "in.png", "make it blue", verb="edit")
     assert levels(two).shape == first.shape and not np.array_equal(levels(two), first)
@@ -173,7 +174,7 @@ MISTAKES = {
     ("generate", "x", "--out", "absent"): "--out absent: no such folder; make it first",
     ("generate", "x", "--weights", "ema"): "a published folder holds one set of weights",
     ("generate", "x" * 500, "--cache-tokens", "512"): "tokens of KV cache, the cache has 512: shorten the prompt",
-    ("generate", "x", "--set", "parallel.vpp=2"): "parallel.vpp",
+    ("generate", "x", "--set", "parallel.vpp=2"): "parallel.vpp = 2, parallel.pp = 1: Model chunks",
     ("edit", "make it blue"): "expected at least one image, then the instruction",
     ("edit", "absent.png", "blue"): "absent.png: cannot be read",
     ("edit", "model/llm_config.json", "blue"): "llm_config.json:",

@@ -1,4 +1,4 @@
-"""The commands `generate`, `edit`, `ask` and `chat` on a tiny published model: files, lines, one message per mistake."""
+"""Commands `generate`, `edit`, `ask` and `chat` on a tiny published model: files, lines, one message per mistake."""
 
 import json
 import re

@@ -128,6 +128,12 @@ def mask_codes(segments: Sequence[Segment]) -> tuple[np.ndarray, AttentionRanges
     A context is an interval of public codes. A context that is a prefix of a longer one is a prefix of that interval,
     so a text-free context adds no keys; the new tokens of such a branch get private codes.
     """
+    if len(segments) == 1:  # as below, without the search: a decoded token is planned anew each time
+        past, own = len(segments[0].past), len(segments[0].slots)
+        stop = past + (np.arange(1, own + 1) if segments[0].causal else np.full(own, own))
+        none, codes = np.zeros(own, np.int32), np.arange(past + own, dtype=np.int32)
+        keys = np.concatenate([segments[0].past, segments[0].slots])
+        return keys, AttentionRanges(codes, none, stop.astype(np.int32), none, none)
     chains: list[np.ndarray] = []
     starts: list[int] = []
     bounds: dict[int, tuple[int, bool]] = {}  # segment -> (first public code of its context, own keys are private)

@@ -70,6 +70,8 @@ class Kernels:
     add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     """(residual [T, D], x [T, D], gamma [D], eps) -> (their sum, its RMSNorm)."""
     qk_norm_rope: QkNormRope
+    norms_heads_apart: bool
+    """Whether `qk_norm_rope` also takes a norm weight for each head, [N, H]."""
     swiglu: Callable[[Tensor], Tensor]
     """[T, 2 F], gate first -> [T, F]."""
     swiglu_keeps_input_alone: bool
@@ -100,6 +102,7 @@ def _kernels(engine: Engine) -> Kernels:
         norm=partial(rms_norm, engine=engine),
         add_norm=partial(add_rms_norm, engine=engine),
         qk_norm_rope=partial(_qk_norm_rope, engine=engine),
+        norms_heads_apart=False,
         swiglu=partial(swiglu, engine=engine),
         swiglu_keeps_input_alone=triton,
         noised_rows=partial(flow.noised_rows, engine=engine),
@@ -121,6 +124,7 @@ TORCH = replace(
     norm=torch_norm.rms_norm,
     add_norm=torch_norm.add_rms_norm,
     qk_norm_rope=_unchecked_qk_norm_rope,
+    norms_heads_apart=True,
     swiglu=torch_swiglu.swiglu,
 )
 """Plain torch, for every device and dtype."""

@@ -130,6 +130,7 @@ class Layer(nn.Module):
         self.recompute = recompute
         self.und_learns = und_learns
         self.qk_norm_rope = partial(factory.kernels.qk_norm_rope, eps=config.norm_eps)
+        self.one_norm = factory.kernels.norms_heads_apart
 
         def norm() -> RMSNorm:
             return factory.partial_over_rows(RMSNorm(config.hidden, config.norm_eps, factory.kernels))
@@ -174,13 +175,19 @@ class Layer(nn.Module):
 
     def _und_alone(self, und_uD: torch.Tensor, rope: Rope, attend: Attend) -> torch.Tensor:
         """Run the layer without gen rows, as in decoding, where calls on no rows would double the cost of a token."""
-        of_und = self.attention.und
-        q, k, v_TMH = of_und.project(self.input_norm.und(und_uD))
-        of_gen = self.attention.for_gen
-        q_TNH = self.qk_norm_rope(q, q[:0], of_und.q_gamma, of_gen.q_gamma, rope=rope)
-        k_TMH = self.qk_norm_rope(k, k[:0], of_und.k_gamma, of_gen.k_gamma, rope=rope)
-        out_uW = attend(q_TNH, k_TMH, v_TMH).flatten(1)
-        und_uD, normed = self.mlp_norm.und.of_sum(und_uD, of_und.o(out_uW))
+        und = self.attention.und
+        q, k, v_TMH = und.project(self.input_norm.und(und_uD))
+        if self.one_norm and und.qk_norm:
+            # Queries and keys in one call, with a weight per head: the same bits.
+            gamma_NH = torch.cat([und.q_norm.weight.expand(und.heads, -1), und.k_norm.weight.expand(und.kv_heads, -1)])
+            qk = torch.cat([q, k], 1)
+            q_TNH, k_TMH = self.qk_norm_rope(qk, qk[:0], gamma_NH, gamma_NH, rope=rope).split(
+                [q.shape[1], k.shape[1]], 1
+            )
+        else:
+            q_TNH = self.qk_norm_rope(q, q[:0], und.q_gamma, und.q_gamma, rope=rope)
+            k_TMH = self.qk_norm_rope(k, k[:0], und.k_gamma, und.k_gamma, rope=rope)
+        und_uD, normed = self.mlp_norm.und.of_sum(und_uD, und.o(attend(q_TNH, k_TMH, v_TMH).flatten(1)))
         return und_uD + self.mlp.und(normed)
 
     def _und(self, x: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,12 @@ def test_two_ranks(ranks: RankPool, axis: str) -> None:
     passes(ranks, 2, [*paths(RENORM, KV, TAYLOR, SAMPLED), f"parallel.{axis}=2"])
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("axis", ["tp", "pp", "cp"])
+def test_every_case_on_two_ranks(ranks: RankPool, axis: str) -> None:
+    passes(ranks, 2, [*paths(*at_hand(*INFERENCE)), f"parallel.{axis}=2"])
+
+
 EIGHT = ["parallel.tp=2", "parallel.pp=2", "parallel.cp=2"]
 
 

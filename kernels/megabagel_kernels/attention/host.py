@@ -53,7 +53,9 @@ class Order:
     def spread(self, parts: Iterable[Tensor], like: Tensor) -> Tensor:
         """Inverse of `gather`, from consecutive parts of an ordered tensor like `like`; zeros for tokens left out."""
         left_out = len(self.back) - len(self.there) if self.in_place else 1
-        parts = [*parts, like.new_zeros(left_out, *like.shape[1:])] if left_out else [*parts]
+        parts = [*parts]
+        if left_out or not parts:
+            parts.append(like.new_zeros(left_out, *like.shape[1:]))
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole if self.in_place else whole.index_select(0, self.back)
 
@@ -107,8 +109,10 @@ class HostPlan:
     def whole(self) -> bool:
         """Whether all queries see all keys and both are in order: a single call on the inputs as they are."""
         orders = (self.queries, self.keys)
-        in_order = all(order.in_place and len(order.there) == len(order.back) for order in orders)
-        return in_order and len(self.tiles) == 1 and self.tiles[0].batch == 1 and self.tiles[0].bias_ts is None
+        if len(self.tiles) != 1 or not all(o.in_place and len(o.there) == len(o.back) for o in orders):
+            return False
+        (tile,) = self.tiles
+        return tile.batch == 1 and tile.bias_ts is None and tile.keys == (slice(0, len(self.keys.there)),)
 
 
 def plan_host(ranges: AttentionRanges) -> HostPlan:

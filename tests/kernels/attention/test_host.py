@@ -211,3 +211,28 @@ def test_mixed_dtypes_are_named(ranges: AttentionRanges):
     q, k, v = (x.detach() for x in draw_qkv(ranges, (2, 1), 32))
     with pytest.raises(ValueError, match=r"q and v: .* found torch.float64 .* and torch.float32"):
         host_attention(q, k, v.float(), plan_host(ranges))
+
+
+def plain_ranges(start: int, stop: int, queries: int, keys: int = 9) -> AttentionRanges:
+    """All queries see the public codes start to stop of `keys` keys."""
+    bounds = (np.full(queries, bound, np.int32) for bound in (start, stop, 0, 0))
+    return AttentionRanges(np.arange(keys, dtype=np.int32), *bounds)
+
+
+@pytest.mark.parametrize("queries", [0, 1, 5])
+@pytest.mark.parametrize(("start", "stop"), [(0, 9), (0, 6), (3, 9), (2, 4), (4, 4)])
+def test_without_gradient_the_bits_are_the_same(start: int, stop: int, queries: int):
+    """Masks that one call or a view might serve: all keys, the first or last ones, none; no queries."""
+    part = plain_ranges(start, stop, queries)
+    q, k, v = (x.detach().float() for x in draw_qkv(part, (4, 2), 32))
+    expected = host_attention(q.requires_grad_(), k, v, plan_host(part))
+    with torch.no_grad():
+        found = host_attention(q, k, v, plan_host(part))
+    assert torch.equal(found, expected)
+
+
+def test_without_gradient_a_pack_has_the_same_bits(ranges: AttentionRanges):
+    q, k, v = (x.detach().float() for x in draw_qkv(ranges, (4, 2), 32))
+    expected = host_attention(q.requires_grad_(), k, v, plan_host(ranges))
+    with torch.no_grad():
+        assert torch.equal(host_attention(q, k, v, plan_host(ranges)), expected)

@@ -1,6 +1,6 @@
 """Speed of inference on one CPU thread in GEMM-equivalents: pictures, edits and text, beside the official code.
 
-    python benchmarks/sampling.py [--runs 7] [--only guided,decode_66] [--json FILE] [--official DIR]
+    python benchmarks/sampling.py [--runs 7] [--only guided,decode_66] [--json FILE]
 
 A GEMM-equivalent is the arithmetic, in GFLOP, that plain matrix products would do in the CPU time of a run. Their rate
 is taken before and after each run, so that other load on the machine cancels out to first order. Medians are printed,
@@ -14,8 +14,6 @@ evaluations, prompts 66 tokens. Prefill is not part of a run; it has keys of its
     edit            text 4 and image 2 in all evaluations, one input image
     decode_66, _360 64 greedy tokens after 66 and 360 tokens
     prefill_text, prefill_image
-
-With --official, a checkout of the official code (see `official_bagel.py`) alternates with ours in the same process.
 """
 
 import argparse
@@ -185,7 +183,6 @@ def main() -> None:
     parser.add_argument("--only", metavar="KEY,...", help=f"of {', '.join(CASES)}, batches")
     parser.add_argument("--batch-runs", type=int, default=1, help="timed runs of each batch size; default: 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the medians and all details")
-    parser.add_argument("--official", type=Path, metavar="DIR", help="checkout of the official code, timed in turns")
     args = parser.parse_args()
     wanted = args.only.split(",") if args.only else [*CASES, "batches"]
     if unknown := set(wanted) - {*CASES, "batches"}:
@@ -193,33 +190,16 @@ def main() -> None:
     torch.set_num_threads(1)
     from model_step import surroundings
 
-    engine, details, theirs = build_engine(), {}, {}
-    official = None
-    if args.official:
-        from official_bagel import Official
-
-        official = Official(args.official, MODEL)
+    engine, details = build_engine(), {}
     for key in (key for key in CASES if key in wanted):
-        runs: dict[str, Run] = {"ours": CASES[key](engine)}
-        if official is not None:
-            runs["official"] = official.case(key)
-        times: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-        for number in range(args.runs + 1):
-            for name, run in runs.items():
-                found = timed(run)
-                if number:  # the first one warms up
-                    times[name].append(found)
-        details[key] = summary(times["ours"])
-        line = _line(key, details[key])
-        if official is not None:
-            theirs[key] = summary(times["official"])
-            ratio = theirs[key]["gemm_equivalents"] / details[key]["gemm_equivalents"]
-            line += f"   official {theirs[key]['gemm_equivalents']:.1f}, ratio {ratio:.2f}"
-        print(line, flush=True)
+        run = CASES[key](engine)
+        run()  # warms up
+        details[key] = summary([timed(run) for _ in range(args.runs)])
+        print(_line(key, details[key]), flush=True)
     images = _images_per_second(engine, args.batch_runs) if "batches" in wanted else {}
     if args.json:
         result = {key: found["gemm_equivalents"] for key, found in details.items()}
-        more = {"details": details, "official": theirs, "images_per_second": images, **surroundings()}
+        more = {"details": details, "images_per_second": images, **surroundings()}
         args.json.write_text(json.dumps({**result, **more}, indent=1) + "\n")
 
 

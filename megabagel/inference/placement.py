@@ -93,7 +93,7 @@ def place(shapes: Sequence[Shape], rank: int, size: int, least: int) -> Placemen
         is_text_U=kind[token_U] == TEXT,
         vit_U=np.where(kind[token_U] == VIT, number[VIT][token_U], -1),
         latent_G=np.where(kind[token_G] == LATENT, number[LATENT][token_G], -1),
-        of_part=_rows_of_parts(*shares[rank], und),
+        of_part=_rows_of_parts(shares[rank][0], shares[rank][1], und),
         logits_Q=np.array([row_of[wanted[i]] for i in here], np.int64),
         logits_at=np.array(here, np.int64),
     )

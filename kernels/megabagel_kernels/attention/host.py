@@ -119,9 +119,9 @@ def plan_host(ranges: AttentionRanges) -> HostPlan:
     """Plan the calls for a mask. Raises ValueError for a mask that `mask.check` refuses."""
     if _sees_all(ranges):  # one image, one decoded token: planning costs no more than a layer's attention
         keys, queries = np.argsort(ranges.key_code, kind="stable"), ranges.queries
-        tile = HostTile(queries, 1, (slice(0, len(keys)),), 0, None)
+        single = HostTile(queries, 1, (slice(0, len(keys)),), 0, None)
         orders = Order.of(torch.arange(queries), queries), Order.of(torch.from_numpy(keys), len(keys))
-        return HostPlan(*orders, (tile,), (queries,))
+        return HostPlan(*orders, (single,), (queries,))
     check(ranges)
     tiling = cut_into_tiles(ranges)
     tiles = []

@@ -33,12 +33,16 @@ DALI_12 = "nvidia-dali-cuda120==2.4.0"
 CUDA_13 = [DALI_13, "transformer-engine[core_cu13,pytorch]==2.11.0"]
 CUDA_12 = [DALI_12, "transformer-engine[core_cu12,pytorch]==2.11.0"]
 
+# starlette: ASGI routing in one typed package without pydantic; uvicorn: its usual server, pure Python with h11.
+SERVE = ["starlette>=1.0,<2", "uvicorn>=0.35,<1"]
+
 EXTRAS = {
     "cpu": ["triton==3.7.1", DALI_13],  # a CUDA build of torch brings its own triton; DALI's CPU operators need no GPU
     "gpu": CUDA_13,
     "cu13": CUDA_13,
     "cu12": CUDA_12,
     "dali": [DALI_13],
+    "serve": SERVE,
     "svg": ["resvg-py==0.5.0"],  # draws the SVG stamps for tools/build_stamps.py
     "dev": [
         "pytest==9.2.0",
@@ -50,6 +54,9 @@ EXTRAS = {
         "types-PyYAML==6.0.12.20261113",
         "triton==3.7.1",  # kernels are checked in its interpreter and compiled ahead of time, without a GPU
         DALI_13,  # its CPU operators need no GPU
+        *SERVE,
+        "httpx>=0.28,<1",
+        "openai>=2,<3",  # the official client is tested against `megabagel serve`
     ],
 }
 
@@ -62,7 +69,7 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["megabagel", "megabagel.*"]), *find_packages("kernels")],
     package_dir={"megabagel_kernels": "kernels/megabagel_kernels"},
-    package_data={"megabagel": ["py.typed"], "megabagel_kernels": ["py.typed"]},
+    package_data={"megabagel": ["py.typed", "serve/page.html"], "megabagel_kernels": ["py.typed"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megabagel = megabagel.__main__:main"]},

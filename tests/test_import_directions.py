@@ -52,6 +52,9 @@ ROOMS = {
     "checkpoint": Room((*BASE, "config", "sequence", "runtime", "model", "parallel"), (*RANKS, "safetensors")),
     "sampling": Room(("errors",), TENSORS),
     "inference": Room((*MODEL, "data", "sampling", "checkpoint"), (*RANKS, "PIL", "safetensors", "yaml")),
+    "serve": Room(
+        ("errors", "sequence", "runtime", "data", "sampling", "inference"), ("numpy", "PIL", "starlette", "uvicorn")
+    ),
     "train": Room((*MODEL, "data", "checkpoint"), (*RANKS, "PIL", "rich", "tensorboard")),
     "planner": Room((*MODEL, "data", "checkpoint", "train"), (*RANKS, "yaml")),
     "parity": Room((*MODEL, "data", "checkpoint", "sampling", "inference", "train"), (*RANKS, "PIL", "safetensors")),

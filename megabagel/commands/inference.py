@@ -21,29 +21,44 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     draw.add_argument("prompt", metavar="PROMPT", nargs="?", help="what to draw; absent with --from")
     _add_drawing(draw)
-    draw.set_defaults(run=lambda args: _start(args, _generate))
+    draw.set_defaults(run=lambda args: start(args, _generate))
     edit = _parser(
         commands, "edit", "change pictures as told", 'megabagel edit runs/demo in.png "make the circle blue"'
     )
     edit.add_argument("words", metavar="IMAGE ... INSTRUCTION", nargs="+", help="images, then what to change")
     _add_drawing(edit)
-    edit.set_defaults(run=lambda args: _start(args, _edit))
+    edit.set_defaults(run=lambda args: start(args, _edit))
     ask = _parser(
         commands, "ask", "answer a question about images", 'megabagel ask runs/demo in.png "what colour is it?"'
     )
     ask.add_argument("words", metavar="IMAGE ... QUESTION", nargs="+", help="images (none is fine), then the question")
     ask.add_argument("--think", action="store_true", help="ask for a thought before the answer")
     _add_decoding(ask)
-    ask.set_defaults(run=lambda args: _start(args, _ask))
+    ask.set_defaults(run=lambda args: start(args, _ask))
     chat = _parser(commands, "chat", "talk with the model in texts and images", "megabagel chat runs/demo")
     chat.add_argument("--size", metavar="WxH", type=_size, help="of pictures; default: as the last image")
     chat.add_argument("--steps", metavar="N", type=positive, help="grid points of pictures; default: 50")
     chat.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="where pictures go; default: here")
     _add_decoding(chat)
-    chat.set_defaults(run=lambda args: _start(args, _chat))
+    chat.set_defaults(run=lambda args: start(args, _chat))
 
 
 def _parser(commands: Any, name: str, what: str, example: str) -> argparse.ArgumentParser:
+    parser = model_parser(commands, name, what, example)
+    parser.add_argument("--seed", metavar="N", type=int, help="default: 0")
+    parser.add_argument("--json", action="store_true", help="print a JSON line per result")
+    return parser
+
+
+def model_parser(commands: Any, name: str, what: str, example: str) -> argparse.ArgumentParser:
+    """Declare a command over a loaded model, with the options that load it.
+
+    Args:
+        commands: group of the command line.
+        name: of the command.
+        what: it does, for --help.
+        example: of a command line.
+    """
     parser = commands.add_parser(
         name,
         help=what,
@@ -61,8 +76,6 @@ def _parser(commands: Any, name: str, what: str, example: str) -> argparse.Argum
         "--cache-tokens", metavar="N", type=positive, default=32768, help="tokens of the KV cache; default: 32768"
     )
     parser.add_argument("--nproc", metavar="N", type=positive, help="start N ranks on this machine")
-    parser.add_argument("--seed", metavar="N", type=int, help="default: 0")
-    parser.add_argument("--json", action="store_true", help="print a JSON line per result")
     return parser
 
 
@@ -113,7 +126,7 @@ def _interval(text: str) -> tuple[float, float]:
     return low, high
 
 
-def _start(args: argparse.Namespace, action: Callable[[argparse.Namespace, Any], int]) -> int:
+def start(args: argparse.Namespace, action: Callable[[argparse.Namespace, Any], int]) -> int:
     """Load the model on this rank, or start the ranks that do."""
     if args.nproc:
         refuse_second_launcher(os.environ)

@@ -17,6 +17,14 @@ from megabagel.inference.segments import Part
 R = TypeVar("R")
 
 
+class RequestTooLarge(UserError):
+    """A request that the whole KV cache could not hold."""
+
+
+class QueueFull(UserError):
+    """A request beyond the limit of waiting ones."""
+
+
 @dataclass(frozen=True)
 class Done(Event):
     """End of a request: its result, or the error message if it failed."""
@@ -84,15 +92,16 @@ class Engine:
             ends_session: whether the session's rows are freed at the end; False for a dialogue.
 
         Raises:
-            UserError: it could never fit, or too many requests wait already.
+            RequestTooLarge: it could never fit.
+            QueueFull: too many requests wait already.
         """
         if need > self.cache.rows:
-            raise UserError(
+            raise RequestTooLarge(
                 f"the request needs {need} tokens of KV cache, the cache has {self.cache.rows}: shorten the prompt, "
                 "draw smaller or fewer pictures, lower the token limit, or load the model with more cache_tokens"
             )
         if len(self.waiting) >= self.most_waiting:
-            raise UserError(f"{len(self.waiting)} requests wait already, the limit is {self.most_waiting}: try later")
+            raise QueueFull(f"{len(self.waiting)} requests wait already, the limit is {self.most_waiting}: try later")
         request = Request(program, session, need, ends_session)
         self.waiting.append(request)
         return request

@@ -1,6 +1,7 @@
 """Generated pictures, saved as PNGs whose metadata hold the prompt, seed and settings."""
 
 import hashlib
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +30,18 @@ class Generated:
         """As a Pillow image."""
         return Image.fromarray(self.pixels)
 
-    def save(self, path: str | Path) -> None:
-        """Write a PNG that holds `about`: the same request gives the same bytes."""
+    def png(self) -> bytes:
+        """A PNG that holds `about`: the same request gives the same bytes."""
         info = PngImagePlugin.PngInfo()
         info.add_itxt(METADATA, json.dumps(self.about, sort_keys=True, ensure_ascii=False))
+        file = io.BytesIO()
+        self.image.save(file, "PNG", pnginfo=info)
+        return file.getvalue()
+
+    def save(self, path: str | Path) -> None:
+        """Write `png()` to a file."""
         try:
-            self.image.save(path, "PNG", pnginfo=info)
+            Path(path).write_bytes(self.png())
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror or error}); name a file in a folder"

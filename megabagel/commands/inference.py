@@ -229,6 +229,7 @@ def _repeated(args: argparse.Namespace, model: Any, images: list[Any]) -> tuple[
         "n": 1,
         "seed": about["seed"],
         "think": about["think"],
+        "thought_tokens": about.get("thought_tokens"),
         "preset": about["preset"],
     }
 

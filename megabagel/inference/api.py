@@ -95,7 +95,8 @@ class Pipeline:
             n: number of pictures; they start from seeds `seed`, `seed` + 1, ...
             size: width and height in pixels; default: the largest square that was trained (at most 1024).
             seed: of the first picture.
-            options: preset, think, points, shift, text_scale, image_scale, interval, renorm, renorm_min, taylorseer.
+            options: preset, think, thought_tokens (most, instead of the preset's), points, shift, text_scale,
+                image_scale, interval, renorm, renorm_min, taylorseer.
 
         Raises:
             UserError: a setting makes no sense, or the request cannot fit.
@@ -171,11 +172,14 @@ class Pipeline:
         session = self.engine.session()
         name = options.pop("preset", None) or DRAW
         chosen = preset(name)
-        think = bool(options.pop("think", False))
+        think, thought_tokens = bool(options.pop("think", False)), options.pop("thought_tokens", None)
         shown, fitted = self.items(items, seed, both=True)
         rows, cols = self.grid(size, fitted)
         settings = adjusted(chosen.draw, **options)
-        thought = replace(chosen.thought, seed=seed) if think else None
+        thought = None
+        if think:
+            most_thought = thought_tokens or chosen.thought.max_new_tokens
+            thought = replace(chosen.thought, seed=seed, max_new_tokens=most_thought)
         system = self._ids(THINK_BEFORE_IMAGE) if think else None
         requests.show(session, shown, system)
         most = 2 * (
@@ -185,6 +189,8 @@ class Pipeline:
         noises = [official_noise(seed + i, rows * cols, self.config.model.latent_dim) for i in range(n)]
         program = requests.draw(session, (rows, cols), noises, settings, chosen, thought, self.engine.most_tokens)
         about = self.about(items, settings, rows, cols) | {"think": think, "preset": name}
+        if thought is not None:
+            about["thought_tokens"] = thought.max_new_tokens
         return self.engine.submit(_finished(program, lambda drawn: self._decoded(drawn, about, seed)), session, need)
 
     def submit_answer(self, items: Sequence[str | Image.Image], think: bool = False, **options: Any) -> Request:

@@ -58,7 +58,9 @@ def parse_chat(body: Mapping[str, Any], limits: Limits) -> Parsed:
     _refuse_what_chat_lacks(fields)
     if "image" in (modalities or ()):
         options = _drawing(fields, limits, think="text" in modalities)
-        fields.ignore("max_tokens", "max_completion_tokens", "temperature", "top_p")
+        most = _most_tokens(fields)
+        if most is not None:
+            options["thought_tokens"] = most
         previews = _previews(fields, limits)
         found = Parsed(model, items, True, options | {"n": 1}, previews if stream else 0, (), stream, usage)
     else:
@@ -125,6 +127,7 @@ def _drawing(fields: Fields, limits: Limits, think: bool) -> dict[str, Any]:
         "points": fields.integer("steps", None, 1, limits.steps),
         "preset": fields.choice("preset", tuple(PRESETS)),
         "think": fields.flag("think", think),
+        "thought_tokens": fields.integer("thought_tokens", None, 1, _MOST_TOKENS),
         "shift": fields.number("shift", None, 1e-3, 1e3),
         "text_scale": fields.number("text_scale", None, 0, 1e3),
         "image_scale": fields.number("image_scale", None, 0, 1e3),
@@ -138,10 +141,8 @@ def _drawing(fields: Fields, limits: Limits, think: bool) -> dict[str, Any]:
 
 def _decoding(fields: Fields) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Options of `Pipeline.submit_answer`, and stop texts."""
-    older = fields.integer("max_tokens", None, 1, _MOST_TOKENS)
-    most = fields.integer("max_completion_tokens", older, 1, _MOST_TOKENS)
     options = {
-        "max_new_tokens": 1000 if most is None else most,
+        "max_new_tokens": _most_tokens(fields) or 1000,
         "temperature": fields.number("temperature", 0.0, 0, 2),
         "top_p": fields.number("top_p", 1.0, 1e-6, 1),
         "seed": _seed(fields),
@@ -152,6 +153,12 @@ def _decoding(fields: Fields) -> tuple[dict[str, Any], tuple[str, ...]]:
     if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(s, str) and s for s in stops):
         raise fields.wrong("stop", stop, "a text, or a list of at most four")
     return options, tuple(stops)
+
+
+def _most_tokens(fields: Fields) -> int | None:
+    """The limit of decoded tokens, under its new or its old name."""
+    older = fields.integer("max_tokens", None, 1, _MOST_TOKENS)
+    return fields.integer("max_completion_tokens", older, 1, _MOST_TOKENS)
 
 
 def _streaming(fields: Fields) -> tuple[bool, bool]:

@@ -1,9 +1,13 @@
-"""`megabagel serve` as a real process on a tiny model with random weights."""
+"""A server on a tiny model with random weights: in a worker of a rank pool, or `megabagel serve` as a real process."""
 
+import base64
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +16,8 @@ from typing import Any
 
 from megabagel.config.schema import ModelConfig, VitConfig
 from tests.support.cli_harness import HERE, PLACE
+from tests.support.pictures import file_of, noise
+from tests.support.rank_pool import RankPool
 
 MODEL = ModelConfig(
     layers=2,
@@ -44,6 +50,82 @@ def publish_tiny(folder: Path) -> Path:
         for name, shape in official_shapes(MODEL).items()
     }
     return publish(folder, tensors, MODEL)
+
+
+KEY = "sk-of-a-test"
+QUEUE = 24
+LIMITS = {"queue": QUEUE, "body": 2**20, "pixels": 20_000}
+IMAGES = [file_of(noise(64, 48, seed=1)), file_of(noise(96, 96, seed=2))]
+"""PNG files to be shown to the model."""
+DRAW = {"seed": 3, "size": (64, 48), "points": 5}
+EDIT = {"seed": 4, "points": 4}
+TEXT = {"max_new_tokens": 24, "temperature": 0.8, "top_p": 0.9, "seed": 5}
+
+
+@dataclass(frozen=True)
+class InPool:
+    """A server in a worker."""
+
+    url: str
+    pid: int
+    expected: dict[str, Any]
+    """What the Python interface gives for the same requests, computed before the server started."""
+
+
+def expected(model: Any) -> dict[str, Any]:
+    """Answers and PNGs (base64) of some requests by the Python interface."""
+
+    def png(pictures: list[Any]) -> list[str]:
+        return [base64.b64encode(picture.png()).decode() for picture in pictures]
+
+    return {
+        "draw": png(model.generate("a red circle", n=2, **DRAW)),
+        "edit": png(model.edit(IMAGES, "make it blue", **EDIT)),
+        "ask": model.ask(IMAGES[:1], "what is it?", **TEXT),
+        "talk": model.ask([], "hello", **TEXT),
+        "greedy": model.ask([], "hello", max_new_tokens=24),
+    }
+
+
+def serve_in_worker(folder: str, ready: str) -> int:
+    """Serve until SIGTERM, in the main thread of a worker; writes the address to `ready`."""
+    from megabagel.runtime import cpu_backend
+
+    cpu_backend.install()
+    from megabagel.inference.api import load_pretrained
+    from megabagel.serve.limits import Limits
+    from megabagel.serve.server import listen, serve, url_of
+
+    os.environ["MEGABAGEL_API_KEY"] = KEY
+    model = load_pretrained(folder, overrides=("train.precision=fp32",), cache_tokens=4096)
+    found = expected(model)
+    listener = listen("127.0.0.1", 0)
+    told = {"url": url_of(listener), "pid": os.getpid(), "expected": found}
+    Path(ready + ".part").write_text(json.dumps(told))
+    Path(ready + ".part").rename(ready)
+    return serve(model, listener, "tiny", Limits(**LIMITS), drain=10.0, ranks=1)
+
+
+@contextmanager
+def serving_in_pool(folder: Path) -> Iterator[InPool]:
+    """Serve a tiny model in a process that has megatron-core imported already; it must end well at SIGTERM."""
+    pool, ready, codes = RankPool(), folder / "ready.json", []
+    publish_tiny(folder / "tiny")
+    thread = threading.Thread(
+        target=lambda: codes.extend(pool.run(1, serve_in_worker, str(folder / "tiny"), str(ready)))
+    )
+    thread.start()
+    try:
+        while not ready.exists():
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.05)
+        yield InPool(**json.loads(ready.read_text()))
+        os.kill(json.loads(ready.read_text())["pid"], signal.SIGTERM)
+        thread.join(30)
+        assert codes == [0]
+    finally:
+        pool.close()
+        thread.join()
 
 
 @dataclass(frozen=True)

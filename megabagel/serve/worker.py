@@ -188,8 +188,8 @@ class Worker:
             self._live.clear()
             return
         for request, event in found:
-            if (live := self._live.get(request)) is not None:
-                self._report(live, event)
+            if request in self._live:
+                self._report(self._live[request], event)
 
     def _survive(self, error: Exception) -> None:
         """Log a bug that a request has met. On a grid it is raised: other ranks may not have met it."""

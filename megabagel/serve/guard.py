@@ -59,10 +59,10 @@ class Guard:
         """Raise ApiError if the caller may not ask."""
         service, headers = self._service, Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        if service.loopback and urlsplit(f"//{host}").hostname not in _LOOPBACK:
+        if service.loopback and _split(f"//{host}")[0] not in _LOOPBACK:
             # DNS rebinding: a foreign page can give its own name this machine's address, but not another Host header.
             raise ApiError(403, f"Host is {host[:80]!r}: this server answers as 127.0.0.1 or localhost", "wrong_host")
-        if origin not in (None, "null") and urlsplit(origin).netloc != host:
+        if origin not in (None, "null") and _split(origin)[1] != host:
             raise ApiError(403, "requests from other web pages are not served", "wrong_origin")
         if service.key is not None and (scope["path"].startswith("/v1/") or scope["path"] == "/metrics"):
             given = headers.get("authorization", "").encode("latin-1", "replace")
@@ -78,3 +78,12 @@ class Guard:
             raise queue_full(
                 f"{service.under_way} requests are under way, the limit is {service.limits.queue}: try later"
             )
+
+
+def _split(url: str) -> tuple[str | None, str]:
+    """Host name, and host with port, of a URL; nothing for a malformed one."""
+    try:
+        parts = urlsplit(url)
+        return parts.hostname, parts.netloc
+    except ValueError:
+        return None, ""

@@ -104,7 +104,14 @@ def _http_side(service: Service, listener: socket.socket) -> Iterator[None]:
         timeout_graceful_shutdown=_CLOSE_S,
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
+
+    def run() -> None:
+        try:
+            server.run(sockets=[listener])
+        finally:
+            service.worker.drain(0.0)  # a server that nobody can reach ends, should this thread ever fail
+
+    thread = threading.Thread(target=run, name="http", daemon=True)
     thread.start()
     try:
         yield

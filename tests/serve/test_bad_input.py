@@ -142,6 +142,7 @@ def test_keys_hosts_and_pages(served: InPool, http: httpx.Client) -> None:
     assert httpx.get(f"{served.url}/health").status_code == 200
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="sk-other").models.list()
+    refused(http.get("/v1/models", headers={"Host": "["}), 403, "wrong_host", "127.0.0.1")
     refused(http.get("/v1/models", headers={"Host": "evil.example"}), 403, "wrong_host", "127.0.0.1")
     refused(
         http.post(DRAW, json=PROMPT, headers={"Origin": "http://evil.example"}), 403, "wrong_origin", "other web pages"

@@ -62,7 +62,7 @@ class Guard:
         if service.loopback and _split(f"//{host}")[0] not in _LOOPBACK:
             # DNS rebinding: a foreign page can give its own name this machine's address, but not another Host header.
             raise ApiError(403, f"Host is {host[:80]!r}: this server answers as 127.0.0.1 or localhost", "wrong_host")
-        if origin not in (None, "null") and _split(origin)[1] != host:
+        if origin is not None and _split(origin)[1] != host:
             raise ApiError(403, "requests from other web pages are not served", "wrong_origin")
         if service.key is not None and (scope["path"].startswith("/v1/") or scope["path"] == "/metrics"):
             given = headers.get("authorization", "").encode("latin-1", "replace")

@@ -143,6 +143,8 @@ def test_keys_hosts_and_pages(served: InPool, http: httpx.Client) -> None:
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="sk-other").models.list()
     refused(http.get("/v1/models", headers={"Host": "["}), 403, "wrong_host", "127.0.0.1")
+    sandboxed = http.post(EDIT, data={"prompt": "x"}, files={"image": ("a.png", IMAGES[0])}, headers={"Origin": "null"})
+    refused(sandboxed, 403, "wrong_origin", "other web pages")
     refused(http.get("/v1/models", headers={"Host": "evil.example"}), 403, "wrong_host", "127.0.0.1")
     refused(
         http.post(DRAW, json=PROMPT, headers={"Origin": "http://evil.example"}), 403, "wrong_origin", "other web pages"

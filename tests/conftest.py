@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker("ranks")
-        if item.nodeid.startswith(COSTLY):
+        if item.nodeid.startswith(COSTLY) or "served" in getattr(item, "fixturenames", ()):
             item.add_marker("costly")
     absent = [item for item in items if len(at_hand(*(needed := tuple(cases_of(item))))) < len(needed)]
     if absent:

@@ -62,7 +62,7 @@ def model_parser(commands: Any, name: str, what: str, example: str) -> argparse.
     parser = commands.add_parser(
         name,
         help=what,
-        description=f"{what.capitalize()}. CKPT is a run folder, a checkpoint folder, or a folder as published.",
+        description=f"{what[0].upper()}{what[1:]}. CKPT is a run folder, a checkpoint, or a folder as published.",
         epilog=f"example: {example}",
         allow_abbrev=False,
     )

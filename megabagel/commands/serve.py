@@ -23,7 +23,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "megabagel serve runs/demo --port 8000",
     )
     parser.add_argument("--port", metavar="P", type=_port, default=8000, help="0: any free one; default: 8000")
-    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    parser.add_argument(
+        "--host",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="default: 127.0.0.1, this machine alone; for others set MEGABAGEL_API_KEY",
+    )
     parser.add_argument("--name", metavar="NAME", help="of the model in requests; default: the name of CKPT's folder")
     limits = parser.add_argument_group("limits (docs/serving.md)")
     limits.add_argument(

@@ -59,7 +59,10 @@ ROOMS = {
     "planner": Room((*MODEL, "data", "checkpoint", "train"), (*RANKS, "yaml")),
     "parity": Room((*MODEL, "data", "checkpoint", "sampling", "inference", "train"), (*RANKS, "PIL", "safetensors")),
     "bench": Room((*MODEL, "data", "checkpoint", "train"), (*RANKS, "psutil", "yaml")),
-    "evaluation": Room(("errors", "config", "sequence", "data"), ("numpy", "PIL")),
+    "evaluation": Room(
+        (*MODEL, "data", "checkpoint", "inference", "train"),
+        (*RANKS, "PIL", "yaml"),
+    ),
     "doctor": Room(("errors", "kernels", "runtime", "parallel"), (*RANKS, "packaging", "psutil", "rich")),
 }
 ENTRANCES = ("", "api", "cli", "commands", "__main__")

@@ -1,10 +1,13 @@
 """Parsers and checks of command-line words that several commands share."""
 
 import argparse
+import os
 import re
+import sys
 from collections.abc import Mapping
 
 from megabagel.errors import UserError
+from megabagel.runtime.launch import spawn
 from megabagel.runtime.launch_env import refuse_foreign
 
 
@@ -33,3 +36,16 @@ def refuse_second_launcher(env: Mapping[str, str]) -> None:
         f"--nproc starts ranks, but this process is one already ({found}); expected to be started once. "
         "Leave out --nproc under torchrun or srun, or unset the variable."
     )
+
+
+def respawned(nproc: int, stage: tuple[str, ...] = ()) -> int:
+    """Start this command line on `nproc` ranks of this machine; `stage` replaces its --stage options."""
+    refuse_second_launcher(os.environ)
+    words, kept = iter(sys.argv[1:]), []
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name not in ("--nproc", *stage[:1]):
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return spawn([sys.executable, "-m", "megabagel", *kept, *stage], nproc)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from megabagel.config import data_rules, model_rules
+from megabagel.config import data_rules, held_out_rules, model_rules
 from megabagel.config.paths import unexpanded
 from megabagel.config.ranges import out_of_range
 from megabagel.config.rules import Rule, nearest_multiples
@@ -10,7 +10,9 @@ from megabagel.config.schema import Config
 from megabagel.config.typed import pattern
 from megabagel.errors import UserError
 
-RULES = tuple(item for room in (model_rules, data_rules) for item in vars(room).values() if isinstance(item, Rule))
+RULES = tuple(
+    item for room in (model_rules, data_rules, held_out_rules) for item in vars(room).values() if isinstance(item, Rule)
+)
 
 
 def violations(config: Config, doubtful: Collection[str] = ()) -> list[str]:

@@ -197,6 +197,8 @@ class DataConfig:
     """Write a drawn data set under data.root on first use. `shapes`: one figure per page; `scenes`: one to four, with
     questions, edits of one among several and thoughts."""
     sources: tuple[SourceConfig, ...] = ()
+    val_sources: tuple[SourceConfig, ...] = ()
+    """Sources of the held-out set, for `train.val_every` and `megabagel evaluate loss`; never trained on."""
     tokenizer: str = "bytes"
     """`bytes`, a `tokenizer.json` (or a folder holding one), or a sentencepiece `*.model`."""
     min_tokens: int = 448
@@ -285,6 +287,10 @@ class TrainConfig:
     """Steps at the start of a run in which no step is a spike: a fresh model's gradient norm is still irregular."""
     max_rollbacks: int = 3
     """Most rollbacks to one checkpoint; a further one ends the run."""
+    val_every: int = 0
+    """Steps between measurements of the held-out loss (docs/evaluation.md#held-out-loss); 0: none."""
+    val_packs: int = 8
+    """Packs of the held-out set, drawn once from `data.val_sources`; the same in every run, whatever its seed."""
 
 
 @dataclass(frozen=True)

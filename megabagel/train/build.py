@@ -11,6 +11,7 @@ from megabagel.checkpoint.saver import Saver
 from megabagel.config.schema import Config
 from megabagel.data.builders.toy_shapes import ensure_dataset
 from megabagel.data.decode import DecodeEngine, choose_engine
+from megabagel.data.load.collate import Filler
 from megabagel.data.load.latents import LatentCache, open_latents
 from megabagel.data.load.loader import Loader
 from megabagel.data.plan.global_plan import GlobalPlan, Source, open_sources
@@ -18,13 +19,17 @@ from megabagel.data.tokenize.tokenizer import TextTokenizer, load_tokenizer
 from megabagel.errors import UserError
 from megabagel.model.vae import build_codec, codec_fingerprint
 from megabagel.parallel.attention import AttentionEngine, choose_attention
+from megabagel.parallel.inputs import InputBuilder
 from megabagel.parallel.mesh import Mesh
 from megabagel.runtime.collective_errors import on_all_ranks, on_rank0, require_equal
 from megabagel.runtime.device import current_device
+from megabagel.sequence.batch import BatchBuilder
 from megabagel.train.anomaly import LossSpikeDetector
 from megabagel.train.build_rank import build_rank
+from megabagel.train.held_out import HeldOut, held_out_config
 from megabagel.train.memory_check import check_memory
 from megabagel.train.sample_images import SamplerFactory
+from megabagel.train.step import ForwardRunner
 from megabagel.train.trainer import Trainer
 
 
@@ -92,7 +97,34 @@ def build_trainer(
         chunks = [stage.model for stage in rank.stages]
         sampler = on_all_ranks(lambda: samplers(config, mesh, chunks, data.tokenizer, codec))
     saver, detector = Saver(config, mesh), LossSpikeDetector(config.train)
-    return Trainer(config, mesh, plan, loader, rank.optimizer, rank.runner, rank.builder, sampler, saver, detector)
+    held_out = build_held_out(config, mesh, attention, rank.builder, rank.runner) if config.train.val_every else None
+    return Trainer(
+        *(config, mesh, plan, loader, rank.optimizer, rank.runner, rank.builder, sampler, saver, detector),
+        held_out=held_out,
+    )
+
+
+def build_held_out(
+    config: Config, mesh: Mesh, attention: AttentionEngine, builder: InputBuilder, runner: ForwardRunner
+) -> HeldOut:
+    """Open the held-out set of a config.
+
+    Args:
+        config: names the set in `data.val_sources` and `train.val_packs`.
+        mesh: process groups of the job.
+        attention: engine of the run; its plan of a mask is made together with the batch.
+        builder: input builder of the run.
+        runner: of the weights to measure.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    held = held_out_config(config)
+    data = open_data(held)
+    plan = on_all_ranks(lambda: GlobalPlan(data.sources, held))
+    batches = BatchBuilder(held, mesh.place, attention.plan)
+    filler = Filler.of(plan, data.tokenizer, data.decode, batches, None)
+    return HeldOut(held, mesh, plan, filler, builder, runner)
 
 
 def _attention(config: Config) -> AttentionEngine:

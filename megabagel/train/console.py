@@ -8,6 +8,7 @@ COLUMNS = {
     "loss": "loss {:.4f}",
     "loss_ce": "ce {:.4f}",
     "loss_mse": "mse {:.4f}",
+    "val_loss": "held-out {:.4f}",
     "grad_norm": "grad {:.3f}",
     "lr": "lr {:.2e}",
     "seconds": "{:.2f} s",

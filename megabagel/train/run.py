@@ -135,9 +135,11 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
         flops = sum(step.plan.flops[1:], step.plan.flops[0])
         speed = rates(flops, record["tokens"], seconds, mesh.world.size, peak)
         record |= {"seconds": seconds, "data_wait": step.waited, **speed, "mem": peak_memory()}
+        last = trainer.step == config.train.steps
+        if trainer.held_out and (last or trainer.step % config.train.val_every == 0):
+            record |= trainer.held_out.measure().columns(config.train)
         with phase("telemetry"):
             on_rank0(partial(telemetry.log_step, record))
-        last = trainer.step == config.train.steps
         if trainer.sampler and (last or trainer.step % config.telemetry.sample_every == 0):
             with phase("sampling"):
                 pictures = trainer.sample()

@@ -96,13 +96,61 @@ Fed = tuple[StageInputs, Counts]
 """A micro-batch and the denominators of its losses."""
 
 
-class StepRunner:
-    """Runs the pipeline schedule of the grid over this rank's model chunks."""
+class ForwardRunner:
+    """Runs the pipeline schedule of the grid over this rank's model chunks, without gradients."""
 
-    def __init__(self, config: Config, mesh: Mesh, optimizer: Optimizer) -> None:
-        self.config, self.mesh, self.optimizer = config, mesh, optimizer
+    def __init__(self, config: Config, mesh: Mesh, chunks: Sequence[Any]) -> None:
+        """`chunks`: `PipelineStage`s, or megatron-core's wrappers around them."""
+        self.config, self.mesh, self.chunks = config, mesh, list(chunks)
         grid = config.parallel
         self.rows = layout_rows(config.data.max_tokens, grid.chunk, grid.cp)
+
+    def evaluate(self, inputs: StageInputs) -> Outputs | None:
+        """Run one micro-batch forward without gradients; returns the outputs on the last stage, None elsewhere."""
+        return next(iter(self.outputs([inputs])), None)
+
+    def outputs(self, micro_batches: Sequence[StageInputs]) -> list[Outputs]:
+        """Run micro-batches forward without gradients; returns their outputs on the last stage, nothing elsewhere."""
+        # The last micro-batch is repeated until the schedule has as many as it demands; those results are dropped.
+        missing = -len(micro_batches) % self.fewest_micro_batches
+        feed = [(inputs, Counts(1, 1)) for inputs in (*micro_batches, *[micro_batches[-1]] * missing)]
+        with torch.no_grad():
+            found = self._schedule(feed, _as_it_is, forward_only=True, collect_non_loss_data=True)
+        return found[: len(micro_batches)]
+
+    @property
+    def fewest_micro_batches(self) -> int:
+        """Fewest micro-batches of a step: the interleaved schedule takes multiples of the pipeline size."""
+        return self.mesh.pp.size if self.config.parallel.vpp > 1 else 1
+
+    def _schedule(self, micro_batches: Sequence[Fed], loss_func: Any, **options: Any) -> list[Any]:
+        """Run megatron-core's schedule; returns what `loss_func` collected on the last stage, per micro-batch."""
+
+        def forward_step(feed: Iterator[Fed], model: Any) -> tuple[Any, Any]:
+            inputs, counts = next(feed)
+            with phase("forward"):
+                outputs = model(inputs)
+            return outputs, partial(loss_func, inputs=inputs, counts=counts)
+
+        # Each model chunk of the interleaved schedule walks over the micro-batches by itself.
+        feeds = [iter(micro_batches) for _ in self.chunks]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=feeds if len(feeds) > 1 else feeds[0],
+            model=self.chunks if len(feeds) > 1 else self.chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=self.rows,
+            micro_batch_size=1,
+            **options,
+        )
+
+
+class StepRunner(ForwardRunner):
+    """Runs training steps over this rank's model chunks and their optimizer."""
+
+    def __init__(self, config: Config, mesh: Mesh, optimizer: Optimizer) -> None:
+        super().__init__(config, mesh, optimizer.chunks)
+        self.optimizer = optimizer
 
     def train(
         self, micro_batches: Sequence[StageInputs], counts: Sequence[Counts], learning_rate: float
@@ -130,41 +178,6 @@ class StepRunner:
         with torch.no_grad():
             sums = self._schedule(feed, partial(weigh, config=self.config), forward_only=True)
         return self._reduce(sums, counts)
-
-    def evaluate(self, inputs: StageInputs) -> Outputs | None:
-        """Run one micro-batch forward without gradients; returns the outputs on the last stage, None elsewhere."""
-        # The same micro-batch as often as the schedule demands; only the first result is used.
-        feed = [(inputs, Counts(1, 1))] * self.fewest_micro_batches
-        with torch.no_grad():
-            found = self._schedule(feed, _as_it_is, forward_only=True, collect_non_loss_data=True)
-        return found[0] if found else None
-
-    @property
-    def fewest_micro_batches(self) -> int:
-        """Fewest micro-batches of a step: the interleaved schedule takes multiples of the pipeline size."""
-        return self.mesh.pp.size if self.config.parallel.vpp > 1 else 1
-
-    def _schedule(self, micro_batches: Sequence[Fed], loss_func: Any, **options: Any) -> list[Any]:
-        """Run megatron-core's schedule; returns what `loss_func` collected on the last stage, per micro-batch."""
-
-        def forward_step(feed: Iterator[Fed], model: Any) -> tuple[Any, Any]:
-            inputs, counts = next(feed)
-            with phase("forward"):
-                outputs = model(inputs)
-            return outputs, partial(loss_func, inputs=inputs, counts=counts)
-
-        chunks = self.optimizer.chunks
-        # Each model chunk of the interleaved schedule walks over the micro-batches by itself.
-        feeds = [iter(micro_batches) for _ in chunks]
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=feeds if len(chunks) > 1 else feeds[0],
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(micro_batches),
-            seq_length=self.rows,
-            micro_batch_size=1,
-            **options,
-        )
 
     def _reduce(self, sums: list[torch.Tensor], counts: Sequence[Counts]) -> Losses:
         """Sum the losses that the last stages computed over all ranks.

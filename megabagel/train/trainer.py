@@ -24,6 +24,7 @@ from megabagel.parallel.mesh import Mesh
 from megabagel.runtime.collective_errors import on_all_ranks
 from megabagel.runtime.phase import phase
 from megabagel.train.anomaly import LossSpikeDetector, StepAnomaly
+from megabagel.train.held_out import HeldOut
 from megabagel.train.optimizer import Optimizer
 from megabagel.train.resume_changes import log_changes
 from megabagel.train.sample_images import Sampler
@@ -85,6 +86,8 @@ class Trainer:
     """Checkpoint written last, or the one this run started from."""
     rollbacks: int = 0
     """Rollbacks to `newest`; 0 again after the next save."""
+    held_out: HeldOut | None = None
+    """The set of `train.val_every`, or None without one."""
 
     def train_step(self, step: Step) -> Outcome:
         """Run one step: inputs, forward and backward, anomaly check, update.

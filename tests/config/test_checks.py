@@ -18,6 +18,8 @@ from tests.support.config_tree import VALID, change
 
 FLUX = {"model.vae.codec": "flux", "model.vae.path": __file__}  # any file that exists
 
+NO_UND = {"model.visual_und": False, "data.sources.1.task": "text"}
+
 STORED = str(Path(__file__).parent / "checkpoint")
 """A folder with a manifest.json, which is all that rules look for."""
 
@@ -55,10 +57,20 @@ BREAKS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ),
     (
         "generating_tasks_have_a_branch",
-        {"model.visual_gen": False, "telemetry.sample_every": 0},
+        {"model.visual_gen": False, "telemetry.sample_every": 0, "data.val_sources": ()},
         ("model.visual_gen = False", "data.sources.0.task = 't2i'"),
     ),
     ("looking_tasks_have_a_branch", {"model.visual_und": False}, ("data.sources.1.task = 'i2t'",)),
+    ("held_out_loss_has_a_source", {"train.val_every": 5, "data.val_sources": ()}, ("train.val_every = 5",)),
+    ("held_out_sources_have_name_and_path", {"data.val_sources.1.name": ""}, ("data.val_sources.1.name",)),
+    ("held_out_sources_have_name_and_path", {"data.val_sources.1.path": ""}, ("data.val_sources.1.path",)),
+    ("held_out_sources_have_name_and_path", {"data.val_sources.1.name": "held"}, ("is that of an earlier one",)),
+    (
+        "some_held_out_source_has_weight",
+        {"data.val_sources.0.weight": 0.0, "data.val_sources.1.weight": 0.0},
+        ("data.val_sources.*.weight",),
+    ),
+    ("held_out_tasks_have_a_branch", {"data.val_sources.0.task": "edit", **NO_UND}, ("data.val_sources.0.task",)),
     ("window_is_not_empty", {"data.min_tokens": 513}, ("data.min_tokens = 513", "512 or less")),
     ("samples_fit_a_pack", {"data.max_sample_tokens": 513}, ("data.max_sample_tokens = 513", "512 or less")),
     ("vae_sizes_are_ordered", {"data.vae_resize.min_size": 144}, ("data.vae_resize.min_size to 128",)),
@@ -108,7 +120,7 @@ BREAKS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("samples_have_prompts", {"telemetry.prompts": ()}, ("telemetry.prompts",)),
     (
         "samples_have_a_branch",
-        {"model.visual_gen": False, "data.sources.0.task": "i2t"},
+        {"model.visual_gen": False, "data.sources.0.task": "i2t", "data.val_sources.0.task": "text"},
         ("model.visual_gen = False", "telemetry.sample_every = 10"),
     ),
     ("sample_size_is_whole_tokens", {"telemetry.sample_size": (64, 100)}, ("telemetry.sample_size.1 to 96 or 112",)),
@@ -171,7 +183,7 @@ def test_tasks_and_branches(task: Any) -> None:
     needs_gen = task in ("t2i", "edit", "interleave", "video")
     needs_und = task in ("i2t", "edit", "interleave")
     sources = (SourceConfig("only", "only-*.tar", task),)
-    quiet = change(VALID, {"data.sources": sources, "telemetry.sample_every": 0})
+    quiet = change(VALID, {"data.sources": sources, "data.val_sources": (), "telemetry.sample_every": 0})
     assert violations(quiet) == []
     assert bool(violations(change(quiet, {"model.visual_gen": False}))) == needs_gen
     assert bool(violations(change(quiet, {"model.visual_und": False}))) == needs_und
@@ -202,7 +214,8 @@ def test_rules_read_only_the_keys_that_they_declare(rule: Any) -> None:
     seen: set[str] = set()
     for config in (VALID, *(change(VALID, values) for _, values, _ in BREAKS), *(change(VALID, v) for v in KEEPS)):
         list(rule.check(Spy(config, "", seen)))
-    assert seen - {"data.sources"} == set(rule.keys) - {"data.sources"}
+    lists = {"data.sources", "data.val_sources"}  # read as a whole only where they are empty
+    assert seen - lists == set(rule.keys) - lists
 
 
 def test_declared_keys_exist() -> None:
@@ -226,7 +239,7 @@ def _numbers(node: Any, path: str = "") -> Iterator[str]:
 def test_every_number_has_one_range() -> None:
     in_rows = [key for row in RANGES for key in row.keys]
     assert len(in_rows) == len(set(in_rows))
-    assert set(in_rows) == {*_numbers(Config), "data.sources.*.weight"}
+    assert set(in_rows) == {*_numbers(Config), "data.sources.*.weight", "data.val_sources.*.weight"}
 
 
 OUTSIDE = {

@@ -13,6 +13,7 @@ VALID = Config(
             SourceConfig("captions", "pairs-*.tar", "i2t"),
             SourceConfig("notes", "notes-*.tar", "text", 0.0),
         ),
+        val_sources=(SourceConfig("held", "held-*.tar", "t2i"), SourceConfig("held notes", "held-*.tar", "text")),
         vae_resize=ResizeConfig(max_size=128, min_size=64),
         vit_resize=ResizeConfig(max_size=112, min_size=56),
     ),

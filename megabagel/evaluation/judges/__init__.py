@@ -1,0 +1,1 @@
+"""Judges: programs, models and recorded answers behind one interface."""

@@ -1,0 +1,1 @@
+"""Benchmarks as data and pure functions; `SUITES` lists them by name."""

@@ -9,7 +9,11 @@ from typing import Any
 from megabagel.commands.words import positive, respawned
 from megabagel.errors import UserError
 
-NAMES = ("shapes",)
+NAMES = (
+    *("shapes", "geneval", "wise", "t2i-compbench", "t2i-reasonbench"),
+    *("gedit", "imgedit", "kris", "rise", "intelligentbench"),
+    *("mme", "mmbench", "mmmu", "mm-vet", "mathvista", "mmvp"),
+)
 """Suites (evaluation/suites/registry.py); listed here so that `--help` imports none of them."""
 STAGES = ("generate", "judge", "summarise")
 

@@ -182,7 +182,10 @@ def _record(suite: Suite, job: Job, result: Any, settings: Settings, out: Path) 
     write_whole(out / OUTPUTS / name, buffer.getvalue())
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     thought = {"thought": result.about["thought"]} if result.about.get("thought") else {}
-    return {**about, "file": name, "sha256": digest, "seed": result.about["seed"], **thought}
+    record = {**about, "file": name, "sha256": digest, "seed": result.about["seed"], **thought}
+    for path, content in suite.companions(item, record).items():
+        write_whole(out / OUTPUTS / path, content)
+    return record
 
 
 def check_picture(path: Path) -> None:

@@ -75,6 +75,10 @@ def _no_export(rows: Sequence[Row], out: Path) -> None:
     return None
 
 
+def _no_companions(item: Item, record: Record) -> Mapping[str, bytes]:
+    return {}
+
+
 def opened(item: Item, size: int) -> list[Image.Image | Path]:
     """The input images of an item: its files."""
     return [Path(path) for path in item.get("images", ())]
@@ -103,6 +107,8 @@ class Suite:
     comparable with published numbers; `--templates` reads those."""
     export: Callable[[Sequence[Row], Path], None] = _no_export
     """Writes the answer files that the official scorer or server expects."""
+    companions: Callable[[Item, Record], Mapping[str, bytes]] = _no_companions
+    """Files beside a picture in the official layout, by path below OUT/outputs, from item and record."""
     inputs: Callable[[Item, int], list[Any]] = opened
     """Input images of an item (files or pictures); the number is the side of drawn pages in pixels."""
     preset: str | None = None

@@ -172,7 +172,9 @@ def test_refusals(trained: Path, whole: Path, tmp_path: Path) -> None:
 
 def test_a_checker_that_errs_may_not_judge(trained: Path, whole: Path) -> None:
     from megabagel.evaluation import session, shapes_suite
+    from megabagel.evaluation.suites import shapes
 
+    shapes.gate.cache_clear()
     with (
         mock.patch.object(shapes_suite, "self_test", lambda *_: {"truths": 1.0, "wrong": 0.05}),
         pytest.raises(UserError, match=r"5.0% of wrong outputs"),

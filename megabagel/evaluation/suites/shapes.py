@@ -4,6 +4,7 @@ Tags of `draw` are GenEval's; `edit` has single and two-step edits; `ask` ends w
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def exact(item: Item, output: Path | str) -> Record:
         return shapes_suite.check(item, np.asarray(image.convert("RGB")))
 
 
+@lru_cache
 def gate() -> Record:
     """The checker's own errors on rendered truths and on pictures with one thing wrong."""
     shares = shapes_suite.self_test(SEED, 60, SIZE)

@@ -13,7 +13,20 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from megabagel.commands import bench, checkpoint, convert, data, doctor, evaluate, inference, parity, plan, serve, train
+from megabagel.commands import (
+    bench,
+    checkpoint,
+    convert,
+    data,
+    doctor,
+    evaluate,
+    inference,
+    parity,
+    plan,
+    serve,
+    sweep,
+    train,
+)
 from megabagel.errors import ERROR_PREFIX, INTERRUPTED, STOP_PREFIX, USER_ERROR, Stopped, named, printable
 from megabagel.log import PrintableFormatter
 
@@ -93,6 +106,6 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (train, inference, serve, evaluate, bench, plan, parity, convert, checkpoint, data, doctor):
+    for group in (train, inference, serve, evaluate, sweep, bench, plan, parity, convert, checkpoint, data, doctor):
         group.add(commands)
     return parser

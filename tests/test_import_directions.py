@@ -63,6 +63,7 @@ ROOMS = {
         (*MODEL, "data", "checkpoint", "inference", "train"),
         (*RANKS, "PIL", "yaml"),
     ),
+    "sweep": Room((*BASE, "config", "train", "evaluation"), ()),
     "doctor": Room(("errors", "kernels", "runtime", "parallel"), (*RANKS, "packaging", "psutil", "rich")),
 }
 ENTRANCES = ("", "api", "cli", "commands", "__main__")

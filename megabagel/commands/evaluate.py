@@ -20,6 +20,16 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     suites = parser.add_subparsers(title="suites", metavar="SUITE", required=True)
     _add_loss(suites)
     evaluate_suite.add(suites)
+    report = suites.add_parser(
+        "report",
+        help="compare results with each other and with published numbers",
+        description="One page of results of `evaluate SUITE`: a table per suite, published numbers, pictures.",
+        epilog="example: megabagel evaluate report results/a results/b --out results",
+        allow_abbrev=False,
+    )
+    report.add_argument("folders", metavar="DIR", type=Path, nargs="+", help="folders of evaluations")
+    report.add_argument("--out", metavar="OUT", type=Path, default=Path(), help="folder of report.md; default: here")
+    report.set_defaults(run=_report)
 
 
 def _add_loss(suites: Any) -> None:
@@ -38,6 +48,14 @@ def _add_loss(suites: Any) -> None:
     loss.add_argument("--nproc", metavar="N", type=positive, help="start N ranks on this machine")
     loss.add_argument("--json", action="store_true", help="print a JSON line per checkpoint")
     loss.set_defaults(run=_loss)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from megabagel.evaluation.report import write_report
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(write_report(args.folders, args.out), flush=True)
+    return 0
 
 
 def _loss(args: argparse.Namespace) -> int:

@@ -142,6 +142,12 @@ def _judge_and_summarise(args: argparse.Namespace, work: Any, stages: tuple[str,
         found = summarise_stage(work, outs, getattr(args, "rule", None) or work.suite.rules[0])
         for out, summary in zip(outs, found, strict=True):
             print(json.dumps(summary) if args.json else (out / TABLE).read_text(), flush=True)
+        if args.every_checkpoint:
+            from megabagel.evaluation.checkpoints import seen
+            from megabagel.evaluation.emergence import write_emergence
+
+            trained = [seen(checkpoint) for checkpoint, _ in places]
+            print(write_emergence(args.out, found, trained, work.suite.headlines), flush=True)
 
 
 def _templates(suite: Any, path: Path | None) -> dict[str, str]:

@@ -123,6 +123,8 @@ class Suite:
     max_new_tokens: int = 1000
     data: str = ""
     """What `--data` names, for messages and documentation."""
+    headlines: tuple[str, ...] = ()
+    """Lines that a picture of emergence follows; none: the first one."""
     rules: tuple[Rule, ...] = ("published",)
     """Aggregations that differ; the first is the default."""
 

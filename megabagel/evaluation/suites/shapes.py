@@ -88,4 +88,5 @@ SHAPES = Suite(
     inputs=inputs,
     size=SIZE,
     max_new_tokens=40,
+    headlines=("ask", "draw", "edit", "edit: two_step", "edit: conceptual"),
 )

@@ -61,7 +61,7 @@ ROOMS = {
     "bench": Room((*MODEL, "data", "checkpoint", "train"), (*RANKS, "psutil", "yaml")),
     "evaluation": Room(
         (*MODEL, "data", "checkpoint", "inference", "train"),
-        (*RANKS, "PIL", "yaml"),
+        (*RANKS, "PIL"),
     ),
     "sweep": Room((*BASE, "config", "train", "evaluation"), ()),
     "doctor": Room(("errors", "kernels", "runtime", "parallel"), (*RANKS, "packaging", "psutil", "rich")),

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 _SAME_NUMBERS = (
     *("run.", "telemetry.", "checkpoint."),
     *("data.root", "data.index_dir", "data.workers", "data.worker_timeout", "data.prefetch", "data.decode_threads"),
+    *("data.val_sources", "train.val_every", "train.val_packs"),
 )
 """Prefixes of keys that cannot change any computed value of a run."""
 

@@ -112,6 +112,7 @@ BREAKS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
             "train.freeze": ("llm", "vit", "connector"),
             "model.visual_gen": False,
             "data.sources.0.task": "text",
+            "data.val_sources": (),
             "telemetry.sample_every": 0,
         },
         ("model.visual_gen = False",),

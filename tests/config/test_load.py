@@ -144,7 +144,7 @@ def test_wrong_types(valid: Path, override: str, expected: str) -> None:
         ("modle.vit.layers", ["model.vit.layers", "model.layers"]),
         ("modell", ["model"]),
         ("data.sources.1.wieght", ["data.sources.1.weight"]),
-        ("data.source.0.weight", ["data.sources.*.weight"]),
+        ("data.source.0.weight", ["data.sources.*.weight", "data.val_sources.*.weight"]),
         ("telemetry.xyzzy", []),
     ],
 )

@@ -17,9 +17,9 @@ def unexpanded(config: Config) -> Iterator[tuple[str, str]]:
     # A shell does not expand `run.dir=~/runs`, and nothing in a YAML file. Without this check the run would create a
     # folder named ~ or $SCRATCH.
     paths = [(key, value_at(config, key)) for key in PATHS]
-    for name in ("sources", "val_sources"):
-        for i, source in enumerate(getattr(config.data, name)):
-            paths += [(f"data.{name}.{i}.path", source.path), (f"data.{name}.{i}.images", source.images)]
+    for listed in ("sources", "val_sources"):
+        for i, source in enumerate(getattr(config.data, listed)):
+            paths += [(f"data.{listed}.{i}.{field}", getattr(source, field)) for field in ("path", "images")]
     for key, path in paths:
         if path and re.match(r"~[^/]*(/|$)", path):
             yield key, f"{key} = {path!r}: ~ is not replaced here; write the home folder out (or ./~ for such a name)"

@@ -72,7 +72,7 @@ def jobs(items: Sequence[Item], samples: int) -> list[Job]:
 
 def finished(out: Path) -> dict[tuple[str, int], Record]:
     """Records of outputs that are there, by item and sample. A picture whose file is gone counts as not made."""
-    found = {}
+    found: dict[tuple[str, int], Record] = {}
     for record in read_all(out.glob(GENERATED)):
         key = (record["id"], record["sample"])
         if "error" in record:

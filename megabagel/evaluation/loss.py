@@ -8,6 +8,7 @@ DIR/summary.json   the lines of this call
 import hashlib
 import json
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def _measured(folder: Path, weights: str | None, held: HeldOut, stages: list[Any
     if known is not None:
         return known
     for stage in stages:
-        on_all_ranks(lambda stage=stage: source.fill(stage.model))
+        on_all_ranks(partial(source.fill, stage.model))
     losses, trained = held.measure(), seen(folder)
     about = {"step": trained.step, "tokens": trained.tokens, "tokens_gen": trained.tokens_gen}
     record = {**identity, **about, **losses.columns(held.config.train), **_breakdown(losses)}

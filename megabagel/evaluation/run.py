@@ -122,16 +122,28 @@ def _ask(
         waiting = {
             pool.submit(judge, request): (item, sample, request, digest) for item, sample, request, digest in asked
         }
+        failure: UserError | None = None
         try:
             for future in as_completed(waiting):
+                if future.cancelled():
+                    continue
                 item, sample, request, digest = waiting[future]
-                reply = future.result()
+                try:
+                    reply = future.result()
+                except UserError as error:
+                    # Answers that are on their way were paid for: they are kept before the error ends the command.
+                    failure = failure or error
+                    for other in waiting:
+                        other.cancel()
+                    continue
                 about = {"id": item["id"], "sample": sample, "criterion": request.criterion, "request": digest}
                 tokens = [reply.prompt_tokens, reply.answer_tokens]
                 scores = suite.parse(item, request.criterion, reply.text)
                 journal.append({**about, "answer": reply.text, "scores": scores, "tokens": tokens, "cost": reply.cost})
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+    if failure is not None:
+        raise failure
 
 
 def _outputs(suite: Suite, items: Sequence[Item], out: Path) -> Any:
@@ -159,7 +171,7 @@ def summarise(suite: Suite, items: Sequence[Item], out: Path, samples: int, rule
 
     Outputs that are missing, failed, not judged or judged unparsably are listed and not scored.
     """
-    records, judged = finished(out), {}
+    records, judged = finished(out), {}  # type: ignore[var-annotated]
     for record in read_journal(out / JUDGED):
         judged.setdefault((record["id"], record["sample"]), {})[record["criterion"]] = record
     failed = [r for path in sorted(out.glob("generated.*.jsonl")) for r in read_journal(path) if "error" in r]

@@ -10,6 +10,7 @@ forward without gradients. tests/train/test_held_out.py compares the bits of run
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from megabagel.config.schema import Config, TrainConfig
-from megabagel.data.load.collate import Filler
+from megabagel.data.load.collate import Filled, Filler
 from megabagel.data.plan.global_plan import GlobalPlan
+from megabagel.data.plan.planned_sample import Task
 from megabagel.model.flow import timestep
 from megabagel.model.inputs import Outputs
 from megabagel.parallel.inputs import InputBuilder
@@ -45,7 +47,7 @@ def held_out_config(config: Config) -> Config:
     Conditions are kept, except for kinds that training always drops (probability 1): the model has never seen them.
     """
     data = config.data
-    dropout = {name: float(getattr(data, name) == 1) for name in ("drop_text", "drop_vit", "drop_latent")}
+    dropout: dict[str, Any] = {n: float(getattr(data, n) == 1) for n in ("drop_text", "drop_vit", "drop_latent")}
     # The latent cache holds the images of training; `workers` would start processes for a few packs.
     data = replace(data, sources=data.val_sources, val_sources=(), latents=None, workers=0, **dropout)
     train = replace(config.train, seed=SEED, packs_per_step=config.train.val_packs)
@@ -147,7 +149,7 @@ class HeldOut:
             for numbers in _groups(self._share, self.mesh.pp.size):
                 counted = [number < len(self._tasks) for number in numbers]
                 tasks = [self._tasks[number if real else 0] for number, real in zip(numbers, counted, strict=True)]
-                filled = on_all_ranks(lambda tasks=tasks: [self.filler(task) for task in tasks])
+                filled = on_all_ranks(partial(self._filled, tasks))
                 lost = [(image.key, image.slot) for pack in filled for image in pack.lost]
                 # Images are lost on the ranks that encode them; their rows are on other ranks.
                 unread = all_union(frozenset(map(repr, lost))) if all_max(len(lost))[0] else frozenset()
@@ -156,6 +158,9 @@ class HeldOut:
                 for batch, output, real in zip(batches, outputs, counted, strict=False):
                     table += self._rows(batch, output, unread) if real else 0
             return self._losses(self._reduced(table))
+
+    def _filled(self, tasks: Sequence[Task]) -> list[Filled]:
+        return [self.filler(task) for task in tasks]
 
     def _rows(self, batch: PackedBatch, outputs: Outputs, lost: frozenset[str]) -> np.ndarray:
         """Return this rank's [sources + 1, 1 + BINS, (sum, count)] of one pack: cross-entropy, then flow loss."""

@@ -176,3 +176,34 @@ def test_choice(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             choose_judge(word, exact=False)
     assert choose_judge("endpoint:http://x/v1", False, "gpt", record=tmp_path / "r.jsonl").name == "endpoint gpt"  # type: ignore[union-attr]
+
+
+def test_answers_on_their_way_are_kept_when_the_judge_ends(tmp_path: Path) -> None:
+    """The third of five questions is refused; the others in work are recorded, and a second start asks the rest."""
+    from dataclasses import replace
+
+    from megabagel.evaluation.journal import read_journal
+    from megabagel.evaluation.run import judge_outputs
+    from megabagel.evaluation.suites.registry import suite_of
+
+    suite = replace(suite_of("mm-vet"), read=lambda path: [])
+    items = [{"id": f"v1_{n}", "ability": "ask", "tag": "", "prompt": f"q{n}", "answer": "a"} for n in range(5)]
+    lines = [json.dumps({"id": item["id"], "sample": 0, "text": "reply"}) for item in items]
+    (tmp_path / "generated.0-of-1.jsonl").write_text("\n".join(lines) + "\n")
+
+    def respond(number: int, body: dict[str, Any]) -> Answer:
+        if "q2" in json.dumps(body) and number <= 5:
+            return 400, b"no", {}
+        time.sleep(0.1)
+        return said("0.5")
+
+    with server(respond) as (url, seen):
+        with pytest.raises(UserError, match="refused with status 400"):
+            judge_outputs(suite, items, tmp_path, endpoint(url), suite.templates, parallel=5)
+        first = {record["id"] for record in read_journal(tmp_path / "judged.jsonl")}
+        assert len(first) == len(seen) - 1 >= 2
+        judge_outputs(suite, items, tmp_path, endpoint(url), suite.templates, parallel=2)
+        assert len(seen) == 6
+    records = read_journal(tmp_path / "judged.jsonl")
+    assert sorted(record["id"] for record in records) == sorted(item["id"] for item in items)
+    assert all(record["scores"] == {"correct": 0.5} for record in records)

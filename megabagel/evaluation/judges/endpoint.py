@@ -115,13 +115,13 @@ class Endpoint:
         try:
             text = content["choices"][0]["message"]["content"] or ""
             usage = content.get("usage") or {}
-            counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+            asked, answered = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise _Later("an answer without choices[0].message.content", None) from None
-        cost = sum(count * price for count, price in zip(counts, self.prices, strict=True)) / 1e6
+        cost = (asked * self.prices[0] + answered * self.prices[1]) / 1e6
         with self._lock:
             self.spent += cost
-        return Reply(str(text), *counts, cost)
+        return Reply(str(text), asked, answered, cost)
 
 
 class _Later(Exception):

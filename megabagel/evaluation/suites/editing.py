@@ -224,7 +224,7 @@ def aggregate_kris(rows: Sequence[Row], rule: Rule) -> list[Line]:
     kind_of = {kind: meta for meta, kinds in KRIS_META.items() for kind in kinds.split()}
     metas: dict[str, list[Row]] = {}
     for row in rows:
-        metas.setdefault(kind_of.get(row.item["tag"], row.item["tag"]), []).append(row)
+        metas.setdefault(kind_of.get(str(row.item["tag"]), str(row.item["tag"])), []).append(row)
     lines = [Line("overall", mean(flat(rows)))]
     lines += [Line(meta, mean(flat(part))) for meta, part in metas.items()]
     lines += [Line(f"type {tag}", mean(flat(part))) for tag, part in by_name(rows, "tag").items()]
@@ -277,7 +277,12 @@ def read_intelligent(path: Path | None) -> list[Item]:
 def ask_intelligent(item: Item, output: Path | str, templates: Mapping[str, str]) -> list[Request]:
     """One question: input, instruction, a person's answer, the model's (BAGEL section 7.3)."""
     *shown, made = _pictures(item, output)
-    parts = ("Input:", *shown, fill(templates["answer"], instruction=item["prompt"]), "Reference:")
+    parts: tuple[str | Path, ...] = (
+        "Input:",
+        *shown,
+        fill(templates["answer"], instruction=item["prompt"]),
+        "Reference:",
+    )
     return [Request("answer", (*parts, Path(item["answer_image"]), "Answer to judge:", made))]
 
 

@@ -162,7 +162,7 @@ def aggregate_compbench(rows: Sequence[Row], rule: Rule) -> list[Line]:
     overall = average(columns)
     if overall is not None and rule == "published":
         share = sum(column is not None for column in columns) / len(columns)
-        overall = Estimate(*(share * x for x in (overall.value, overall.low, overall.high)), overall.count)
+        overall = Estimate(share * overall.value, share * overall.low, share * overall.high, overall.count)
     lines = [Line("overall", overall), *(Line(name, groups.get(name)) for name in (*CATEGORIES, *COMPLEX))]
     return [*lines, Line("complex composite", composite)]
 

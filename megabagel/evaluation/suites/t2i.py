@@ -1,6 +1,6 @@
 """Text-to-image suites with a model as judge: WISE, T2I-CompBench and T2I-ReasonBench.
 
-Layouts, scales and formulas are those of the released scripts (docs/evaluation.md#layouts); the questions to the judge
+Layouts, scales and formulas are those of the released scripts (docs/evaluation.md#suites); the questions to the judge
 are in our own words.
 """
 

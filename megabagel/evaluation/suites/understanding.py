@@ -1,6 +1,6 @@
 """Understanding suites: MME, MMBench, MMMU, MMVP by rules, MathVista by rules after extraction, MM-Vet by a judge.
 
-Answers are scored as in the released scripts (docs/evaluation.md#layouts), and written in the files that the official
+Answers are scored as in the released scripts (docs/evaluation.md#suites), and written in the files that the official
 scorers and servers take. Images embedded in a file (base64) stay in the item.
 """
 

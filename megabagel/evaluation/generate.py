@@ -177,10 +177,9 @@ def _record(suite: Suite, job: Job, result: Any, settings: Settings, out: Path) 
     if isinstance(result, str):
         return {**about, "text": result}
     name = suite.output(item, sample)
-    buffer = BytesIO()
-    result.save(buffer)
-    write_whole(out / OUTPUTS / name, buffer.getvalue())
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    encoded = result.png()
+    write_whole(out / OUTPUTS / name, encoded)
+    digest = hashlib.sha256(encoded).hexdigest()
     thought = {"thought": result.about["thought"]} if result.about.get("thought") else {}
     record = {**about, "file": name, "sha256": digest, "seed": result.about["seed"], **thought}
     for path, content in suite.companions(item, record).items():

@@ -42,9 +42,10 @@ ROOMS = {
     "kernels": Room((), (*TENSORS, "triton")),
     "config": Room(("errors",), ("yaml",)),
     "sequence": Room(("errors", "config", "kernels"), TENSORS),
+    "rewards": Room(("errors", "config"), ("numpy",)),
     "runtime": Room((*BASE, "config"), ("torch", "torch.distributed", "megatron")),
     "data": Room(
-        (*BASE, "config", "sequence"),
+        (*BASE, "config", "sequence", "rewards"),
         (*TENSORS, "PIL", "tokenizers", "sentencepiece", "pyarrow", "nvidia", "safetensors"),
     ),
     "model": Room(("errors", "config", "sequence", "kernels"), (*TENSORS, "safetensors")),
@@ -57,7 +58,14 @@ ROOMS = {
     ),
     "train": Room((*MODEL, "data", "checkpoint"), (*RANKS, "PIL", "rich", "tensorboard")),
     "planner": Room((*MODEL, "data", "checkpoint", "train"), (*RANKS, "yaml")),
-    "parity": Room((*MODEL, "data", "checkpoint", "sampling", "inference", "train"), (*RANKS, "PIL", "safetensors")),
+    "posttrain": Room(
+        (*MODEL, "rewards", "data", "sampling", "checkpoint", "inference", "train", "evaluation"),
+        (*RANKS, "PIL", "safetensors", "yaml"),
+    ),
+    "parity": Room(
+        (*MODEL, "rewards", "data", "checkpoint", "sampling", "inference", "train", "posttrain"),
+        (*RANKS, "PIL", "safetensors"),
+    ),
     "bench": Room((*MODEL, "data", "checkpoint", "train"), (*RANKS, "psutil", "yaml")),
     "evaluation": Room(
         (*MODEL, "data", "checkpoint", "inference", "train"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from megabagel.config.rules import nearest_multiples, rule
 from megabagel.config.schema import Config, ResizeConfig
 
-GENERATES = frozenset({"t2i", "edit", "video", "interleave"})
+GENERATES = frozenset({"t2i", "edit", "video", "interleave", "reward"})
 """Tasks that need model.visual_gen."""
 LOOKS = frozenset({"i2t", "edit", "interleave"})
 """Tasks that need model.visual_und."""

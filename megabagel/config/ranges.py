@@ -48,6 +48,7 @@ RANGES = (
             "data.val_sources.*.weight",
             *_under("train", "seed min_lr warmup weight_decay ce_weight mse_weight spike_warmup val_every"),
             "data.workers",
+            "reward.constraint",
             *_under("checkpoint", "every keep keep_every"),
             *_under("telemetry", "sample_every sample_guidance"),
         ),
@@ -65,7 +66,7 @@ RANGES = (
     ),
     Range("from 0 to 1", lambda x: 0 <= x <= 1, _under("data", "drop_text drop_vit drop_latent")),
     Range("at least 0 and less than 1", lambda x: 0 <= x < 1, _under("train", "beta1 beta2 ema")),
-    Range("any number", lambda x: True, ("model.vae.shift",)),
+    Range("any number", lambda x: True, ("model.vae.shift", "reward.floor")),
 )
 
 

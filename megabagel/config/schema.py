@@ -166,7 +166,7 @@ class SourceConfig:
     name: str = ""
     path: str = ""
     """Glob of shards (WebDataset tars, parquet, JSONL) or a folder of them, relative to data.root."""
-    task: Literal["t2i", "i2t", "edit", "video", "text", "interleave"] = "t2i"
+    task: Literal["t2i", "i2t", "edit", "video", "text", "interleave", "reward"] = "t2i"
     weight: float = 1.0
     """Samples are drawn from sources in proportion to their weights."""
     images: str = ""
@@ -294,6 +294,28 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """Weights of latent tokens in the flow loss for sources of task `reward` (SRUM section 3; docs/srum.md#weights)."""
+
+    rule: Literal["code", "paper"] = "code"
+    """Map from scores to pixels. `code`: as released, from 0 to 1 with 0.5 outside of all boxes, so that negative
+    scores change nothing; `paper`: signed, 0 outside."""
+    pooling: Literal["centre", "area"] = "centre"
+    """From pixels to tokens. `centre`: interpolated at the token's centre, as released; `area`: mean of its pixels."""
+    constraint: float = 0.5
+    """lambda_c, weight of the plain flow loss (SRUM equation 3)."""
+    floor: float | None = 0.0
+    """Least weight of a token, reward and constraint together; null: none. Below 0 the loss of a token is unbounded
+    below, which only rule `paper` can reach."""
+    level: Literal["regions", "picture"] = "regions"
+    """`picture`: one score for the whole picture instead of its regions (an ablation of SRUM, figure 3)."""
+    binary: bool = False
+    """Replace scores above 0 by 1 and all others by -1 (an ablation)."""
+    use_layout: bool = True
+    """Multiply by the layout score, scaled to [0, 1]; if false, alpha is 1 (an ablation)."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
@@ -351,5 +373,11 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+    @property
+    def two_targets(self) -> bool:
+        """Whether stages exchange a second flow target: a source of task `reward` may have good and bad pictures."""
+        return any(source.task == "reward" for source in self.data.sources)

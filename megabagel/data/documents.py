@@ -9,14 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Task = Literal["t2i", "i2t", "edit", "video", "text", "interleave"]
+Task = Literal["t2i", "i2t", "edit", "video", "text", "interleave", "reward"]
 
-TextRole = Literal["condition", "target"]
-"""`condition`: no loss, may be dropped for classifier-free guidance; `target`: trained with cross-entropy."""
+TextRole = Literal["condition", "target", "reward"]
+"""`condition`: no loss, may be dropped for classifier-free guidance; `target`: trained with cross-entropy; `reward`: no
+tokens, the scores of the image before it as `rewards.Reward.to_json` writes them."""
 
-ImageRole = Literal["condition", "target", "look"]
+ImageRole = Literal["condition", "target", "look", "constraint"]
 """`condition`: clean VAE latents and ViT tokens, may be dropped; `target`: noised VAE latents with flow loss; `look`:
-ViT tokens only, never dropped (image understanding)."""
+ViT tokens only, never dropped (image understanding); `constraint`: no tokens, its latents are the second flow target of
+the image before it (SRUM equation 2)."""
 
 
 Role = TextRole | ImageRole
@@ -142,14 +144,31 @@ def assign_roles(task: Task, document: Document) -> Document:
     """Give every item of a document its role under `task`, and order the items as the task requires.
 
     t2i: caption (condition), image (target). i2t: image (look), caption (target); a conversation keeps its declared
-    roles. edit: the first image is a condition, all others are targets; texts are conditions unless declared a target.
+    roles. reward: as t2i, with the scores of the image and maybe a second target. edit: the first image is a
+    condition, all others are targets; texts are conditions unless declared a target.
     video: texts (condition), then frames (target). text: texts are targets unless declared a condition. interleave:
-    roles as declared (docs/bagel.md#tasks). Idempotent.
+    roles as declared (docs/bagel.md#tasks). Every other task leaves out scores and second targets: with t2i a source
+    of judged pictures is plain fine-tuning on them. Idempotent.
 
     Raises:
         SampleError: the document does not suit the task; the reason starts with the name of the task.
     """
+    if task != "reward":
+        document = replace(document, items=tuple(item for item in document.items if item.role not in ANNOTATIONS))
     return replace(document, items=_ASSIGN[task](document))
+
+
+ANNOTATIONS = ("reward", "constraint")
+"""Roles of items without tokens."""
+
+
+def _rewarded(document: Document) -> tuple[Item, ...]:
+    plain = tuple(item for item in document.items if item.role not in ANNOTATIONS)
+    notes = tuple(item for item in document.items if item.role in ANNOTATIONS)
+    if not any(note.role == "reward" for note in notes):
+        raise _unsuitable("reward", "no scores", document)
+    texts, image = _captions_and_image("reward", replace(document, items=plain))
+    return *(_text_as("reward", "condition", text) for text in texts), _image_as("reward", "target", image), *notes
 
 
 def _text_to_image(document: Document) -> tuple[Item, ...]:
@@ -245,4 +264,5 @@ _ASSIGN: dict[Task, Callable[[Document], tuple[Item, ...]]] = {
     "video": _video,
     "text": _text_only,
     "interleave": _interleaved,
+    "reward": _rewarded,
 }

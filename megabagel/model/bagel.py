@@ -50,9 +50,8 @@ class Embed(nn.Module):
             und_UD = und_UD + self._images(inputs.vit)
         latents = inputs.latents
         assert latents is not None
-        return Hidden(
-            self.factory.split_rows(und_UD), self._latents(latents, und_UD), latents.target_gZ, latents.weight_g
-        )
+        und_uD, gen_gD = self.factory.split_rows(und_UD), self._latents(latents, und_UD)
+        return Hidden(und_uD, gen_gD, latents.target_gZ, latents.weight_g, latents.constraint)
 
     def _images(self, vit: VitInputs) -> torch.Tensor:
         """Return [U, D]: encoded patches on their rows, zeros elsewhere."""
@@ -99,7 +98,7 @@ class Heads(nn.Module):
         else:
             # Zeros that depend on gen_gD: the generation expert stays in the autograd graph.
             velocity_gZ = torch.zeros_like(hidden.target_gZ) + gen_gD[:, :1] * 0
-        mse_g = self.factory.kernels.flow_loss(velocity_gZ, hidden.target_gZ, hidden.weight_g)
+        mse_g = self.factory.kernels.flow_loss(velocity_gZ, hidden.target_gZ, hidden.weight_g, hidden.constraint)
         return Outputs(ce_Q, mse_g, velocity_gZ)
 
     def logits(self, und_uD: torch.Tensor, row_Q: torch.Tensor) -> torch.Tensor:

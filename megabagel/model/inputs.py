@@ -4,7 +4,7 @@ Shape letters: docs/notation.md.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -52,12 +52,24 @@ class LatentInputs:
     """[g, Z] fp32: the velocity eps - x_0 (docs/bagel.md#flow-time)."""
     weight_g: torch.Tensor
     """[g] fp32 weight in the flow loss: 0 for clean images and padding, else 1 or the weight that the batch gives."""
+    constraint: "Constraint | None" = field(default=None, kw_only=True)
+    """Second flow target; None where no image of the batch has one."""
     grid_g: torch.Tensor
     """[g] int64 ids in the frozen position table; 0 in padding."""
     time_I: torch.Tensor
     """[I] fp32 timesteps in [0, 1], at least one entry."""
     image_g: torch.Tensor
     """[g] int64 index into `time_I` of the row's image; 0 in padding."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """Second flow target of gen rows and its weights: L_ref of SRUM's equation 2 where good and bad picture differ."""
+
+    target_gZ: torch.Tensor
+    """[g, Z] fp32: eps - x_0' of the other image, with the noise of the first."""
+    weight_g: torch.Tensor
+    """[g] fp32, 0 where the row has no second target."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,7 @@ class Hidden:
     gen_gD: torch.Tensor
     target_gZ: torch.Tensor
     weight_g: torch.Tensor
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +119,8 @@ class Outputs:
     ce_Q: torch.Tensor
     """[Q] fp32 cross-entropy, equal on all tensor-parallel ranks."""
     mse_g: torch.Tensor
-    """[g] fp32 squared velocity error of this rank's gen rows, averaged over Z and multiplied by the weight."""
+    """[g] fp32 squared velocity error of this rank's gen rows, averaged over Z and multiplied by the weight, with
+    that of the second target where there is one."""
     velocity_gZ: torch.Tensor
     """[g, Z] predicted velocity."""
 

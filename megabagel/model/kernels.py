@@ -22,7 +22,7 @@ from megabagel_kernels.swiglu import swiglu
 from megabagel_kernels.swiglu import torch as torch_swiglu
 from torch import Tensor
 
-from megabagel.model.inputs import Rope
+from megabagel.model.inputs import Constraint, Rope
 
 
 class QkNormRope(Protocol):
@@ -78,8 +78,9 @@ class Kernels:
     """Whether `swiglu` saves only its input for backward, so that recomputing it would save no memory."""
     noised_rows: Callable[[LatentImages, Tensor, Tensor], NoisedRows]
     """(images, image of each row [g] or -1, patch index in the image [g]) -> noised latent tokens and velocities."""
-    flow_loss: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(predicted velocity [g, Z], target velocity [g, Z], weight [g]) -> fp32 weighted mean squared error [g]."""
+    flow_loss: Callable[[Tensor, Tensor, Tensor, Constraint | None], Tensor]
+    """(predicted velocity [g, Z], target velocity [g, Z], weight [g], second target) -> fp32 weighted mean squared
+    error [g]."""
     token_loss: TokenLoss | None
     """None: the head computes all logits at once and passes them to torch's or megatron-core's cross-entropy."""
 
@@ -91,8 +92,13 @@ def _qk_norm_rope(
     return qk_norm_rope(und_UNH, gen_GNH, und_H, gen_H, rope.cos_TH, rope.sin_TH, eps, engine=engine)
 
 
-def _flow_loss(v_gZ: Tensor, target_gZ: Tensor, weight_g: Tensor, *, engine: Engine) -> Tensor:
-    return flow.flow_losses(v_gZ, target_gZ, weight_g.contiguous(), engine=engine).total_G
+def _flow_loss(
+    v_gZ: Tensor, target_gZ: Tensor, weight_g: Tensor, constraint: Constraint | None = None, *, engine: Engine
+) -> Tensor:
+    second = None
+    if constraint is not None:
+        second = flow.Reference(constraint.target_gZ.contiguous(), constraint.weight_g.contiguous())
+    return flow.flow_losses(v_gZ, target_gZ, weight_g.contiguous(), second, engine=engine).total_G
 
 
 def _kernels(engine: Engine) -> Kernels:

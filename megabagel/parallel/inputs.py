@@ -6,7 +6,7 @@ Shape letters: see `model.inputs` and `sequence.rank_rows`; L latent tokens of t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from megabagel.config.schema import Config
 from megabagel.model.flow import timestep
-from megabagel.model.inputs import LatentInputs, Rope, StageInputs, VitInputs
+from megabagel.model.inputs import Constraint, LatentInputs, Rope, StageInputs, VitInputs
 from megabagel.model.kernels import TORCH, Kernels
 from megabagel.model.positions import rope_tables
 from megabagel.model.vae import Codec
@@ -44,6 +44,8 @@ class FixedNoise:
 
     x0_LZ: torch.Tensor
     eps_LZ: torch.Tensor
+    constraint_LZ: torch.Tensor | None = None
+    """x_0' of the second target, where the batch has one."""
 
 
 Outside = SamplerLatents | FixedNoise | None
@@ -114,20 +116,15 @@ class InputBuilder:
         if not len(latents.seed_I):
             return self._no_latents(len(latents.image_g))
         # Padding rows have index -1. They read entry 0 instead, and `real_g` sets their values and weights to zero.
-        real_g, image_g = latents.image_g >= 0, latents.image_g.clamp_min(0)
-        latent_g = rows.latent_g.clamp_min(0)
+        image_g = latents.image_g.clamp_min(0)
         time_I = self._times(latents, outside)
-        if isinstance(outside, SamplerLatents):
-            x_t_gZ = outside.x_t_LZ.to(self.device)[latent_g] * real_g[:, None]
-            noised_g = NoisedRows(x_t_gZ, torch.zeros_like(x_t_gZ), real_g)
-        elif isinstance(outside, FixedNoise):
-            x0_gZ, eps_gZ = (x.to(self.device)[latent_g] for x in (outside.x0_LZ, outside.eps_LZ))
-            noised_g = noised(x0_gZ, eps_gZ, time_I[image_g], real_g)
-        else:
-            images = self._noised_images(batch, latents, time_I)
-            noised_g = self.kernels.noised_rows(images, latents.image_g, latents.place_g)
+        noised_g, second_g = self._noised(batch, rows, latents, outside, time_I)
         # `real_G` also excludes images that could not be decoded (NaN pixels): their rows stay, without loss.
-        real_g = noised_g.real_G
+        real_g, constraint = noised_g.real_G, None
+        if second_g is not None and latents.constraint is not None:
+            # A pair of which either picture is lost has no loss at all: half of it would be another objective.
+            real_g = real_g & (second_g.real_G | (latents.constraint.weight_g == 0))
+            constraint = Constraint(second_g.target_GZ, latents.constraint.weight_g * real_g)
         return LatentInputs(
             x_t_gZ=noised_g.x_t_GZ,
             target_gZ=noised_g.target_GZ,
@@ -135,7 +132,36 @@ class InputBuilder:
             grid_g=latents.grid_g * real_g,
             time_I=time_I,
             image_g=image_g * real_g,
+            constraint=constraint,
         )
+
+    def _noised(
+        self,
+        batch: PackedBatch,
+        rows: Rows,
+        latents: LatentRows[torch.Tensor],
+        outside: Outside,
+        time_I: torch.Tensor,
+    ) -> tuple[NoisedRows, NoisedRows | None]:
+        """Return the noised rows, and those of the second flow target's images where the batch has any."""
+        second = latents.constraint
+        if outside is None:
+            images = self._noised_images(batch, latents, time_I)
+            noised_g = self.kernels.noised_rows(images, latents.image_g, latents.place_g)
+            if second is None:
+                return noised_g, None
+            # The same seeds, hence the same noise, around the latents of the other image.
+            others = replace(images, start_I=second.start_I)
+            return noised_g, self.kernels.noised_rows(others, latents.image_g, latents.place_g)
+        real_g, image_g, latent_g = latents.image_g >= 0, latents.image_g.clamp_min(0), rows.latent_g.clamp_min(0)
+        if isinstance(outside, SamplerLatents):
+            x_t_gZ = outside.x_t_LZ.to(self.device)[latent_g] * real_g[:, None]
+            return NoisedRows(x_t_gZ, torch.zeros_like(x_t_gZ), real_g), None
+        x0_gZ, eps_gZ = (x.to(self.device)[latent_g] for x in (outside.x0_LZ, outside.eps_LZ))
+        noised_g = noised(x0_gZ, eps_gZ, time_I[image_g], real_g)
+        if outside.constraint_LZ is None or second is None:
+            return noised_g, None
+        return noised_g, noised(outside.constraint_LZ.to(self.device)[latent_g], eps_gZ, time_I[image_g], real_g)
 
     def _times(self, latents: LatentRows[torch.Tensor], outside: Outside) -> torch.Tensor:
         """Return the timesteps [I]."""

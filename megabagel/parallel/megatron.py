@@ -20,7 +20,7 @@ def megatron_config(config: Config) -> TransformerConfig:
         num_layers=max(model.layers, grid.pp * grid.vpp),
         # Not the model width: schedules allocate their receive buffers by hidden_size, and stages exchange wider rows
         # (`parallel.stage_activations`).
-        hidden_size=wire_width(model, dtype),
+        hidden_size=wire_width(model, dtype, config.two_targets),
         num_attention_heads=model.heads,
         num_query_groups=model.kv_heads,
         kv_channels=model.kv_channels,

@@ -39,14 +39,18 @@ class PipelineStage(nn.Module):
         config: megatron-core's config of the run.
         width: width of the hidden state.
         vp_stage: index of the chunk on this rank; None without an interleaved schedule.
+        two_targets: `Config.two_targets`.
     """
 
     # megatron-core's schedules read `model_type`, `config` and `vp_stage` of the module and call `set_input_tensor`.
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, model: Bagel, config: TransformerConfig, width: int, vp_stage: int | None) -> None:
+    def __init__(
+        self, model: Bagel, config: TransformerConfig, width: int, vp_stage: int | None, two_targets: bool = False
+    ) -> None:
         super().__init__()
         self.model, self.config, self.width, self.vp_stage = model, config, width, vp_stage
+        self.two_targets = two_targets
         self._wire: torch.Tensor | None = None
         for tower in (module for module in model.modules() if isinstance(module, Vit)):
             _phase_of(tower, "vit")
@@ -65,9 +69,9 @@ class PipelineStage(nn.Module):
         if not self.model.first:
             assert self._wire is not None
             und_rows = len(inputs.word_U) // self.row_shards
-            hidden = from_wire(self._wire, und_rows, self.width)
+            hidden = from_wire(self._wire, und_rows, self.width, self.two_targets)
         result = self.model(inputs, hidden)
-        return to_wire(result) if isinstance(result, Hidden) else result
+        return to_wire(result, self.two_targets) if isinstance(result, Hidden) else result
 
     @property
     def row_shards(self) -> int:
@@ -117,7 +121,8 @@ def build_stages(
         )
         initialize_weights(model, config.model, config.train.seed, draw, on_parameter=keepalive)
         _to(model, parameter_dtype(config), device or current_device())
-        chunks.append(PipelineStage(model, megatron, config.model.hidden, chunk if config.parallel.vpp > 1 else None))
+        vp_stage = chunk if config.parallel.vpp > 1 else None
+        chunks.append(PipelineStage(model, megatron, config.model.hidden, vp_stage, config.two_targets))
     return chunks
 
 

@@ -87,6 +87,10 @@ class Watch:
         hidden, _ = received
         self._put("ce", self.token_U[self.inputs.ce_row_Q.cpu().numpy()], outputs.ce_Q)
         self._put("mse", self.token_g, (outputs.velocity_gZ - hidden.target_gZ).square())
+        self._put("v", self.token_g, outputs.velocity_gZ)
+        self._put("weight", self.token_g, hidden.weight_g)
+        if outputs.velocity_gZ.requires_grad:
+            outputs.velocity_gZ.register_hook(partial(self._put, "grad/v", self.token_g))
 
     def whole(self) -> dict[str, Tensor]:
         """Every quantity in token order, on rank 0; nothing elsewhere. Called on all ranks."""

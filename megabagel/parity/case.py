@@ -19,7 +19,7 @@ from megabagel.checkpoint.hf.config import llm_fields, variant, vit_config
 from megabagel.config.schema import ModelConfig, VaeConfig
 from megabagel.errors import UserError
 
-KINDS = ("train", "prim", "trace", "infer")
+KINDS = ("train", "prim", "trace", "infer", "srum")
 
 BRANCHES = {
     "visual_und": ("vit_model.", "connector.", "vit_pos_embed."),
@@ -33,7 +33,7 @@ class Case:
     """One case: where its files are, and the content of its JSON file."""
 
     path: Path
-    """The safetensors file."""
+    """The safetensors file; a `srum` case of texts has none."""
     about: dict[str, Any]
 
     @property
@@ -95,15 +95,17 @@ def open_case(name: Path) -> Case:
         raise UserError(f"{name}: is a folder; expected a case in it, named by its file or by the path without suffix")
     stem = stem_of(name)
     path = stem.with_name(f"{stem.name}.safetensors")
-    for file in (path, path.with_suffix(".json")):
+    alone = path.name.startswith("srum_") and not path.exists()
+    for file in (path, path.with_suffix(".json"))[alone:]:
         if not file.is_file():
             raise UserError(f"{file}: no such file; a case is a .safetensors and a .json file of one name")
     if path.name.partition("_")[0] not in KINDS:
         raise UserError(f"{path}: unknown kind of case; names start with one of {', '.join(k + '_' for k in KINDS)}")
     try:
         about = json.loads(path.with_suffix(".json").read_text())
-        with safe_open(path, "pt"):
-            pass
+        if not alone:
+            with safe_open(path, "pt"):
+                pass
     except ValueError as error:
         raise UserError(f"{path.with_suffix('.json')}: not JSON ({error}); copy the case again") from error
     except (OSError, SafetensorError) as error:

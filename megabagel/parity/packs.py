@@ -23,6 +23,7 @@ from megabagel.sequence.items import Clip, Item, Latent, Mode, Text, Vit
 from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.pack import Pack, build_pack
 from megabagel.sequence.patches import patchify
+from megabagel.sequence.rank_rows import LatentWeights
 from megabagel.sequence.sample import LATENT, TEXT, VIT, LatentImage, SamplePlan, Segment, lay_out
 
 DROPOUT = {Text: "text", Vit: "vit", Latent: "vae"}
@@ -173,23 +174,34 @@ def _latents(tensors: dict[str, Tensor]) -> Iterator[LatentImage]:
         yield LatentImage(slot, rows, cols, raw_timestep=0.0, noise_seed=0)  # both come from the case
 
 
-def packed_batch(batch: OfficialBatch, batches: BatchBuilder) -> PackedBatch:
-    """The batch as the data side would hand it to this rank. Latents come by `fixed_noise`, so there are no pixels."""
+def packed_batch(batch: OfficialBatch, batches: BatchBuilder, weights: LatentWeights | None = None) -> PackedBatch:
+    """The batch as the data side would hand it to this rank. Latents come by `fixed_noise`, so there are no pixels.
+
+    `weights`: of the latent tokens, for cases with rewards.
+    """
     rank = batches.lay_out(batch.pack)
     patches = batch.get("packed_vit_tokens").split(rank.vit.sizes) if rank.vit.sizes else ()
     mine = [patches[number] for number in rank.vit.dealt[rank.place.cp]] if rank.place.first else []
-    return batches.build(rank, batch.get("packed_text_ids").numpy(), mine, pixels=[])
+    return batches.build(rank, batch.get("packed_text_ids").numpy(), mine, pixels=[], latent_weights=weights)
 
 
 def fixed_noise(batch: OfficialBatch, model: ModelConfig) -> FixedNoise:
     """x_0 and noise of the case, per latent token. The stored latents are padded, with junk, to the largest image."""
-    patch, images = model.latent_patch, batch.pack.latents
-    x0 = [
-        patchify(latent[:, : image.rows * patch, : image.cols * patch], patch)
-        for image, latent in zip(images, batch.tensors["padded_latent"] if images else (), strict=True)
-    ]
     none_LZ = torch.zeros(0, model.latent_dim)
-    return FixedNoise(torch.cat([none_LZ, *x0]), batch.tensors["noise"] if images else none_LZ)
+    if not batch.pack.latents:
+        return FixedNoise(none_LZ, none_LZ)
+    second = batch.tensors.get("padded_latent_gt")
+    constraint_LZ = None if second is None else _tokens(batch, second, model)
+    return FixedNoise(_tokens(batch, batch.tensors["padded_latent"], model), batch.tensors["noise"], constraint_LZ)
+
+
+def _tokens(batch: OfficialBatch, latents: Tensor, model: ModelConfig) -> Tensor:
+    """[L, Z] tokens of padded latents, one per image."""
+    patch = model.latent_patch
+    return torch.cat([
+        patchify(latent[:, : image.rows * patch, : image.cols * patch], patch)
+        for image, latent in zip(batch.pack.latents, latents, strict=True)
+    ])  # fmt: skip
 
 
 def words_S(batch: OfficialBatch) -> Tensor:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megabagel.config.checks import check_world
 from megabagel.config.schema import Config
 from megabagel.parallel.mesh import Mesh, build, joined, teardown
-from megabagel.parity import infer_case, prim_case, trace_case, train_case
+from megabagel.parity import infer_case, prim_case, srum_case, srum_pure, trace_case, train_case
 from megabagel.parity.case import Case, open_case, stem_of, understood
 from megabagel.parity.comparisons import SPLIT, Gates
 from megabagel.parity.report import Clock, Report, check_writable, from_plain, write_json
@@ -71,6 +71,10 @@ def _run(case: Case, request: Request, size: int) -> Report:
     if case.kind == "prim":
         notes = [f"not compared, ours differs on purpose: {name}" for name in prim_case.left_out(case)]
         return _agreed(Report(case.name, prim_case.compare_blocks(case, Gates()), notes=notes))
+    if case.kind == "srum" and srum_pure.is_pure(case):
+        with understood(case):
+            rows, notes = srum_pure.compare_pure(case, Gates())
+        return _agreed(Report(case.name, rows, notes=notes))
     overrides = list(request.overrides)
     with understood(case):
         config = _config(case, overrides, size)
@@ -78,7 +82,7 @@ def _run(case: Case, request: Request, size: int) -> Report:
     mesh = build(config)
     try:
         gates = Gates(1.0 if size == mesh.dp.size else SPLIT, config.train.precision == "bf16")
-        run = {"trace": _trace, "infer": _infer}.get(case.kind, _train)
+        run = {"trace": _trace, "infer": _infer, "srum": _srum}.get(case.kind, _train)
         return _agreed(run(case, config, mesh, gates, request))
     finally:
         teardown()
@@ -90,6 +94,8 @@ def _config(case: Case, overrides: list[str], size: int) -> Config:
         return trace_case.trace_config(case, overrides)
     if case.kind == "infer":
         return infer_case.infer_config(case, overrides, size)
+    if case.kind == "srum":
+        return srum_case.srum_config(case, overrides, size)
     return train_case.train_config(case, overrides, size)
 
 
@@ -113,6 +119,15 @@ def _infer(case: Case, config: Config, mesh: Mesh, gates: Gates, request: Reques
     if request.runs or request.random_weights:
         notes.append("--time and --random-weights are for train_* cases; this one ran without")
     return Report(case.name, infer_case.compare_inference(case, config, mesh, gates), notes=notes)
+
+
+def _srum(case: Case, config: Config, mesh: Mesh, gates: Gates, request: Request) -> Report:
+    notes = []
+    if request.runs or request.random_weights:
+        notes.append("--time and --random-weights are for train_* cases; this one ran without")
+    compare = srum_case.compare_srum_trace if srum_case.is_trace(case) else srum_case.compare_srum
+    rows, more = compare(case, config, mesh, gates)
+    return Report(case.name, rows, notes=notes + more)
 
 
 def _train(case: Case, config: Config, mesh: Mesh, gates: Gates, request: Request) -> Report:

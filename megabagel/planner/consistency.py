@@ -112,7 +112,7 @@ def _sent(config: Config, und: int, rows: int) -> tuple[int, ...]:
     with torch.device("meta"):
         target = torch.empty(gen, config.model.latent_dim)
         und_uD, gen_gD = torch.empty(und // split, width, dtype=dtype), torch.empty(gen, width, dtype=dtype)
-        return tuple(to_wire(Hidden(und_uD, gen_gD, target, target[:, 0])).shape)
+        return tuple(to_wire(Hidden(und_uD, gen_gD, target, target[:, 0]), config.two_targets).shape)
 
 
 def _digest(*arrays: np.ndarray) -> str:

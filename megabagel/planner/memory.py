@@ -117,7 +117,7 @@ def communication(case: Case) -> float:
     b, rows, model = case.bytes, case.load.rows, case.config.model
     gathered = 2 * rows * model.hidden * b if case.config.parallel.row_shards > 1 else 0
     keys = 4 * case.load.keys * case.k * b if case.grid.cp > 1 else 0
-    width = wire_width(model, torch.bfloat16 if b == 2 else torch.float32)
+    width = wire_width(model, torch.bfloat16 if b == 2 else torch.float32, case.config.two_targets)
     wire = 4 * case.split_rows * width * b if case.grid.pp > 1 else 0
     return gathered + keys + wire
 

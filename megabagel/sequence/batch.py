@@ -17,7 +17,7 @@ from megabagel.sequence.items import Mode
 from megabagel.sequence.layout import Layout
 from megabagel.sequence.one_buffer import Span, gather_arrays, map_fields
 from megabagel.sequence.pack import Pack, mask_codes
-from megabagel.sequence.rank_rows import RankPack, RankPlace, RankRows, derive_rows
+from megabagel.sequence.rank_rows import LatentWeights, RankPack, RankPlace, RankRows, derive_rows
 from megabagel.sequence.sample import Segment
 
 # Importing the engines at run time would load every attention backend in loader workers, which only need the type.
@@ -106,7 +106,7 @@ class BatchBuilder:
         patches: list[torch.Tensor],
         pixels: list[torch.Tensor],
         moments: list[torch.Tensor] | None = None,
-        latent_weight_L: np.ndarray | None = None,
+        latent_weights: LatentWeights | None = None,
     ) -> PackedBatch:
         """Build the batch of a pack from its decoded content.
 
@@ -117,9 +117,9 @@ class BatchBuilder:
             pixels: see `PackedBatch`, for each of `rank.vae_images`; empty if `moments` is given, or if the caller
                 passes latents to the model itself.
             moments: see `PackedBatch`, for each of `rank.vae_images`.
-            latent_weight_L: [L] weight of each latent token in the flow loss; None: 1 for each.
+            latent_weights: weights of the latent tokens in the flow loss; None: 1 for each.
         """
-        rows = PackedRows.of(derive_rows(rank, self.config, token_ids, latent_weight_L))
+        rows = PackedRows.of(derive_rows(rank, self.config, token_ids, latent_weights))
         padded = None
         # Concatenated here, in the worker, so that the training process neither copies nor pads pixels.
         if rows.spans.vit is not None:

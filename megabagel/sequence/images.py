@@ -34,11 +34,13 @@ def vit_images(pack: Pack) -> list[tuple[int, Vit]]:
 
 
 def vae_images(pack: Pack) -> list[VaeImage]:
-    """Return the distinct images behind the pack's latent tokens, in order of first use."""
+    """Return the distinct images behind the pack's latent tokens and second targets, in order of first use."""
     uses = (
-        VaeImage(number, image.slot, image.rows, image.cols)
+        VaeImage(number, slot, image.rows, image.cols)
         for number, sample in enumerate(pack.samples)
         for image in sample.latents
+        for slot in (image.slot, image.constraint_slot)
+        if slot is not None
     )
     # A dict keeps the order of first insertion; a set would not, and all ranks must agree on the numbering.
     return list(dict.fromkeys(uses))
@@ -112,6 +114,8 @@ class LatentIndex:
     start_I: np.ndarray
     """[I] number of the image's first token among the tokens of `vae_images`, laid end to end. Two uses of one image
     (noised, clean) have the same start."""
+    constraint_start_I: np.ndarray
+    """[I] the same for the image of the second target; that of the image itself where there is none."""
 
 
 def index_latents(pack: Pack) -> LatentIndex:
@@ -122,8 +126,12 @@ def index_latents(pack: Pack) -> LatentIndex:
         total += image.tokens
     uses = [(number, image) for number, sample in enumerate(pack.samples) for image in sample.latents]
     sizes = [image.rows * image.cols for _, image in uses]
+    seconds = [image.slot if image.constraint_slot is None else image.constraint_slot for _, image in uses]
     return LatentIndex(
         image_L=np.repeat(np.arange(len(uses)), sizes),
         place_L=np.concatenate([np.zeros(0, np.int64), *map(np.arange, sizes)]),
         start_I=np.array([starts[number, image.slot] for number, image in uses], np.int64),
+        constraint_start_I=np.array(
+            [starts[number, slot] for (number, _), slot in zip(uses, seconds, strict=True)], np.int64
+        ),
     )

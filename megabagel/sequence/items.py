@@ -50,6 +50,8 @@ class Latent:
     cols: int
     noised: bool
     droppable: bool = False
+    constraint_slot: int | None = None
+    """Slot of the image whose latents are a second flow target (SRUM equation 2); None: no such target."""
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,8 @@ class LatentRows(Generic[A]):
     """[g] int64 ids in the frozen position table; 0 in padding."""
     weight_g: A
     """[g] fp32 weight of the row in the flow loss; 0 for clean images and padding."""
+    constraint: "ConstraintRows[A] | None"
+    """None where no image of the pack has a second target."""
     raw_time_I: A
     """[I] fp32 normal draw u behind each timestep (docs/bagel.md#flow-time); -inf for a clean image."""
     seed_I: A
@@ -136,6 +138,29 @@ class LatentRows(Generic[A]):
     """Rows that each rank of the stage contributes to the all-gather: the largest share."""
     posterior_seeds: tuple[int, ...]
     """Seed of the VAE's posterior draw for each image that this rank encodes."""
+
+
+@dataclass(frozen=True)
+class LatentWeights:
+    """Weights of the pack's latent tokens in the flow loss, multiplied with 0 for clean images (SRUM equation 3).
+
+    Losses are divided by counts of tokens, not by sums of weights.
+    """
+
+    flow_L: np.ndarray
+    """[L] weight of the squared error to the velocity eps - x_0."""
+    constraint_L: np.ndarray | None = None
+    """[L] weight of the squared error to the second target; None: no image has one."""
+
+
+@dataclass(frozen=True)
+class ConstraintRows(Generic[A]):
+    """The second flow target of a rank's gen rows: eps - x_0' of another image with the same noise."""
+
+    weight_g: A
+    """[g] fp32 weight; 0 where the row has no second target."""
+    start_I: A
+    """[I] int64 as `LatentRows.start_I`, of the second target's image."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +190,7 @@ class RankRows(Generic[A]):
 
 
 def derive_rows(
-    rank: RankPack, config: Config, token_ids: np.ndarray, latent_weight_L: np.ndarray | None = None
+    rank: RankPack, config: Config, token_ids: np.ndarray, weights: LatentWeights | None = None
 ) -> RankRows[np.ndarray]:
     """Compute the index arrays of one rank.
 
@@ -173,8 +198,7 @@ def derive_rows(
         rank: the pack, laid out for the rank.
         config: sizes of the model, grid, data sources.
         token_ids: int64 ids of every text token of the pack in token order, delimiters included.
-        latent_weight_L: [L] weight of each latent token in the flow loss, multiplied with 0 for clean images; None: 1.
-            Losses are divided by counts of tokens, not by sums of weights.
+        weights: of the latent tokens in the flow loss; None: 1 for each.
     """
     pack, place = rank.pack, rank.place
     token_U, token_G = rank.layout.split(place.cp)
@@ -195,7 +219,7 @@ def derive_rows(
         source_Q=source_S[token_Q],
         source_g=_take(source_S, token_g, len(config.data.sources)),
         vit=_vit_rows(rank, config, token_U) if place.first and config.model.visual_und else None,
-        latents=_latent_rows(rank, config, token_g, latent_g, latent_weight_L) if place.first else None,
+        latents=_latent_rows(rank, config, token_g, latent_g, weights) if place.first else None,
     )
 
 
@@ -226,20 +250,25 @@ def _vit_rows(rank: RankPack, config: Config, token_U: np.ndarray) -> VitRows[np
 
 
 def _latent_rows(
-    rank: RankPack, config: Config, token_g: np.ndarray, latent_g: np.ndarray, latent_weight_L: np.ndarray | None
+    rank: RankPack, config: Config, token_g: np.ndarray, latent_g: np.ndarray, weights: LatentWeights | None
 ) -> LatentRows[np.ndarray]:
     pack, model = rank.pack, config.model
     images, index = pack.latents, index_latents(pack)
     grids = (grid_ids(image.rows, image.cols, model.latent_grid, model.interpolate_pos) for image in images)
-    weight_g = _take(pack.noised_S, token_g, False).astype(np.float32)
-    if latent_weight_L is not None:
-        assert len(latent_weight_L) == len(index.image_L), (len(latent_weight_L), len(index.image_L))
-        weight_g *= _take(latent_weight_L.astype(np.float32), latent_g, 0)
+    noised_g = weight_g = _take(pack.noised_S, token_g, False).astype(np.float32)
+    constraint = None
+    if weights is not None:
+        assert len(weights.flow_L) == len(index.image_L), (len(weights.flow_L), len(index.image_L))
+        weight_g = noised_g * _take(weights.flow_L.astype(np.float32), latent_g, 0)
+        if weights.constraint_L is not None:
+            second_g = noised_g * _take(weights.constraint_L.astype(np.float32), latent_g, 0)
+            constraint = ConstraintRows(second_g, index.constraint_start_I * model.latent_dim)
     return LatentRows(
         image_g=_take(index.image_L, latent_g, -1),
         place_g=_take(index.place_L, latent_g, 0),
         grid_g=_take(np.concatenate([np.zeros(0, np.int64), *grids]), latent_g, 0),
         weight_g=weight_g,
+        constraint=constraint,
         raw_time_I=np.array([image.raw_timestep for image in images], np.float32),
         seed_I=np.array([image.noise_seed for image in images], np.int64),
         start_I=index.start_I * model.latent_dim,

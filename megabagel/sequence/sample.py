@@ -52,6 +52,8 @@ class LatentImage:
     raw_timestep: float
     """Normal draw u behind the timestep (docs/bagel.md#flow-time); -inf for a clean image."""
     noise_seed: int
+    constraint_slot: int | None = None
+    """See `items.Latent`."""
 
     @property
     def noised(self) -> bool:
@@ -180,4 +182,4 @@ def _register_images(plan: SamplePlan, item: Item, index: int) -> None:
         for number, frame in enumerate(frames):
             timestep = raw if frame.noised else -np.inf
             seed = plan.key.seed64("noise", index, number)
-            plan.latents.append(LatentImage(frame.slot, frame.rows, frame.cols, timestep, seed))
+            plan.latents.append(LatentImage(frame.slot, frame.rows, frame.cols, timestep, seed, frame.constraint_slot))

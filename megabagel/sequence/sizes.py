@@ -77,7 +77,8 @@ def sample_size(items: list[Item], dropped: Collection[int]) -> Size:
                 length += cells + DELIMITERS
                 gen += cells
                 mse += cells * frame.noised
-                images[frame.slot, frame.rows, frame.cols] = cells
+                slots = (frame.slot,) if frame.constraint_slot is None else (frame.slot, frame.constraint_slot)
+                images |= {(slot, frame.rows, frame.cols): cells for slot in slots}
             seen = _private(item, length, chains)
             public += 0 if seen else length
             visible += length * (public + seen)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megabagel.config.schema import Config, TrainConfig
+from megabagel.sequence.rank_rows import LatentWeights
 from megabagel.sequence.sample import LATENT
 from tests.support.grid_run import Harness, base_config, batch, on_grid, packs
 from tests.support.rank_pool import RankPool
@@ -32,7 +33,10 @@ def losses(config: Config, pack_number: int) -> Found:
 
     harness, pack = Harness(config), packs(config, 0)[pack_number]
     weight_L = weights(pack_number, int((pack.kind_S == LATENT).sum()))
-    made = [batch(harness.batches, pack, given) for given in (None, weight_L, np.ones_like(weight_L))]
+    made = [
+        batch(harness.batches, pack, given)
+        for given in (None, LatentWeights(weight_L), LatentWeights(np.ones_like(weight_L)))
+    ]
     inputs = [harness.builder.build(one) for one in made]
     plain, weighted, _ = (harness.runner.evaluate(one) for one in inputs)
     counts = Counts(pack.ce_tokens, pack.mse_tokens)

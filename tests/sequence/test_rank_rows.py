@@ -14,7 +14,7 @@ from megabagel.sequence.batch import PackedRows
 from megabagel.sequence.images import vae_images
 from megabagel.sequence.items import Item, Latent, Text, Vit
 from megabagel.sequence.one_buffer import ALIGNMENT, Span, map_fields
-from megabagel.sequence.rank_rows import LatentRows, RankPack, RankPlace, RankRows, VitRows, derive_rows
+from megabagel.sequence.rank_rows import LatentRows, LatentWeights, RankPack, RankPlace, RankRows, VitRows, derive_rows
 from tests.support.oracle import Token
 from tests.support.strategies import Drawn, examples, lay_end_to_end, packs
 
@@ -64,12 +64,12 @@ def cell(image: Latent | Vit, place: int) -> int:
 @given(packs(), GRIDS, st.booleans())
 def test_every_rank_knows_its_tokens(drawn: Drawn, grid: tuple[int, int, bool], weighted: bool) -> None:
     config, right, (cp, tp, sp) = config_of(drawn, *grid), Expected(drawn), grid
-    weight_L = right.weight_L if weighted else None
+    weights = LatentWeights(right.weight_L) if weighted else None
     for c in range(cp):
         shares = []
         for t in range(tp):
             rank = RankPack.of(drawn.pack, config, RankPlace(t, c))
-            rows = derive_rows(rank, config, right.token_ids, weight_L)
+            rows = derive_rows(rank, config, right.token_ids, weights)
             border = rank.layout.num_und[c]
             token_U, token_G = rank.layout.rank(c)[:border], rank.layout.rank(c)[border:]
             check_und(rows, token_U, right)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 
-import numpy as np
 import torch
 
 from megabagel.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig, VitConfig
@@ -16,6 +15,7 @@ from megabagel.sequence.batch import BatchBuilder, PackedBatch
 from megabagel.sequence.items import Clip, Item, Latent, Text, Vit
 from megabagel.sequence.keys import SampleKey, generator
 from megabagel.sequence.pack import Pack, build_pack
+from megabagel.sequence.rank_rows import LatentWeights
 from megabagel.sequence.sample import TEXT, Dropout, plan_sample
 
 PACKS = 4
@@ -88,7 +88,7 @@ def packs(config: Config, step: int) -> list[Pack]:
     ]  # fmt: skip
 
 
-def batch(batches: BatchBuilder, pack: Pack, latent_weight_L: np.ndarray | None = None) -> PackedBatch:
+def batch(batches: BatchBuilder, pack: Pack, weights: LatentWeights | None = None) -> PackedBatch:
     """A pack with synthetic words, patches and pixels."""
     rank, config = batches.lay_out(pack), batches.config
     draw = generator("words", pack.samples[0].key.source, pack.samples[0].key.epoch)
@@ -106,7 +106,7 @@ def batch(batches: BatchBuilder, pack: Pack, latent_weight_L: np.ndarray | None 
     images = [
         pixels(image.sample, image.slot, 3, image.rows * stride, image.cols * stride) for image in rank.vae_images
     ]
-    return batches.build(rank, token_ids, patches, images, latent_weight_L=latent_weight_L)
+    return batches.build(rank, token_ids, patches, images, latent_weights=weights)
 
 
 class Harness:

@@ -70,7 +70,11 @@ class KeyedTarget:
 
 @dataclass(frozen=True)
 class Reference:
-    """Velocity of a frozen reference model that regularizes the trained one (SRUM's constraint, lambda_c)."""
+    """A second velocity that the prediction is pulled towards, with weights of its own.
+
+    The velocity eps - x_0' of another picture (SRUM's constraint, equation 2, where good and bad picture differ), or
+    that of a frozen model (the velocity penalty of flow-matching RL).
+    """
 
     velocity_GZ: Tensor
     weight_G: Tensor

@@ -13,6 +13,7 @@
                                                                 "file_name" for the image (HF imagefolder)
     {"image": BYTES, "captions": '{"short": "a cat"}'}          a captioned image; one caption used per visit
     {"image_list": [BYTES, ...], "instruction_list": [["make it blue", ...], ...]}      a chain of edits
+    {"image": ..., "prompt": ..., "regions": [...]}             a judged picture; also as released (`judged.py`)
 
 If the fields of several layouts are present, the layout that uses most of the fields is taken; unused fields are
 counted by name. `captions`, `image_list`, `text` and conversations are the layouts of the released data sets
@@ -22,53 +23,48 @@ counted by name. `captions`, `image_list`, `text` and conversations are the layo
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice, product
 from math import prod
 from typing import Any, get_args
 
-from megabagel.data.documents import Cell, ImageRole, Member, Passage, Place, SampleError, TextRole
+from megabagel.data.documents import Cell, ImageRole, Member, Passage, SampleError, TextRole
+from megabagel.data.formats.declared import (
+    MAX_TEXT_BYTES,
+    SURROGATE,
+    Declared,
+    DeclaredImage,
+    DeclaredText,
+    Locate,
+    invalid,
+)
+from megabagel.data.formats.declared import image_field as _image
+from megabagel.data.formats.declared import list_field as _list
+from megabagel.data.formats.declared import text_field as _text
+from megabagel.data.formats.judged import OPTIONAL, OWN, RELEASED, judged, judged_as_released
+
+__all__ = [
+    "MAX_TEXT_BYTES",
+    "Declared",
+    "DeclaredImage",
+    "DeclaredText",
+    "Locate",
+    "declare",
+    "invalid",
+    "layout_of",
+    "parse",
+    "passage",
+]
 
 MAX_RECORD_BYTES = 2**24
 """Largest record that is parsed: parsed JSON takes up to 20 times its bytes."""
-MAX_TEXT_BYTES = 2**22
-"""Largest text that is used; no context window holds the tokens of a longer one."""
 MAX_ITEMS = 2**14
 """Most texts (every wording counts) and images of one record."""
 MAX_WORDINGS = 2**12
 """Most wordings of two joined instructions: the product of the wordings of each."""
 
-# JSON may contain an unpaired surrogate ("\ud800"), which UTF-8 cannot encode.
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _PLACEHOLDER = re.compile("(<image>|<video>)")
-
-
-@dataclass(frozen=True, slots=True)
-class DeclaredText:
-    """A text of a sample; `place` is the location from which it can be read again. Flags as in `documents.TextItem`."""
-
-    text: str
-    role: TextRole | None = None
-    place: Member | Passage | None = None
-    alternative: bool = False
-    joined: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class DeclaredImage:
-    """An image of a sample, located but not read. `name` is for messages."""
-
-    name: str
-    place: Place
-    role: ImageRole | None = None
-    frame: bool = False
-
-
-Declared = DeclaredText | DeclaredImage
-
-Locate = Callable[[str, Any], Place]
-"""(field, its value) -> location of the image; raises SampleError that names the field if there is no such image."""
 
 
 def parse(data: bytes) -> Any:
@@ -147,11 +143,6 @@ def passage(record: Any, part: int) -> str:
     record = {"image": "", **record}
     texts = [item for item in declare(record, lambda *_: somewhere, somewhere) if isinstance(item, DeclaredText)]
     return texts[part].text
-
-
-def invalid(where: str, expected: str, value: object) -> SampleError:
-    """The error for a field of a wrong type or value: one reason for all, so that they are counted together."""
-    return SampleError("invalid record", f"{where}: expected {expected}, got {value!r:.80}".removeprefix(": "))
 
 
 # Interleaved documents
@@ -319,7 +310,7 @@ def _captioned(record: Mapping[str, Any], locate: Locate) -> Iterator[Declared]:
     if not isinstance(listed, dict):
         raise invalid("captions", "a JSON object of captions", captions)
     for name, caption in listed.items():
-        if not isinstance(caption, str) or _SURROGATE.search(caption):
+        if not isinstance(caption, str) or SURROGATE.search(caption):
             raise invalid(f"captions[{name!r:.40}]", "a text", caption)
     wordings = [caption for caption in listed.values() if caption.strip()] or [" "]
     for number, wording in enumerate(wordings):
@@ -354,28 +345,6 @@ def _edits(record: Mapping[str, Any], locate: Locate) -> Iterator[Declared]:
                 yield DeclaredText(text, alternative=n > 0, joined=joined)
 
 
-# Fields
-
-
-def _list(where: str, value: Any) -> Sequence[Any]:
-    if not isinstance(value, list) or not value:
-        raise invalid(where, "a list that is not empty", value)
-    return value
-
-
-def _text(where: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or _SURROGATE.search(value):
-        raise invalid(where, "a text", value)
-    if len(value) > MAX_TEXT_BYTES:
-        raise SampleError("text too long", f"{where}: {len(value):,} characters; at most {MAX_TEXT_BYTES:,} are read")
-    return value
-
-
-def _image(where: str, value: Any, locate: Locate, role: ImageRole | None = None) -> DeclaredImage:
-    place = locate(where, value)
-    return DeclaredImage(value if isinstance(value, str) else where, place, role)
-
-
 PAIRS = tuple(product(("image", "file_name", "image_path"), ("text", "caption", "prompt")))
 """Layouts of a captioned image: field names that data sets use for the image and for its text."""
 
@@ -389,5 +358,7 @@ _LAYOUTS: Mapping[
     ("text",): (_plain, ()),
     ("messages",): (_messages, ("images", "image", "video")),
     **{pair: (_pair(*pair), ()) for pair in PAIRS},
+    OWN: (judged, OPTIONAL),
+    RELEASED: (judged_as_released, ()),
 }
 """By required fields of a layout: its parser, and its optional fields."""

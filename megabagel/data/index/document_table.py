@@ -36,14 +36,14 @@ ITEM = np.dtype(
 TYPES = {"documents": DOCUMENT, "items": ITEM, "keys": np.dtype("<u1"), "texts": np.dtype("<u1")}
 """Element types of the arrays of a `Table`."""
 
-# Layout of the byte `kind`: bit 0 image, bits 1-2 index into _ROLES, bit 3 alternative wording or further frame,
+# Layout of the byte `kind`: bit 0 image, bits 1-2 and 7 index into _ROLES, bit 3 alternative wording or further frame,
 # bits 4-5 steps of a joined instruction, bit 6 location in a parquet cell.
-_ROLES: tuple[Role | None, ...] = (None, "condition", "target", "look")
+_ROLES: tuple[Role | None, ...] = (None, "condition", "target", "look", "reward", "constraint")
 IMAGE = 1
 """Bit of `kind` that distinguishes images from texts."""
-_FURTHER, _CELL = 8, 64
+_FURTHER, _CELL, _HIGH_ROLE = 8, 64, 128
 _ROLE_SHIFT, _JOINED_SHIFT = 1, 4
-MEANING = _CELL - 1
+MEANING = 255 - _CELL
 """Bits of `kind` that describe the item itself; the remaining bit (_CELL) belongs to its location."""
 
 # Values of the field `file` for items outside of shards: a text held in the table, an image in a file of its own.
@@ -147,7 +147,13 @@ class Table:
 
 def declared_role(row: Row) -> Role | None:
     """Role that the sample itself declares for an item, or None."""
-    return _ROLES[row[0] >> _ROLE_SHIFT & 3]
+    kind = row[0]
+    return _ROLES[kind >> _ROLE_SHIFT & 3 | (4 if kind & _HIGH_ROLE else 0)]
+
+
+def _role_bits(role: Role | None) -> int:
+    number = _ROLES.index(role)
+    return (number & 3) << _ROLE_SHIFT | (_HIGH_ROLE if number & 4 else 0)
 
 
 def _cell(file: int, at: int, size: int, part: int, element: int) -> Cell:
@@ -169,7 +175,7 @@ class TableBuilder:
         self._documents.append((len(items), len(name)))
         self._keys += name
         for item, checksum in zip(items, checksums, strict=True):
-            role = _ROLES.index(item.role) << _ROLE_SHIFT
+            role = _role_bits(item.role)
             if isinstance(item, TextItem):
                 kind = role | item.alternative * _FURTHER | item.joined << _JOINED_SHIFT
                 place, high, wide = self._text_place(item.source), item.n_ids, 0

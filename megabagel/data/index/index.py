@@ -43,6 +43,7 @@ from megabagel.data.index.shard_files import SUFFIXES, find_shards, samples_of
 from megabagel.data.tokenize.tokenizer import TextTokenizer
 from megabagel.errors import UserError, printable
 from megabagel.log import RANK0
+from megabagel.rewards.regions import BadReward, Reward
 
 logger = logging.getLogger(__name__)
 
@@ -231,22 +232,36 @@ def _scan(reader: Reader, number: int, tokenizer: TextTokenizer) -> Scan:
 
 def _measured(declared: Sequence[Declared], tokenizer: TextTokenizer, reader: Reader) -> Iterator[tuple[Item, int]]:
     """Determine the sizes of declared items; yields (item, CRC-32 of its content)."""
+    sizes: list[tuple[int, int]] = []
     for one in declared:
         if isinstance(one, DeclaredText):
             data = one.text.encode()
             assert one.place is not None
             source = one.text if len(data) <= INLINE_BYTES else one.place
-            yield (
-                TextItem(len(tokenizer.encode(one.text)), source, one.role, one.alternative, one.joined),
-                zlib.crc32(data),
-            )
+            ids = 0 if one.role == "reward" else len(tokenizer.encode(one.text))
+            if one.role == "reward":
+                _check_reward(one.text, sizes)
+            yield TextItem(ids, source, one.role, one.alternative, one.joined), zlib.crc32(data)
             continue
         data = reader.read(one.place)
         try:
             height, width = measure(data, verify=True)
         except SampleError as error:
             raise SampleError(error.reason, ": ".join(filter(None, (one.name, error.detail)))) from error
+        sizes.append((height, width))
         yield ImageItem(height, width, one.place, one.role, one.frame), zlib.crc32(data)
+
+
+def _check_reward(text: str, sizes: Sequence[tuple[int, int]]) -> None:
+    """Compare scores with the pictures before them: the judged one, and the second target where there is one."""
+    height, width = sizes[0]
+    try:
+        Reward.from_json(text).check_size(width, height)
+    except BadReward as error:
+        raise SampleError(error.reason, error.detail) from error
+    if any(size != sizes[0] for size in sizes):
+        shown = " and ".join(f"{width} x {height}" for height, width in sizes)
+        raise SampleError("reward: good and bad picture differ in size", shown)
 
 
 def _report(index: Index, task: Task) -> None:

@@ -27,7 +27,7 @@ from megabagel.log import RANK0
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Version of the scan and of its file format. Increase it whenever a scan of the same shard would give another result
 or is stored in another way."""
 # Other names than those of the fields, kept because existing cache files have them.

@@ -16,6 +16,7 @@ from megabagel.config.schema import Config
 from megabagel.data.decode import DecodeEngine, Request, Views
 from megabagel.data.documents import Document, ImageItem, SampleError, TextItem
 from megabagel.data.index.index import Index
+from megabagel.data.load.latent_weights import latent_weights
 from megabagel.data.load.latents import LatentCache
 from megabagel.data.plan.global_plan import GlobalPlan
 from megabagel.data.plan.planned_sample import Rules, Task
@@ -102,6 +103,10 @@ class Filler:
         for image in encoded:
             sizes.setdefault((image.sample, image.slot), []).append((image.rows * stride, image.cols * stride))
         token_ids, unread = self._token_ids(task, rank.pack.samples)
+        weights = None
+        if rank.place.first:
+            weights, unscored = latent_weights(task, rank.pack, self.indexes, self.config.reward)
+            unread |= {number: _lost(task, number, *what, "scores") for number, what in unscored.items()}
         views, lost = self._views(task, sizes, unread)
         # `views` has one iterator per image; it yields sizes in the order in which they were requested above (all ViT
         # uses, then all VAE uses), so the next two lines must stay in this order.
@@ -112,7 +117,7 @@ class Filler:
         if unread:
             pack = rank.pack
             rank = replace(rank, pack=replace(pack, ce_S=pack.ce_S & ~np.isin(pack.sample_S, list(unread))))
-        batch = self.batches.build(rank, np.array(token_ids, np.int64), patches, pixels, moments)
+        batch = self.batches.build(rank, np.array(token_ids, np.int64), patches, pixels, moments, weights)
         return Filled(batch, lost + missed + tuple(unread.values()))
 
     def _token_ids(self, task: Task, samples: tuple[SamplePlan, ...]) -> tuple[list[int], dict[int, LostImage]]:

@@ -4,7 +4,7 @@ A generated image enters as noised latents. If anything follows it, its clean la
 after, so that later items are conditioned on the clean image (docs/bagel.md#tasks).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megabagel.config.schema import Config, DataConfig, ModelConfig
 from megabagel.data.decode.transforms import resize_target
@@ -40,6 +40,8 @@ class Expander:
         shown = shown_items(document, key)
         if task == "video":
             return self._video(shown, key)
+        if task == "reward":
+            return self._rewarded(shown)
         # Conditioning dropout serves classifier-free guidance, so texts are droppable only if an image is generated.
         generates = any(item.role == "target" for _, item in shown if isinstance(item, ImageItem))
         looks = sum(item.role == "look" for _, item in shown) or 1
@@ -56,6 +58,17 @@ class Expander:
                     result.append(self._latent(slot, item, noised=True))
                 if item.role == "condition" or slot != last:
                     result += [self._latent(slot, item, noised=False), self._vit(slot, item, droppable=True)]
+        return result
+
+    def _rewarded(self, shown: Shown) -> list[Item]:
+        """Items of a judged picture: prompt and noised picture as for t2i; scores and second target have no tokens."""
+        constraint = next((slot for slot, item in shown if item.role == "constraint"), None)
+        result: list[Item] = []
+        for slot, item in shown:
+            if isinstance(item, TextItem) and item.role == "condition":
+                result.append(Text(slot, item.n_ids, droppable=True))
+            elif isinstance(item, ImageItem) and item.role == "target":
+                result.append(replace(self._latent(slot, item, noised=True), constraint_slot=constraint))
         return result
 
     def _video(self, shown: Shown, key: SampleKey) -> list[Item]:

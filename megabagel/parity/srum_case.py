@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megabagel.config.load import override
 from megabagel.config.schema import Config, RewardConfig, TrainConfig
 from megabagel.errors import UserError
 from megabagel.parallel.attention import choose_attention
@@ -59,8 +60,6 @@ def srum_config(case: Case, overrides: list[str], ranks: int) -> Config:
     source = replace(config.data.sources[0], task="reward")
     reward = RewardConfig(constraint=cases[0].config["lambda_constraint"], floor=None)
     config = replace(config, data=replace(config.data, sources=(source,)), reward=reward)
-    from megabagel.config.load import override
-
     return override(config, overrides, str(case.path))
 
 
@@ -99,9 +98,9 @@ def _plans(case: Case, tensors: dict[str, Tensor], stride: int) -> Iterator[Samp
         yield plan
 
 
-def batch_weights(batch: OfficialBatch, config: Config) -> LatentWeights:
+def batch_weights(batch: OfficialBatch, rules: RewardConfig) -> LatentWeights:
     """Weights of the batch's latent tokens from its maps over pixels; without maps the plain flow loss alone."""
-    maps, images, rules = batch.tensors.get("reward_map"), batch.pack.latents, config.reward
+    maps, images = batch.tensors.get("reward_map"), batch.pack.latents
     tokens = [image.rows * image.cols for image in images]
     if maps is None:
         return LatentWeights(np.zeros(sum(tokens), np.float32), np.ones(sum(tokens), np.float32))
@@ -123,7 +122,7 @@ def compare_srum(case: Case, config: Config, mesh: Mesh, gates: Gates) -> Found:
     """Run the batch forward and backward and compare everything. Called on all ranks."""
     rank, batch = build_rank(config, mesh, choose_attention(config)), reward_batch(case)
     load_weights(rank, open_case(case.path.with_name(case.entry("weights_from").partition(" ")[0])))
-    packed = packed_batch(batch, rank.batches, batch_weights(batch, config))
+    packed = packed_batch(batch, rank.batches, batch_weights(batch, config.reward))
     inputs = rank.builder.build(packed, fixed_noise(batch, config.model))
     copies = rank.runner.fewest_micro_batches
     times = copies * mesh.dp.size
@@ -219,8 +218,8 @@ def compare_srum_trace(case: Case, config: Config, mesh: Mesh, gates: Gates) -> 
 def _step(rank: Rank, case: Case, number: int, mesh: Mesh) -> tuple[float, float, float]:
     """One optimizer step on a case's batch, the same on every data-parallel rank: loss, gradient norm, rate."""
     batch = reward_batch(case)
-    # The trace has one config, but its signed case was computed with the same lambda as the others.
-    packed = packed_batch(batch, rank.batches, batch_weights(batch, rank.config))
+    rules = replace(rank.config.reward, constraint=case.config["lambda_constraint"])
+    packed = packed_batch(batch, rank.batches, batch_weights(batch, rules))
     inputs = rank.builder.build(packed, fixed_noise(batch, rank.config.model))
     copies, rate = rank.runner.fewest_micro_batches, learning_rate(rank.config.train, number)
     counts = Counts(0, batch.pack.mse_tokens * copies * mesh.dp.size)

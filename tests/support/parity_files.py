@@ -20,7 +20,7 @@ INSIDE = Path(__file__).parents[1] / "parity" / "golden"
 OUTSIDE = Path(os.environ.get("MEGABAGEL_PARITY_DIR", Path(__file__).parents[3] / "shared" / "parity"))
 """Where the other cases lie; they are not part of this repository."""
 
-CASE = re.compile(r"(train|trace|prim|infer)_\d\d\w*")
+CASE = re.compile(r"(train|trace|prim|infer|srum)_\d\d\w*")
 
 needs = pytest.mark.golden
 """`@needs("train_04_edit", ...)`: collect the test only where these cases are at hand."""

@@ -34,6 +34,9 @@ from megabagel.train.build_rank import Rank, build_rank
 from megabagel.train.schedule import learning_rate
 from megabagel.train.step import Counts
 
+FEWEST_TOKENS = 128
+"""Window of a case at least: the batches are so short that context-parallel ranks would not all get a row block."""
+
 Found = tuple[list[Row], list[str]]
 """Rows (on rank 0) and notes."""
 
@@ -59,7 +62,8 @@ def srum_config(case: Case, overrides: list[str], ranks: int) -> Config:
     config = case_config(cases[0], [reward_batch(one) for one in cases], train, [])
     source = replace(config.data.sources[0], task="reward")
     reward = RewardConfig(constraint=cases[0].config["lambda_constraint"], floor=None)
-    config = replace(config, data=replace(config.data, sources=(source,)), reward=reward)
+    data = replace(config.data, sources=(source,), max_tokens=max(config.data.max_tokens, FEWEST_TOKENS))
+    config = replace(config, data=data, reward=reward)
     return override(config, overrides, str(case.path))
 
 

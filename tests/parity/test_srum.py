@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 
 from tests.support.parity_command import parity, paths
-from tests.support.parity_files import at_hand, needs, stem
+from tests.support.parity_files import needs, stem
 from tests.support.rank_pool import RankPool
 
-LOSSES = at_hand(
+LOSSES = (
     "srum_03_one_image",
     "srum_04_posterior_noise",
     "srum_05_good_and_bad",
     "srum_07_without_map",
     "srum_09_lambda_zero",
 )
-PURE = at_hand("srum_01_reward_maps", "srum_02_latent_tokens", "srum_12_judge_texts", "srum_13_activation")
+PURE = ("srum_01_reward_maps", "srum_02_latent_tokens", "srum_12_judge_texts", "srum_13_activation")
 PAIR, TRACE = "srum_05_good_and_bad", "srum_11_trace"
 
 

@@ -23,6 +23,7 @@ from megabagel.commands import (
     inference,
     parity,
     plan,
+    posttrain,
     serve,
     sweep,
     train,
@@ -106,6 +107,20 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (train, inference, serve, evaluate, sweep, bench, plan, parity, convert, checkpoint, data, doctor):
+    for group in (
+        train,
+        inference,
+        serve,
+        evaluate,
+        sweep,
+        posttrain,
+        bench,
+        plan,
+        parity,
+        convert,
+        checkpoint,
+        data,
+        doctor,
+    ):
         group.add(commands)
     return parser

@@ -60,7 +60,7 @@ ROOMS = {
     "planner": Room((*MODEL, "data", "checkpoint", "train"), (*RANKS, "yaml")),
     "posttrain": Room(
         (*MODEL, "rewards", "data", "sampling", "checkpoint", "inference", "train", "evaluation"),
-        (*RANKS, "PIL", "safetensors", "yaml"),
+        (*RANKS, "PIL", "segment_anything"),
     ),
     "parity": Room(
         (*MODEL, "rewards", "data", "checkpoint", "sampling", "inference", "train", "posttrain"),

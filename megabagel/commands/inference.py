@@ -36,7 +36,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     _add_decoding(ask)
     ask.set_defaults(run=lambda args: start(args, _ask))
     chat = _parser(commands, "chat", "talk with the model in texts and images", "megabagel chat runs/demo")
-    chat.add_argument("--size", metavar="WxH", type=_size, help="of pictures; default: as the last image")
+    chat.add_argument("--size", metavar="WxH", type=picture_size, help="of pictures; default: as the last image")
     chat.add_argument("--steps", metavar="N", type=positive, help="grid points of pictures; default: 50")
     chat.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="where pictures go; default: here")
     _add_decoding(chat)
@@ -68,6 +68,12 @@ def model_parser(commands: Any, name: str, what: str, example: str) -> argparse.
     )
     parser.set_defaults(command=name)
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="run, checkpoint or published folder")
+    model_options(parser)
+    return parser
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """Declare how a model is loaded, for `start`."""
     parser.add_argument("--weights", choices=("ema", "trained"), help="default: averaged ones where there are any")
     parser.add_argument(
         "--set", metavar="key=value", action="append", default=[], help="such as parallel.tp=2 or train.precision=bf16"
@@ -76,7 +82,6 @@ def model_parser(commands: Any, name: str, what: str, example: str) -> argparse.
         "--cache-tokens", metavar="N", type=positive, default=32768, help="tokens of the KV cache; default: 32768"
     )
     parser.add_argument("--nproc", metavar="N", type=positive, help="start N ranks on this machine")
-    return parser
 
 
 def _add_drawing(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +89,10 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
         "-n", metavar="N", type=positive, default=1, help="pictures, from seeds SEED, SEED + 1, ...; default: 1"
     )
     parser.add_argument(
-        "--size", metavar="WxH", type=_size, help="pixels; default: largest trained square, or the last image's size"
+        "--size",
+        metavar="WxH",
+        type=picture_size,
+        help="pixels; default: largest trained square, or the last image's size",
     )
     parser.add_argument("--steps", metavar="N", type=positive, help="grid points: N - 1 evaluations; default: 50")
     parser.add_argument("--think", action="store_true", help="plan the picture in words first")
@@ -111,7 +119,8 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _size(text: str) -> tuple[int, int]:
+def picture_size(text: str) -> tuple[int, int]:
+    """Read an argument WIDTHxHEIGHT."""
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 1024x576, found {text!r}")
@@ -127,7 +136,7 @@ def _interval(text: str) -> tuple[float, float]:
 
 
 def start(args: argparse.Namespace, action: Callable[[argparse.Namespace, Any], int]) -> int:
-    """Load the model on this rank, or start the ranks that do."""
+    """Run `action(args, model)` with the model of `args.checkpoint` on this rank, or start the ranks that do."""
     if args.nproc:
         refuse_second_launcher(os.environ)
         words = list(sys.argv[1:]) if sys.argv[1:] else []

@@ -18,6 +18,7 @@ from megabagel.data.files import write_atomic
 from megabagel.errors import UserError
 from megabagel.inference.api import Pipeline
 from megabagel.inference.generated import Generated
+from megabagel.inference.presets import DRAW, adjusted, preset
 from megabagel.locks import inside, locked
 from megabagel.posttrain.journal import Journal
 from megabagel.posttrain.ranks import first_rank, from_first
@@ -113,11 +114,20 @@ def _pictures(
 ) -> Iterator[Generated | str]:
     """A picture or the reason of its failure for each item of a group, in order."""
     given = {"points": options.steps, "text_scale": options.text_scale, "think": options.think}
+    # Settings that no prompt could be drawn with end the stage here; below, an error belongs to one prompt.
+    model.grid(options.size, None)
+    adjusted(preset(DRAW).draw, points=options.steps, text_scale=options.text_scale)
     requests: list[Any] = []
     for prompt, number in group:
         seed = seed64(options.seed, "candidate", prompt["id"], number) % 2**31
-        requests.append(model.submit_draw([prompt["prompt"]], 1, options.size, seed, **given))
+        try:
+            requests.append(model.submit_draw([prompt["prompt"]], 1, options.size, seed, **given))
+        except UserError as error:
+            requests.append(str(error))
     for request in requests:
+        if isinstance(request, str):
+            yield request
+            continue
         for _ in model.stream(request):
             pass
         yield request.done.error if request.done.error is not None else request.done.result[0]

@@ -83,6 +83,8 @@ def test_what_cannot_be_drawn_is_named_and_not_tried_again(model: Any, tmp_path:
     assert generate(model, prompts, tmp_path, OPTIONS)["failed"] == 2
     record = json.loads((tmp_path / "drawn.jsonl").read_text().splitlines()[0])
     assert "KV cache" in record["error"] and not (tmp_path / "images" / "long_0.png").exists()
+    with pytest.raises(UserError, match="expected multiples of 16"):
+        generate(model, prompts, tmp_path / "other", DrawOptions(size=(17, 16)))
     assert generate(model, prompts, tmp_path, OPTIONS) | {"failed": 0} == {
         "prompts": 2, "pictures": 4, "known": 4, "drawn": 0, "failed": 0
     }  # fmt: skip

@@ -10,9 +10,9 @@ from pathlib import Path
 from megabagel.config.rules import nearest_multiples, rule
 from megabagel.config.schema import Config, ResizeConfig
 
-GENERATES = frozenset({"t2i", "edit", "video", "interleave", "reward"})
+GENERATES = frozenset({"t2i", "edit", "video", "interleave", "reward", "reconstruct"})
 """Tasks that need model.visual_gen."""
-LOOKS = frozenset({"i2t", "edit", "interleave"})
+LOOKS = frozenset({"i2t", "edit", "interleave", "reconstruct"})
 """Tasks that need model.visual_und."""
 
 # The mixture

@@ -166,7 +166,7 @@ class SourceConfig:
     name: str = ""
     path: str = ""
     """Glob of shards (WebDataset tars, parquet, JSONL) or a folder of them, relative to data.root."""
-    task: Literal["t2i", "i2t", "edit", "video", "text", "interleave", "reward"] = "t2i"
+    task: Literal["t2i", "i2t", "edit", "video", "text", "interleave", "reward", "reconstruct"] = "t2i"
     weight: float = 1.0
     """Samples are drawn from sources in proportion to their weights."""
     images: str = ""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Task = Literal["t2i", "i2t", "edit", "video", "text", "interleave", "reward"]
+Task = Literal["t2i", "i2t", "edit", "video", "text", "interleave", "reward", "reconstruct"]
 
 TextRole = Literal["condition", "target", "reward"]
 """`condition`: no loss, may be dropped for classifier-free guidance; `target`: trained with cross-entropy; `reward`: no
@@ -144,11 +144,11 @@ def assign_roles(task: Task, document: Document) -> Document:
     """Give every item of a document its role under `task`, and order the items as the task requires.
 
     t2i: caption (condition), image (target). i2t: image (look), caption (target); a conversation keeps its declared
-    roles. reward: as t2i, with the scores of the image and maybe a second target. edit: the first image is a
-    condition, all others are targets; texts are conditions unless declared a target.
-    video: texts (condition), then frames (target). text: texts are targets unless declared a condition. interleave:
-    roles as declared (docs/bagel.md#tasks). Every other task leaves out scores and second targets: with t2i a source
-    of judged pictures is plain fine-tuning on them. Idempotent.
+    roles. reconstruct: image (look), text (condition), the same image (target). reward: as t2i, with the scores of the
+    image and maybe a second target. edit: the first image is a condition, all others are targets; texts are conditions
+    unless declared a target. video: texts (condition), then frames (target). text: texts are targets unless declared a
+    condition. interleave: roles as declared (docs/bagel.md#tasks). Tasks other than reward leave out scores and second
+    targets: with t2i a source of judged pictures is plain fine-tuning on them. Idempotent.
 
     Raises:
         SampleError: the document does not suit the task; the reason starts with the name of the task.
@@ -181,6 +181,15 @@ def _image_to_text(document: Document) -> tuple[Item, ...]:
         return document.items
     texts, image = _captions_and_image("i2t", document)
     return _image_as("i2t", "look", image), *(_text_as("i2t", "target", text) for text in texts)
+
+
+def _reconstructed(document: Document) -> tuple[Item, ...]:
+    """Reconstruction alignment (RecA, https://arxiv.org/abs/2509.07295): what the ViT sees of an image, drawn again."""
+    if [image.role for image in document.images] == ["look", "target"]:
+        return document.items  # assigned already
+    texts, image = _captions_and_image("reconstruct", document)
+    prompt = (_text_as("reconstruct", "condition", text) for text in texts)
+    return _image_as("reconstruct", "look", image), *prompt, _image_as("reconstruct", "target", image)
 
 
 def _is_conversation(document: Document) -> bool:
@@ -265,4 +274,5 @@ _ASSIGN: dict[Task, Callable[[Document], tuple[Item, ...]]] = {
     "text": _text_only,
     "interleave": _interleaved,
     "reward": _rewarded,
+    "reconstruct": _reconstructed,
 }

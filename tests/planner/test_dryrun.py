@@ -73,7 +73,7 @@ def _shift_optimizer_shards(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_the_target(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(consistency, "to_wire", lambda hidden: hidden.und_uD[:, None])
+    patch.setattr(consistency, "to_wire", lambda hidden, *_: hidden.und_uD[:, None])
 
 
 def _nothing(patch: pytest.MonkeyPatch) -> None:

@@ -16,18 +16,21 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from megabagel.errors import UserError
 from megabagel.evaluation.shapes_vision import find_figures
-from megabagel.inference.api import Pipeline
 from megabagel.locks import inside, locked
-from megabagel.posttrain.generate import DRAWN, IMAGES
-from megabagel.posttrain.journal import Journal, Record, read_records
+from megabagel.posttrain.journal import DRAWN, IMAGES, Journal, Record, read_records
 from megabagel.posttrain.ranks import first_rank, from_first
 from megabagel.rewards.regions import BadReward, Box, read_box
+
+# Stages without a model start without megatron-core, whose import takes seconds.
+if TYPE_CHECKING:
+    from megabagel.inference.api import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +61,7 @@ class BoxOptions:
     lacks."""
 
 
-def find_boxes(work: Path, options: BoxOptions, model: Pipeline | None = None) -> dict[str, int]:
+def find_boxes(work: Path, options: BoxOptions, model: "Pipeline | None" = None) -> dict[str, int]:
     """Find the regions of all drawn pictures that `work` lacks; returns counts. Called on all ranks.
 
     Args:
@@ -75,7 +78,7 @@ def find_boxes(work: Path, options: BoxOptions, model: Pipeline | None = None) -
         return _find_boxes(work, options, model)
 
 
-def _find_boxes(work: Path, options: BoxOptions, model: Pipeline | None) -> dict[str, int]:
+def _find_boxes(work: Path, options: BoxOptions, model: "Pipeline | None") -> dict[str, int]:
     settings = {name: getattr(options, name) for name in options.__dataclass_fields__}
     journals: list[Journal] = []
 
@@ -129,7 +132,7 @@ def usable(boxes: Sequence[Box], size: tuple[int, int], options: BoxOptions) -> 
     return list(kept)[: options.most]
 
 
-def proposer(options: BoxOptions, model: Pipeline | None) -> Propose:
+def proposer(options: BoxOptions, model: "Pipeline | None") -> Propose:
     """The function behind `options.method`. Raises UserError for one that is unknown or not installed."""
     method = options.method
     if method == "scenes":
@@ -191,7 +194,7 @@ def _sam(options: BoxOptions) -> Propose:
 _BOX = re.compile(r"\[\s*(-?\d+)[\s,]+(-?\d+)[\s,]+(-?\d+)[\s,]+(-?\d+)\s*\]")
 
 
-def _ask_model(model: Pipeline, image: Image.Image, prompt: str) -> list[Box]:
+def _ask_model(model: "Pipeline", image: Image.Image, prompt: str) -> list[Box]:
     width, height = image.size
     question = (
         f'This picture of {width} x {height} pixels was drawn for "{prompt}". List the bounding box of every object '
@@ -201,7 +204,7 @@ def _ask_model(model: Pipeline, image: Image.Image, prompt: str) -> list[Box]:
     return [tuple(map(int, found)) for found in _BOX.findall(answer)]  # type: ignore[misc]
 
 
-def _named(model: Pipeline | None, image: Image.Image, box: Box, prompt: str) -> bool:
+def _named(model: "Pipeline | None", image: Image.Image, box: Box, prompt: str) -> bool:
     """Whether the model finds something of the prompt in a region; any answer but no keeps it."""
     if model is None:
         raise UserError("boxes: the filter needs the model; name a checkpoint")

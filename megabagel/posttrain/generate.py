@@ -20,13 +20,12 @@ from megabagel.inference.api import Pipeline
 from megabagel.inference.generated import Generated
 from megabagel.inference.presets import DRAW, adjusted, preset
 from megabagel.locks import inside, locked
-from megabagel.posttrain.journal import Journal
+from megabagel.posttrain.journal import DRAWN, IMAGES, Journal
 from megabagel.posttrain.ranks import first_rank, from_first
 from megabagel.sequence.keys import seed64
 
 logger = logging.getLogger(__name__)
 
-DRAWN, IMAGES = "drawn.jsonl", "images"
 GROUP = 16
 """Pictures that are submitted to the engine together."""
 

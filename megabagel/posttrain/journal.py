@@ -18,8 +18,10 @@ from megabagel.errors import UserError, printable
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 2**34
 Record = dict[str, Any]
+
+DRAWN, IMAGES = "drawn.jsonl", "images"
+"""In the folder of a pipeline: records of drawn pictures, and their files."""
 
 
 class Journal:

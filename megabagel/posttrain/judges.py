@@ -8,7 +8,7 @@ model     the model itself, by SRUM's two-level prompts, with retries at a tempe
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -17,12 +17,15 @@ from megabagel.data.builders.scenes_page import COLOURS, PLACES, SHAPES, Figure,
 from megabagel.data.builders.scenes_text import Prompt
 from megabagel.errors import UserError
 from megabagel.evaluation.shapes_checker import Judgement, judge_picture
-from megabagel.inference.api import Pipeline
 from megabagel.posttrain.journal import Record
 from megabagel.posttrain.judge_prompts import layout_prompt, overall_prompt, region_prompt
 from megabagel.posttrain.judge_text import NO_SCORE, Answer, read_answer, read_regions
 from megabagel.rewards.regions import Box
 from megabagel.sequence.keys import seed64
+
+# Stages without a model start without megatron-core, whose import takes seconds.
+if TYPE_CHECKING:
+    from megabagel.inference.api import Pipeline
 
 RETRY_TEMPERATURE = 0.7
 
@@ -61,7 +64,7 @@ class JudgeOptions:
     seed: int = 0
 
 
-def judge_of(options: JudgeOptions, model: Pipeline | None) -> Judge:
+def judge_of(options: JudgeOptions, model: "Pipeline | None") -> Judge:
     """The judge that `options.by` names. Raises UserError for an unknown one, or one that lacks its model."""
     if options.by == "exact":
         return lambda image, record, boxes: exact(np.asarray(image), record)
@@ -99,7 +102,7 @@ def _scores(judged: Judgement) -> Scores:
     return Scores(regions, float(judged.layout), float(overall))
 
 
-def by_asking(model: Pipeline, image: Image.Image, record: Record) -> Scores:
+def by_asking(model: "Pipeline", image: Image.Image, record: Record) -> Scores:
     """Scores of the page that the model says it sees: one question per place, in the words of its training."""
     prompt, figures, failures, raw = _scenes_prompt(record), [], {}, []
     for place in PLACES:
@@ -142,7 +145,7 @@ def _overlap(a: Sequence[int], b: Sequence[int]) -> bool:
 
 
 def by_prompts(
-    model: Pipeline, image: Image.Image, record: Record, boxes: Sequence[Box], options: JudgeOptions
+    model: "Pipeline", image: Image.Image, record: Record, boxes: Sequence[Box], options: JudgeOptions
 ) -> Scores:
     """Local and global reward by SRUM's prompts, each asked again for what got no score.
 

@@ -9,11 +9,10 @@ import logging
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megabagel.data.files import write_atomic
 from megabagel.errors import UserError
-from megabagel.inference.api import Pipeline
 from megabagel.locks import inside, locked
 from megabagel.posttrain.boxes import BOXES, drawn_pictures, open_picture
 from megabagel.posttrain.journal import Journal, Record, read_records
@@ -22,12 +21,16 @@ from megabagel.posttrain.ranks import first_rank, from_first
 from megabagel.rewards.records import to_released
 from megabagel.rewards.regions import Region, Reward
 
+# Stages without a model start without megatron-core, whose import takes seconds.
+if TYPE_CHECKING:
+    from megabagel.inference.api import Pipeline
+
 logger = logging.getLogger(__name__)
 
 JUDGED, TRAIN = "judged.jsonl", "train.jsonl"
 
 
-def judge(work: Path, options: JudgeOptions, model: Pipeline | None = None) -> dict[str, int]:
+def judge(work: Path, options: JudgeOptions, model: "Pipeline | None" = None) -> dict[str, int]:
     """Judge all drawn pictures that `work` has no scores of; returns counts. Called on all ranks.
 
     Args:
@@ -44,7 +47,7 @@ def judge(work: Path, options: JudgeOptions, model: Pipeline | None = None) -> d
         return _judge(work, options, model)
 
 
-def _judge(work: Path, options: JudgeOptions, model: Pipeline | None) -> dict[str, int]:
+def _judge(work: Path, options: JudgeOptions, model: "Pipeline | None") -> dict[str, int]:
     settings = {**asdict(options), "weights": model.source.digest if model and options.by != "exact" else None}
     journals: list[Journal] = []
 

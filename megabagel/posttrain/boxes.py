@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from PIL import Image
 from megabagel.errors import UserError
 from megabagel.evaluation.shapes_vision import find_figures
 from megabagel.locks import inside, locked
-from megabagel.posttrain.journal import DRAWN, IMAGES, Journal, Record, read_records
+from megabagel.posttrain.journal import DRAWN, IMAGES, Journal, Record, append_to, read_records
 from megabagel.posttrain.ranks import first_rank, from_first
 from megabagel.rewards.regions import BadReward, Box, read_box
 
@@ -95,7 +96,7 @@ def _find_boxes(work: Path, options: BoxOptions, model: "Pipeline | None") -> di
         total, dropped = total + len(kept), dropped + len(found) - len(kept)
         result = {"image_file": record["image_file"], "size": list(image.size), "boxes": [list(box) for box in kept]}
         result["filtered"] = len(found) - len(kept)
-        from_first(lambda result=result: journals[0].append(result))
+        from_first(partial(append_to, journals, result))
     return {"pictures": len(left), "boxes": total, "filtered": dropped}
 
 

@@ -8,7 +8,7 @@ file, so that a second call with others cannot mix two kinds of records.
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,12 @@ class Journal:
                 f"{self.path}: was begun with {shown}. Use the same settings, or another folder; remove "
                 f"{self.path.name} and {path.name} to begin anew."
             )
+
+
+def append_to(journals: Sequence[Journal], record: Record) -> None:
+    """Append to the journal that rank 0 alone has opened (`ranks.from_first`)."""
+    (journal,) = journals
+    journal.append(record)
 
 
 def read_records(path: Path, key: str, repair: bool = False) -> Iterator[Record]:

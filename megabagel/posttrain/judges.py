@@ -93,7 +93,7 @@ def _scenes_prompt(record: Record) -> Prompt:
 
 
 def _scores(judged: Judgement) -> Scores:
-    regions = [
+    regions: list[dict[str, Any]] = [
         {"box": [int(edge) for edge in r.box], "name": r.name, "score": float(r.score), "reason": r.reason}
         for r in judged.regions
     ]

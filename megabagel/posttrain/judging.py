@@ -8,6 +8,7 @@ import json
 import logging
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from megabagel.data.files import write_atomic
 from megabagel.errors import UserError
 from megabagel.locks import inside, locked
 from megabagel.posttrain.boxes import BOXES, drawn_pictures, open_picture
-from megabagel.posttrain.journal import Journal, Record, read_records
+from megabagel.posttrain.journal import Journal, Record, append_to, read_records
 from megabagel.posttrain.judges import JudgeOptions, judge_of
 from megabagel.posttrain.ranks import first_rank, from_first
 from megabagel.rewards.records import to_released
@@ -70,7 +71,7 @@ def _judge(work: Path, options: JudgeOptions, model: "Pipeline | None") -> dict[
         failures.update(scores.failures.values())
         result = {"image_file": record["image_file"], "prompt": record["prompt"], "id": record["id"]}
         result |= {"size": list(image.size), "judge": options.by, **asdict(scores)}
-        from_first(lambda result=result: journals[0].append(result))
+        from_first(partial(append_to, journals, result))
     return {"pictures": len(left), "scores without a number": sum(failures.values()), **dict(failures.most_common())}
 
 

@@ -131,7 +131,7 @@ class Table:
                 place = _cell(file, at, size, part, number)
             else:
                 place = Member(file, at, size) if file >= 0 else Loose(self._text(at, number), size)
-            return ImageItem(high, wide, place, role, further, crc)
+            return ImageItem(high, wide, place, role, further, crc)  # type: ignore[arg-type]
         source: str | Member | Passage
         if file == _INLINE:
             source = self._text(at, size)

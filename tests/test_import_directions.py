@@ -66,7 +66,7 @@ ROOMS = {
         (*MODEL, "rewards", "data", "checkpoint", "sampling", "inference", "train", "posttrain"),
         (*RANKS, "PIL", "safetensors"),
     ),
-    "bench": Room((*MODEL, "data", "checkpoint", "train"), (*RANKS, "psutil", "yaml")),
+    "bench": Room((*MODEL, "rewards", "data", "checkpoint", "train"), (*RANKS, "psutil", "yaml")),
     "evaluation": Room(
         (*MODEL, "data", "checkpoint", "inference", "train"),
         (*RANKS, "PIL"),

@@ -29,6 +29,7 @@ from megabagel.data.documents import (
 from megabagel.data.formats.reader import Reader
 from megabagel.data.index.index import Index
 from megabagel.data.plan.global_plan import Source
+from megabagel.rewards.regions import Region, Reward
 from megabagel.sequence.keys import generator
 
 DOCUMENTS = 2048
@@ -100,6 +101,9 @@ def _clip(draw: np.random.Generator, bounds: Bounds) -> tuple[Item, ...]:
     return _text(draw, bounds, 20, 120), *[frame] * int(draw.integers(4, 9))
 
 
+_REWARD = Reward(tuple(Region((0, 0, 8 * n, 8 * n), n / 10) for n in range(1, 11)), 0.5)
+_SCORES = TextItem(0, _REWARD.to_json(), "reward")
+
 _ITEMS: dict[str, Callable[[np.random.Generator, Bounds], tuple[Item, ...]]] = {
     "t2i": lambda draw, bounds: (_text(draw, bounds, 20, 120), _image(draw, bounds)),
     "i2t": lambda draw, bounds: (_image(draw, bounds), _text(draw, bounds, 20, 120)),
@@ -107,6 +111,9 @@ _ITEMS: dict[str, Callable[[np.random.Generator, Bounds], tuple[Item, ...]]] = {
     "video": _clip,
     "text": lambda draw, bounds: (_text(draw, bounds, 200, 1000),),
     "interleave": _page,
+    # Ten regions, as the released pipeline keeps at most; their boxes lie in the corner of every picture.
+    "reward": lambda draw, bounds: (_text(draw, bounds, 20, 120), _image(draw, bounds), _SCORES),
+    "reconstruct": lambda draw, bounds: (_text(draw, bounds, 5, 20), _image(draw, bounds)),
 }
 
 

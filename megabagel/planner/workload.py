@@ -207,13 +207,16 @@ class _Document:
         match task:
             case "text":
                 return [self._text(0, "document", loss=True)]
-            case "t2i":
+            case "t2i" | "reward":
                 return [self._text(0, "caption"), self._made(1, self._size())]
             case "i2t":
                 return [self._seen(0, self._size()), self._text(1, "question"), self._text(2, "answer", loss=True)]
             case "edit":
                 size = self._size()
                 return [*self._shown(0, size), self._text(1, "edit"), self._made(2, size)]
+            case "reconstruct":
+                size = self._size()
+                return [self._seen(0, size), self._text(1, "edit"), self._made(2, size)]
             case "video":
                 return self._video()
             case _:

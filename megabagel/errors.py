@@ -95,6 +95,15 @@ class BadStep(Stopped):
     code = 77
 
 
+class Corrupted(Stopped):
+    """Copies of a weight differ, or a computation is not repeatable; the message names tensor and ranks.
+
+    Not 78, which is EX_CONFIG of sysexits.h: another start, on other hosts, may well do.
+    """
+
+    code = 79
+
+
 class Exit(NamedTuple):
     """A row of the table of exit codes."""
 
@@ -124,6 +133,13 @@ EXITS = (
     ),
     Exit(RankLost.code, "a rank died, hung or failed; the message names it", "yes, perhaps without its host", True),
     Exit(BadStep.code, "a step that the config does not let pass (below)", "after looking at its samples", False),
+    Exit(
+        Corrupted.code,
+        "copies of a weight differ between ranks, or a micro-batch computed twice differs; the message names tensor "
+        "and ranks. The newest checkpoint is from before",
+        "yes, without the host of these ranks",
+        True,
+    ),
     Exit(INTERRUPTED, "Ctrl-C; the message says what is saved", "as you like", False),
     Exit(KILLED, "a rank ended by SIGKILL, by the system for memory most often", "yes, with less memory in use", True),
     Exit(141, "nobody reads the output any more (a closed pipe)", "as you like", False),

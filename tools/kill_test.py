@@ -33,7 +33,10 @@ EVERY = 5
 """Steps between checkpoints."""
 PATIENCE = 120.0
 """Seconds that anything may take."""
-TIMED = ("seconds", "data_wait", "tokens_per_s_per_gpu", "mfu_", "vit_flops", "vae_flops", "mem")
+TIMED = (
+    *("seconds", "data_wait", "tokens_per_s_per_gpu", "mfu_", "vit_flops", "vae_flops", "mem"),
+    *("rank_seconds", "slowest_rank"),
+)
 """What a record says about the machine."""
 OPTIONS = (
     *("telemetry.log_every=1000000", f"checkpoint.every={EVERY}", "checkpoint.keep=2"),

@@ -291,6 +291,11 @@ class TrainConfig:
     """Steps between measurements of the held-out loss (docs/evaluation.md#held-out-loss); 0: none."""
     val_packs: int = 8
     """Packs of the held-out set, drawn once from `data.val_sources`; the same in every run, whatever its seed."""
+    on_corruption: Literal["stop", "rollback"] = "stop"
+    """Policy for copies of a weight that differ between ranks, compared before every checkpoint, and for a micro-batch
+    whose recomputation differs (docs/faults.md). `stop`: end the run; `rollback`: go on from the newest checkpoint."""
+    recompute_check_every: int = 0
+    """Steps between checks that compute one micro-batch twice and compare losses and gradients bit for bit; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -362,6 +367,10 @@ class TelemetryConfig:
     """Scale of classifier-free guidance on text; 1: none."""
     peak_tflops: float | None = None
     """Dense peak of one device, TFLOP/s, for MFU; default: a table of common GPUs, else measured by a GEMM at start."""
+    straggler_steps: int = 50
+    """Steps over which the ranks' own times are compared, to name a slow rank in the log; 0: never."""
+    straggler_ratio: float = 1.2
+    """A rank is named as slow if its own time exceeds this many times the median of its pipeline stage."""
 
 
 @dataclass(frozen=True)

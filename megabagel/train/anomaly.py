@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megabagel.config.schema import TrainConfig
 from megabagel.config.typed_json import read_as
+from megabagel.errors import BadStep, Stopped
 
 Action = Literal["record", "stop", "skip", "rollback"]
 
@@ -27,6 +28,8 @@ class StepAnomaly:
     """Policy for this step."""
     setting: str
     """Config key that set `action`."""
+    ending: type[Stopped] = BadStep
+    """Raised where `action` is `stop`."""
 
     @property
     def updates(self) -> bool:

@@ -19,6 +19,7 @@ from megabagel.config.schema import TrainConfig
 from megabagel.parallel.mesh import Axis, Mesh
 from megabagel.parallel.stages import PipelineStage
 from megabagel.runtime.phase import phase
+from megabagel.runtime.rank_clock import clock
 
 
 class Optimizer:
@@ -187,6 +188,8 @@ def _optimizer_config(config: TrainConfig, megatron: TransformerConfig) -> Optim
 
 def finish_gradients(chunks: list[DistributedDataParallel], tp: Axis) -> None:
     """Reduce gradients over data- and context-parallel ranks, then partial ones over tensor-parallel ranks."""
+    # From here on every rank waits for the others.
+    clock.pause()
     with phase("gradients"):
         for chunk in chunks:
             chunk.finish_grad_sync()

@@ -18,6 +18,7 @@ _SAME_NUMBERS = (
     *("run.", "telemetry.", "checkpoint."),
     *("data.root", "data.index_dir", "data.workers", "data.worker_timeout", "data.prefetch", "data.decode_threads"),
     *("data.val_sources", "train.val_every", "train.val_packs"),
+    *("train.on_corruption", "train.recompute_check_every"),
 )
 """Prefixes of keys that cannot change any computed value of a run."""
 

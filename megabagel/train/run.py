@@ -20,13 +20,14 @@ from megabagel.checkpoint import api
 from megabagel.config.load import dump
 from megabagel.config.schema import Config
 from megabagel.data.load.loader import Step
-from megabagel.errors import BadStep, Preempted, UserError
+from megabagel.errors import BadStep, Corrupted, Preempted, UserError
 from megabagel.locks import inside, locked
 from megabagel.log import RANK0, configure_log
 from megabagel.parallel.mesh import Mesh, distributed
 from megabagel.runtime.collective_errors import all_max, all_union, on_all_ranks, on_rank0
 from megabagel.runtime.device import comm_backend, current_device, peak_memory
 from megabagel.runtime.phase import finished, keepalive, phase
+from megabagel.runtime.rank_clock import clock
 from megabagel.runtime.signals import StopRequest
 from megabagel.train.anomaly import StepAnomaly
 from megabagel.train.bad_step_dump import bad_step_dump, dump_path
@@ -35,6 +36,7 @@ from megabagel.train.sample_images import SamplerFactory
 from megabagel.train.saved import done
 from megabagel.train.schedule import learning_rate
 from megabagel.train.step import Losses
+from megabagel.train.stragglers import StragglerWatch, rank_times
 from megabagel.train.telemetry import Telemetry
 from megabagel.train.throughput import peak_flops, rates
 from megabagel.train.trainer import Outcome, Trainer
@@ -114,13 +116,18 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
     logger.info("peak for MFU: %.3g FLOP/s per rank (%s)", *peak)
     if trainer.step >= config.train.steps:
         logger.info("%s", done(config, trainer.step))
+    watch = StragglerWatch(config.telemetry, mesh)
     for step in _steps(trainer):
         started = time.perf_counter()
         outcome = trainer.train_step(step)
         stop.finished += 1
         # The signal travels with an all-reduce that every step has anyway: a signal that reaches only some ranks stops
         # all of them after the same step.
-        lost, signalled = all_max(len(step.lost), stop.number)
+        # And with the ranks' own times, each in its place, in microseconds.
+        own = [0] * mesh.world.size
+        own[mesh.world.rank] = round((step.own_wait + clock.seconds()) * 1e6)
+        lost, signalled, *times = all_max(len(step.lost), stop.number, *own)
+        own_seconds = [time / 1e6 for time in times]
         # Ranks of one data-parallel replica may read the same image, so lost images are counted as a union. The
         # all-gather is rare: it happens only when some rank lost one.
         trainer.lost_images += len(all_union(frozenset(map(repr, step.lost)))) if lost else 0
@@ -135,6 +142,8 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
         flops = sum(step.plan.flops[1:], step.plan.flops[0])
         speed = rates(flops, record["tokens"], seconds, mesh.world.size, peak)
         record |= {"seconds": seconds, "data_wait": step.waited, **speed, "mem": peak_memory()}
+        record |= rank_times(own_seconds)
+        watch.add(trainer.step, own_seconds)
         last = trainer.step == config.train.steps
         if trainer.held_out and (last or trainer.step % config.train.val_every == 0):
             record |= trainer.held_out.measure().columns(config.train)
@@ -148,6 +157,10 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
             # Collective: completes an asynchronous checkpoint once every rank has written its file.
             trainer.saver.poll()
         if last or signalled or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
+            if (corruption := trainer.compare_copies()) is not None:
+                _roll_back_or_stop(trainer, corruption)
+                on_rank0(partial(telemetry.rewind, trainer.step))
+                continue
             trainer.save(step.plan.state)
         if signalled and not last:
             with phase("checkpoint"):
@@ -176,10 +189,17 @@ def in_step(steps: Iterator[Step]) -> Iterator[Step]:
     while True:
         started = time.perf_counter()
         with phase("data"):
-            step = on_all_ranks(lambda: next(steps, None))
+            step = on_all_ranks(partial(_next, steps))
         if step is None:
             return
         yield replace(step, waited=time.perf_counter() - started)
+
+
+def _next(steps: Iterator[Step]) -> Step | None:
+    """Return this rank's part of the next step, with the seconds that it took; None after the last."""
+    started = time.perf_counter()
+    step = next(steps, None)
+    return None if step is None else replace(step, own_wait=time.perf_counter() - started)
 
 
 def _apply_policy(trainer: Trainer, step: Step, outcome: Outcome, anomaly: StepAnomaly) -> bool:
@@ -194,16 +214,34 @@ def _apply_policy(trainer: Trainer, step: Step, outcome: Outcome, anomaly: StepA
         extra=RANK0,
     )
     if anomaly.action == "stop":
-        raise BadStep(
+        others = "train.on_nonfinite and train.on_spike (skip, rollback) make a run go on."
+        advice = others if anomaly.ending is BadStep else _ELSEWHERE
+        raise anomaly.ending(
             f"step {trainer.step}: {anomaly.what}. No update was made and no checkpoint written. {path} lists its "
-            "samples and has the command that replays it; train.on_nonfinite and train.on_spike (skip, rollback) make "
-            "a run go on."
+            f"samples and has the command that replays it; {advice}"
         )
     if anomaly.action == "rollback":
         trainer.roll_back(anomaly)
     return anomaly.action == "rollback"
 
 
+def _roll_back_or_stop(trainer: Trainer, corruption: StepAnomaly) -> None:
+    """Apply `train.on_corruption` to copies that differ. The step is no cause of it, so no samples are dumped.
+
+    Raises:
+        Corrupted: the policy is `stop`, or there is nothing to roll back to.
+    """
+    logger.warning("step %d: %s; %s (%s=%s)", trainer.step, corruption.what, _DONE[corruption.action],
+                   corruption.setting, corruption.action, extra=RANK0)  # fmt: skip
+    if corruption.action == "rollback":
+        trainer.roll_back(corruption)
+        return
+    kept = f"{trainer.newest} is from before" if trainer.newest else "there is no earlier one"
+    raise Corrupted(f"step {trainer.step}: {corruption.what}. No checkpoint was written; {kept}: {_ELSEWHERE}")
+
+
+_ELSEWHERE = "start the same command again without these hosts, or set train.on_corruption=rollback."
+"""Next step after a corruption."""
 _DONE = {"record": "kept going", "stop": "stopping", "skip": "update skipped", "rollback": "rolling back"}
 """Wording of the log line, by action."""
 

@@ -172,6 +172,20 @@ class StepRunner(ForwardRunner):
         sums = self._schedule(feed, partial(weigh, config=self.config), forward_only=False)
         return self._reduce(sums, counts)
 
+    def unreduced(self, micro_batches: Sequence[StageInputs], counts: Sequence[Counts]) -> list[torch.Tensor]:
+        """Run forward and backward without any reduction; returns the loss sums that this rank has.
+
+        The gradient buffers then hold the gradients of this rank alone.
+        """
+        self.optimizer.zero_grad()
+        megatron = self.optimizer.chunks[0].config
+        finish, megatron.finalize_model_grads_func = megatron.finalize_model_grads_func, None
+        try:
+            feed = list(zip(micro_batches, counts, strict=True))
+            return self._schedule(feed, partial(weigh, config=self.config), forward_only=False)
+        finally:
+            megatron.finalize_model_grads_func = finish
+
     def losses(self, micro_batches: Sequence[StageInputs], counts: Sequence[Counts]) -> Losses:
         """Run forward only; returns the losses of the global batch."""
         feed = list(zip(micro_batches, counts, strict=True))

@@ -17,19 +17,23 @@ from megabagel.config.schema import Config
 from megabagel.config.typed_json import Count, WrongValue, read_as
 from megabagel.data.load.loader import Loader, Step
 from megabagel.data.plan.global_plan import GlobalPlan
-from megabagel.errors import BadStep, UserError
+from megabagel.errors import Corrupted, UserError
 from megabagel.log import RANK0
+from megabagel.model.inputs import StageInputs
 from megabagel.parallel.inputs import InputBuilder
 from megabagel.parallel.mesh import Mesh
 from megabagel.runtime.collective_errors import on_all_ranks
 from megabagel.runtime.phase import phase
+from megabagel.runtime.rank_clock import clock
 from megabagel.train.anomaly import LossSpikeDetector, StepAnomaly
 from megabagel.train.held_out import HeldOut
 from megabagel.train.optimizer import Optimizer
+from megabagel.train.recompute_check import recomputed_differently
+from megabagel.train.replicas import replica_differences
 from megabagel.train.resume_changes import log_changes
 from megabagel.train.sample_images import Sampler
 from megabagel.train.schedule import learning_rate
-from megabagel.train.step import Losses, StepRunner, denominators
+from megabagel.train.step import Counts, Losses, StepRunner, denominators
 
 logger = logging.getLogger(__name__)
 
@@ -94,15 +98,17 @@ class Trainer:
 
         With an anomaly whose policy is not `record`, weights, moments and averaged weights keep their values.
         """
+        clock.start()
         with phase("inputs"):
             inputs = [self.builder.build(batch) for batch in step.batches]
         counts = denominators(self.config.train, step.plan.micro_steps(self.mesh.dp.size))
+        corrupted = self._recompute_check(inputs, counts)
         losses = self.runner.backward(inputs, counts)
         with phase("optimizer"):
             # The norm is computed apart from the update: a bad step has to be found before it changes weights or
             # moments.
             norm = self.optimizer.gradient_norm()
-            anomaly = self.detector.check(self.step + 1, losses.total, norm)
+            anomaly = corrupted or self.detector.check(self.step + 1, losses.total, norm)
             if anomaly is None or anomaly.updates:
                 self.optimizer.update(learning_rate(self.config.train, self.step), norm)
                 self.updates += 1
@@ -115,6 +121,24 @@ class Trainer:
         assert self.sampler is not None
         with self.optimizer.averaged_weights():
             return self.sampler.draw()
+
+    def _recompute_check(self, inputs: list[StageInputs], counts: list[Counts]) -> StepAnomaly | None:
+        """Compute a micro-batch twice every `train.recompute_check_every` steps; returns an anomaly if it differs."""
+        every = self.config.train.recompute_check_every
+        if not every or (self.step + 1) % every:
+            return None
+        return self._corruption(recomputed_differently(self.runner, inputs, counts))
+
+    def compare_copies(self) -> StepAnomaly | None:
+        """Compare what several ranks hold; returns an anomaly if copies differ. Collective."""
+        stages = [chunk.module for chunk in self.optimizer.chunks]
+        shards = optimizer_shards(self.optimizer.distributed, self.optimizer.ema)
+        with phase("checkpoint"):
+            return self._corruption(replica_differences(stages, shards, self.mesh))
+
+    def _corruption(self, what: str | None) -> StepAnomaly | None:
+        """Return the anomaly of a corruption, with the policy of the config."""
+        return StepAnomaly(what, self.config.train.on_corruption, "train.on_corruption", Corrupted) if what else None
 
     def tensors(self) -> dict[str, Any]:
         """Return this rank's shards as views, keyed and placed as a checkpoint stores them."""
@@ -153,12 +177,13 @@ class Trainer:
         section 5.1).
 
         Raises:
-            BadStep: there is no checkpoint yet, or `train.max_rollbacks` rollbacks to this one were made.
+            BadStep: there is no checkpoint yet, or `train.max_rollbacks` rollbacks to this one were made; Corrupted
+                where that is what happened.
         """
         limit = self.config.train.max_rollbacks
         if self.newest is None or self.rollbacks == limit:
             why = "there is no checkpoint yet" if self.newest is None else f"train.max_rollbacks={limit} is reached"
-            raise BadStep(f"step {self.step}: {anomaly.what}, and {why}, so the run cannot roll back")
+            raise anomaly.ending(f"step {self.step}: {anomaly.what}, and {why}, so the run cannot roll back")
         # `newest` may still be written by the asynchronous saver.
         self.saver.wait()
         self._restore(self.newest)

@@ -21,7 +21,10 @@ from tests.support.small_run import small_config, sources_of
 
 STEPS, CUT = 6, 5
 """A checkpoint is written every two steps; a cut run has finished CUT steps, of which the last is lost."""
-TIMED = ("seconds", "data_wait", "tokens_per_s_per_gpu", "mfu_", "vit_flops", "vae_flops", "mem")
+TIMED = (
+    *("seconds", "data_wait", "tokens_per_s_per_gpu", "mfu_", "vit_flops", "vae_flops", "mem"),
+    *("rank_seconds", "slowest_rank"),
+)
 """What a record says about the machine."""
 
 Grid = tuple[int, int, int, int, int]

@@ -49,6 +49,8 @@ class Step:
     """Images (and texts) of this rank's batches that could not be read."""
     waited: float = 0.0
     """Seconds that training waited for the data of this step, on the slowest rank."""
+    own_wait: float = 0.0
+    """Seconds that this rank waited for its own part."""
 
 
 class Loader:

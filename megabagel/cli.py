@@ -21,6 +21,7 @@ from megabagel.commands import (
     doctor,
     evaluate,
     inference,
+    init,
     parity,
     plan,
     posttrain,
@@ -107,20 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (
-        train,
-        inference,
-        serve,
-        evaluate,
-        sweep,
-        posttrain,
-        bench,
-        plan,
-        parity,
-        convert,
-        checkpoint,
-        data,
-        doctor,
-    ):
+    used = (init, train, inference, serve, evaluate, sweep, posttrain)
+    for group in (*used, bench, plan, parity, convert, checkpoint, data, doctor):
         group.add(commands)
     return parser

@@ -189,8 +189,11 @@ def test_wrong_words(words: list[str], message: str, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], {"samples_per_shard": 1000, "name": "shards"}),
-        (["--name", "stamps", "--samples-per-shard", "50"], {"samples_per_shard": 50, "name": "stamps"}),
+        ([], {"samples_per_shard": 1000, "name": "shards", "kind": "captions"}),
+        (
+            ["--name", "stamps", "--samples-per-shard", "50", "--kind", "edits"],
+            {"samples_per_shard": 50, "name": "stamps", "kind": "edits"},
+        ),
     ],
 )
 def test_data_prepare(

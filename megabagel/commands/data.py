@@ -25,12 +25,19 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     prepare = commands.add_parser(
         "prepare",
-        help="make shards from a folder of images and captions",
-        description="Write the images under IMAGES, each with the caption in the .txt file beside it, into shards.",
+        help="make shards from a folder of images and texts",
+        description="Write the images under IMAGES, each with the caption in the .txt file beside it, into shards; or "
+        "edits, questions or clips: docs/data.md#plain-files has the names that each kind expects.",
         allow_abbrev=False,
     )
     prepare.add_argument("images", metavar="IMAGES", type=Path, help="folder of images and captions")
     prepare.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
+    prepare.add_argument(
+        "--kind",
+        choices=("captions", "edits", "questions", "clips"),
+        default="captions",
+        help="what the files are (default: captions)",
+    )
     prepare.add_argument("--name", default="shards", help="shards are called NAME-000000.tar, ... (default: shards)")
     prepare.add_argument("--samples-per-shard", metavar="N", type=positive, default=1000, help="default: 1000")
     prepare.add_argument("--all", action="store_true", help="name every image that was left out, not one per reason")
@@ -40,7 +47,7 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _prepare(args: argparse.Namespace) -> int:
     from megabagel.data.builders.prepare import prepare
 
-    report = prepare(args.images, args.out, samples_per_shard=args.samples_per_shard, name=args.name)
+    report = prepare(args.images, args.out, samples_per_shard=args.samples_per_shard, name=args.name, kind=args.kind)
     print(printable(report.text(args.all), keep="\n"))
     return 0
 

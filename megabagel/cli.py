@@ -62,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _give_up_stdout()
         return NOBODY_READS
-    except Exception as error:
+    # Not only Exception: a panic in a Rust library (tokenizers, safetensors) is a BaseException.
+    except BaseException as error:
+        if isinstance(error, SystemExit | GeneratorExit):
+            raise
         end = named(error)
         if end is None:
             return _unforeseen(words, error)
@@ -70,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return end.code
 
 
-def _unforeseen(words: Sequence[str], error: Exception) -> int:
+def _unforeseen(words: Sequence[str], error: BaseException) -> int:
     """Print one line for an unexpected error, with the command line, which names the file being read."""
     _give_up_stdout()
     if os.environ.get(TRACEBACK) or (words[:1] and words[0] in _RUNS):

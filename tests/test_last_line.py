@@ -36,15 +36,19 @@ def fail(error: BaseException) -> Callable[[], int]:
     return action
 
 
+class Panic(BaseException):
+    """As a panic of a Rust library reaches Python (pyo3's PanicException)."""
+
+
 @pytest.mark.parametrize(
     "error",
-    [KeyError("x"), RecursionError("deep"), MemoryError(), ValueError("two\nlines"), OverflowError("\x1b")],
+    [KeyError("x"), RecursionError("deep"), MemoryError(), ValueError("two\nlines"), OverflowError("\x1b"), Panic("x")],
 )  # fmt: skip
 def test_an_unforeseen_error_is_one_line_with_the_file(
     running: Callable[[Callable[[], int]], None],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
+    error: BaseException,
 ) -> None:
     monkeypatch.delenv(cli.TRACEBACK, raising=False)
     running(fail(error))

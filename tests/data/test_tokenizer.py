@@ -5,6 +5,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megabagel.data.tokenize import tokenizer as module
 from megabagel.data.tokenize.tokenizer import ByteTokenizer, TextTokenizer, load_tokenizer
 from megabagel.errors import UserError
 from megabagel.sequence.items import SPECIAL_TOKENS
@@ -149,3 +150,18 @@ def test_users_mistakes(tmp_path: Path) -> None:
     lacking = SPECIAL_TOKENS[:2]
     for spec in (train_bpe(tmp_path / "b.json", lacking), train_sentencepiece(tmp_path / "b.model", special=lacking)):
         assert "lacks <|vision_start|>, <|vision_end|>" in message(spec)
+
+
+def test_a_panic_of_the_library_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some files make the Rust library panic, which is a BaseException in Python; the fuzzer found one."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(data: bytes) -> None:
+        raise PanicException("range end index out of range")
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(module._KINDS, ".json", panic)
+    with pytest.raises(UserError, match=r"is not a readable tokenizer \(range end index"):
+        load_tokenizer(str(tmp_path))

@@ -66,8 +66,11 @@ def load_tokenizer(spec: str) -> TextTokenizer:
         if not data:
             raise ValueError("it is empty")
         tokenizer = kind(data)
-    # Not narrower: both libraries raise bare Exception or RuntimeError.
-    except Exception as error:
+    # Not narrower: both libraries raise bare Exception or RuntimeError, and a panic of the Rust library is a
+    # BaseException (pyo3's PanicException).
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise UserError(
             f"data.tokenizer = {spec!r}: {path} is not a readable tokenizer ({error}). Copy or train the file again."
         ) from error

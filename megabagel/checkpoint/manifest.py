@@ -204,7 +204,10 @@ def model_of(folder: Path, manifest: Manifest) -> ModelConfig:
         *above, name = key.split(".")
         node = tree
         for part in above:
-            node = node.setdefault(part, {})
+            # Where the file has a section in place of a number, the section wins and is refused below.
+            if not isinstance(node.get(part), dict):
+                node[part] = {}
+            node = node[part]
         node[name] = list(value) if isinstance(value, tuple) else value
     problems = Problems()
     model = build(ModelConfig, tree, problems, "model")

@@ -73,6 +73,9 @@ CHANGES: dict[str, Change] = {
     "model is huge": lambda m: m["model"].update(layers=10**9),
     "model of text": lambda m: m["model"].update(hidden="32"),
     "model is a list": lambda m: m.update(model=[]),
+    "model has a section for a number": lambda m: m["model"].update(layers={"a": 1}),
+    "model has a number for a section": lambda m: m["model"].update(vit=3),
+    "model has a list for a section": lambda m: m["model"].update(vit=[]),
     "versions is a list": lambda m: m.update(versions=["1"]),
     "file with NUL": rename("rank_00000.safetensors", "rank\0"),
     "file with a long name": rename("rank_00000.safetensors", "r" * 5000),
@@ -172,6 +175,7 @@ HEADERS = {
     "backwards": tensors({"a": entry(8, 0, shape=[2])}),
     "shape of text": tensors({"a": entry(0, 8, shape=["2"])}),
     "negative shape": tensors({"a": entry(0, 8, shape=[-2])}),
+    "bytes of an empty tensor": tensors({"a": entry(0, 8, shape=[0, 2])}),
     "huge shape": tensors({"a": entry(0, 8, shape=[2**62, 2**62])}),
     "dtype of no text": tensors({"a": entry(0, 8, dtype=["F32"], shape=[2])}),  # type: ignore[arg-type]
     "deep": tensors(None, raw=b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),

@@ -165,7 +165,7 @@ def _entries(path: Path) -> Iterator[tuple[str, _Entry]]:
             raise UserError(f"{path}: no safetensors file: entry {name!a:.200}: {error}. {_AGAIN}") from error
         start, stop = entry.data_offsets
         length, expected = stop - start, prod(entry.shape) * _itemsize(entry.dtype)
-        if length < 0 or (expected and length != expected):
+        if length < 0 or (entry.dtype in TYPES and length != expected):
             raise UserError(
                 f"{path}: tensor {printable(name)} of type {printable(entry.dtype)}, shape {list(entry.shape)}, takes "
                 f"{length} bytes by the header, expected {expected}. {_AGAIN}"

@@ -68,7 +68,8 @@ def train(config: Config, plant: str | None, on: int) -> str:
     from megabagel.train.step import StepRunner
 
     train_step, unreduced = run.Trainer.train_step, StepRunner.unreduced
-    passes, planted = [], []
+    passes: list[bool] = []
+    planted: list[bool] = []
 
     @contextmanager
     def here(config: Config) -> Iterator[mesh.Mesh]:
@@ -78,7 +79,12 @@ def train(config: Config, plant: str | None, on: int) -> str:
     def changed(trainer: Any, step: Any) -> Any:
         if plant == "slow" and dist.get_rank() == on:
             build = trainer.builder.build
-            with mock.patch.object(trainer.builder, "build", lambda batch: (time.sleep(0.1), build(batch))[1]):
+
+            def slow(batch: Any) -> Any:
+                time.sleep(0.1)
+                return build(batch)
+
+            with mock.patch.object(trainer.builder, "build", slow):
                 return train_step(trainer, step)
         result = train_step(trainer, step)
         if plant in PLANTS and not planted and trainer.step == SAVED and dist.get_rank() == on:
@@ -188,7 +194,7 @@ def test_recomputation_names_the_rank_that_differs(runs: Runs) -> None:
 
 def test_recomputation_changes_no_bit(runs: Runs) -> None:
     """On pipeline stages, interleaved: a check is a round of micro-batches there."""
-    stages = {"pp": 2, "vpp": 2, "model__layers": 4}
+    stages: dict[str, Any] = {"pp": 2, "vpp": 2, "model__layers": 4}
     assert runs.run("checked", 2, 1, train__recompute_check_every=1, **stages) == ""
     assert runs.run("unchecked", 2, 1, **stages) == ""
     assert runs.numbers("checked") == runs.numbers("unchecked")

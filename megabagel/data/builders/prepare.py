@@ -71,7 +71,7 @@ def _pack(images: Path, units: Sequence[Unit], out: Path, samples_per_shard: int
         raise UserError(f"{old[0]} exists already. Choose another folder or name, or remove the {len(old)} old shards.")
     skipped: dict[str, list[str]] = {}
 
-    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+    def samples() -> Iterator[tuple[str, Mapping[str, bytes]]]:
         for number, unit in enumerate(units):
             try:
                 yield f"{number:06d}-{_plain(unit.stem)}", unit.load()

@@ -182,6 +182,7 @@ HEADERS = {
     "deep objects": tensors(None, raw=b'{"a":' * 50_000),
     "NaN": tensors(None, raw=b'{"a": NaN}'),
     "a list": tensors([]),
+    "half a character": tensors({"a": entry(0, 8, shape=[2]), "__metadata__": {"\ud800": "x"}}),
 }
 
 

@@ -4,6 +4,7 @@ The format: 8 bytes with the length of a JSON header, the header with type, shap
 the numbers of all tensors, row-major and little-endian. A sharded checkpoint has an index naming each tensor's file.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -200,6 +201,15 @@ def _check_filled(path: Path, written: Mapping[str, _Written], size: int) -> Non
         raise UserError(f"{path}: no safetensors file: {size - at:,} bytes follow {printable(before)}. {_AGAIN}")
 
 
+def _refuse_half_characters(text: bytes, header: dict[str, Any]) -> None:
+    """Raise WrongValue for an escape of half a character, which Python's parser takes and the library refuses."""
+    if b"\\u" in text:
+        try:
+            json.dumps(header, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise WrongValue("a text has half a character") from error
+
+
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     """(header, first byte after it, size of the file)."""
     try:
@@ -213,6 +223,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
         raise UserError(f"{path}: truncated: the file ends at byte {size:,}, inside the header. {_AGAIN}")
     try:
         header = read_as(dict[str, Any], parse(text) if length <= _LONGEST_HEADER else None)
+        _refuse_half_characters(text, header)
     except WrongValue as error:
         raise UserError(
             f"{path}: no safetensors file: it does not start with a JSON header ({str(error)[:100]}). {_AGAIN}"

@@ -215,7 +215,7 @@ def test_latents_are_cached_and_trained_on(finished: Path, data_root: Path) -> N
 
 
 def test_every_command_of_the_documents_is_run_by_a_test() -> None:
-    elsewhere = ("make ", "megabagel data prepare", "python tools/", "python benchmarks/")
+    elsewhere = ("make ", "megabagel data prepare", "megabagel init", "python tools/", "python benchmarks/")
     mine = tuple(f"megabagel {word}" for word in (*WORK, *LATENTS))
     for command in COMMANDS:
         official = any(wanted in command for wanted in OFFICIAL)

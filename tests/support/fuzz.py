@@ -19,6 +19,7 @@ fuzz_targets.py. The outcomes:
 
 import argparse
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -254,7 +255,7 @@ def mutated_json(rng: random.Random, value: Any, times: int = 1) -> Any:
     for _ in range(times):
         holders = list(_holders(value))
         if not holders:
-            return rng.choice(WEIRD)
+            return copy.deepcopy(rng.choice(WEIRD))
         holder, key = rng.choice(holders)
         old = holder[key]
         match rng.randrange(8):
@@ -272,7 +273,7 @@ def mutated_json(rng: random.Random, value: Any, times: int = 1) -> Any:
             case 4:
                 holder[key] = [old]
             case _:
-                holder[key] = rng.choice(WEIRD)
+                holder[key] = copy.deepcopy(rng.choice(WEIRD))  # not shared with the next input
     return value
 
 

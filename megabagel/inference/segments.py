@@ -122,18 +122,23 @@ class Layout:
         return mask_codes(self.segments)
 
 
+def _one_segment(segment: Segment) -> tuple[np.ndarray, AttentionRanges]:
+    """As `mask_codes` of one segment, without its search: a decoded token is planned anew each time."""
+    past, own = len(segment.past), len(segment.slots)
+    stop = past + (np.arange(1, own + 1) if segment.causal else np.full(own, own))
+    none, codes = np.zeros(own, np.int32), np.arange(past + own, dtype=np.int32)
+    keys = np.concatenate([segment.past, segment.slots])
+    return keys, AttentionRanges(codes, none, stop.astype(np.int32), none, none)
+
+
 def mask_codes(segments: Sequence[Segment]) -> tuple[np.ndarray, AttentionRanges]:
     """Cache rows visible to the segments, and the range of key codes that each new token sees.
 
     A context is an interval of public codes. A context that is a prefix of a longer one is a prefix of that interval,
     so a text-free context adds no keys; the new tokens of such a branch get private codes.
     """
-    if len(segments) == 1:  # as below, without the search: a decoded token is planned anew each time
-        past, own = len(segments[0].past), len(segments[0].slots)
-        stop = past + (np.arange(1, own + 1) if segments[0].causal else np.full(own, own))
-        none, codes = np.zeros(own, np.int32), np.arange(past + own, dtype=np.int32)
-        keys = np.concatenate([segments[0].past, segments[0].slots])
-        return keys, AttentionRanges(codes, none, stop.astype(np.int32), none, none)
+    if len(segments) == 1:
+        return _one_segment(segments[0])
     chains: list[np.ndarray] = []
     starts: list[int] = []
     bounds: dict[int, tuple[int, bool]] = {}  # segment -> (first public code of its context, own keys are private)

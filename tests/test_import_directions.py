@@ -39,6 +39,7 @@ ROOMS = {
     "errors": Room((), ()),
     "log": Room(("errors",), ()),
     "locks": Room(("errors",), ()),
+    "journal": Room(("errors",), ()),
     "kernels": Room((), (*TENSORS, "triton")),
     "config": Room(("errors",), ("yaml",)),
     "sequence": Room(("errors", "config", "kernels"), TENSORS),
@@ -58,8 +59,9 @@ ROOMS = {
     ),
     "train": Room((*MODEL, "data", "checkpoint"), (*RANKS, "PIL", "rich", "tensorboard")),
     "planner": Room((*MODEL, "data", "checkpoint", "train"), (*RANKS, "yaml")),
+    "evaluation": Room((*MODEL, "journal", "data", "checkpoint", "inference", "train"), (*RANKS, "PIL")),
     "posttrain": Room(
-        (*MODEL, "rewards", "data", "sampling", "checkpoint", "inference", "train", "evaluation"),
+        (*MODEL, "journal", "rewards", "data", "sampling", "checkpoint", "inference", "train", "evaluation"),
         (*RANKS, "PIL", "segment_anything"),
     ),
     "parity": Room(
@@ -67,11 +69,7 @@ ROOMS = {
         (*RANKS, "PIL", "safetensors"),
     ),
     "bench": Room((*MODEL, "rewards", "data", "checkpoint", "train"), (*RANKS, "psutil", "yaml")),
-    "evaluation": Room(
-        (*MODEL, "data", "checkpoint", "inference", "train"),
-        (*RANKS, "PIL"),
-    ),
-    "sweep": Room((*BASE, "config", "train", "evaluation"), ()),
+    "sweep": Room((*BASE, "journal", "config", "train", "evaluation"), ()),
     "doctor": Room(("errors", "kernels", "runtime", "parallel"), (*RANKS, "packaging", "psutil", "rich")),
 }
 ENTRANCES = ("", "api", "cli", "commands", "__main__")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megabagel.evaluation.charts import line_chart, markdown_table
 from megabagel.evaluation.checkpoints import Seen
-from megabagel.evaluation.journal import Record, write_json, write_whole
+from megabagel.journal import Record, write_json, write_whole
 
 SHARE = 0.85
 """Of the peak, at which BAGEL calls an ability learned."""

@@ -15,9 +15,9 @@ from typing import Any
 from PIL import Image
 
 from megabagel.errors import UserError
-from megabagel.evaluation.journal import Journal, Record, read_all, write_whole
 from megabagel.evaluation.suite import Item, Suite
 from megabagel.inference.api import Pipeline
+from megabagel.journal import Journal, Record, read_all, write_whole
 from megabagel.runtime.objects import broadcast
 from megabagel.sequence.keys import seed64
 
@@ -102,14 +102,10 @@ def generate(
     mine = [job for job in jobs(items, settings.samples)[number::replicas] if (job[0]["id"], job[1]) not in done]
     logger.info("%s: %d outputs to make on replica %d of %d", suite.name, len(mine), number, replicas)
     journal = Journal(out / f"generated.{number}-of-{replicas}.jsonl") if writes else None
-    try:
-        for start in range(0, len(mine), TOGETHER):
-            for job, result in _made(suite, mine[start : start + TOGETHER], model, settings):
-                if journal is not None:
-                    journal.append(_record(suite, job, result, settings, out))
-    finally:
-        if journal is not None:
-            journal.close()
+    for start in range(0, len(mine), TOGETHER):
+        for job, result in _made(suite, mine[start : start + TOGETHER], model, settings):
+            if journal is not None:
+                journal.append(_record(suite, job, result, settings, out))
 
 
 def _on_rank0(out: Path) -> list[Any]:

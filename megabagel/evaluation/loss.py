@@ -18,8 +18,8 @@ from megabagel.config.schema import Config
 from megabagel.errors import UserError
 from megabagel.evaluation.charts import line_chart, markdown_table
 from megabagel.evaluation.checkpoints import checkpoints, seen
-from megabagel.evaluation.journal import Journal, Record, write_json, write_whole
 from megabagel.inference.load import open_source
+from megabagel.journal import Journal, Record, write_json, write_whole
 from megabagel.locks import inside, locked
 from megabagel.log import configure_log
 from megabagel.model.vae import build_codec
@@ -64,7 +64,7 @@ def evaluate_loss(
         on_rank0(lambda: owned.enter_context(locked(inside(out), f"--out {out}")))
         held, stages = _assemble(config, mesh)
         journal: list[Journal] = []
-        on_rank0(lambda: journal.append(owned.enter_context(Journal(out / "loss.jsonl"))))
+        on_rank0(lambda: journal.append(Journal(out / "loss.jsonl")))
         found = []
         for folder in folders:
             found.append(_measured(folder, weights, held, stages, journal[0] if journal else None))

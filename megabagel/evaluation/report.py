@@ -15,9 +15,9 @@ from megabagel.errors import UserError
 from megabagel.evaluation.charts import markdown_table
 from megabagel.evaluation.generate import OUTPUTS, finished
 from megabagel.evaluation.intervals import Estimate
-from megabagel.evaluation.journal import Record, write_whole
 from megabagel.evaluation.published import FIGURES
 from megabagel.evaluation.run import SUMMARY
+from megabagel.journal import Record, write_whole
 
 ROWS, CELL, TEXT = 8, 128, 16
 """Items on the picture; side of a cell and height of a line, pixels."""

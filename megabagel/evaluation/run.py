@@ -18,9 +18,9 @@ from typing import Any
 from megabagel.errors import UserError
 from megabagel.evaluation.charts import markdown_table
 from megabagel.evaluation.generate import OUTPUTS, check_picture, finished, jobs
-from megabagel.evaluation.journal import Journal, Record, read_journal, write_json, write_whole
 from megabagel.evaluation.judges.judge import Judge, request_digest
 from megabagel.evaluation.suite import Item, Line, Request, Row, Rule, Suite
+from megabagel.journal import Journal, Record, read_journal, write_json, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -90,22 +90,22 @@ def judge_outputs(
     texts = hashlib.sha256(json.dumps(dict(templates), sort_keys=True).encode()).hexdigest()[:16]
     errors = suite.gate() if judge is None and suite.gate else None
     claim(out / JUDGE, {"judge": name, "templates": texts, "errors": errors})
-    with Journal(out / JUDGED) as journal:
-        done = {(r["id"], r["sample"], r["criterion"]): r["request"] for r in journal.records}
-        asked = []
-        for item, sample, output in _outputs(suite, items, out):
-            if judge is None:
-                digest = _digest(output)
-                if done.get((item["id"], sample, EXACT)) != digest:
-                    about = {"id": item["id"], "sample": sample, "criterion": EXACT, "request": digest}
-                    journal.append({**about, "scores": _exact(suite, item, output)})
-                continue
-            for request in suite.requests(item, output, templates):
-                digest = request_digest(request)
-                if done.get((item["id"], sample, request.criterion)) != digest:
-                    asked.append((item, sample, request, digest))
-        if asked and judge is not None:
-            _ask(suite, judge, asked, journal, parallel)
+    journal = Journal(out / JUDGED)
+    done = {(r["id"], r["sample"], r["criterion"]): r["request"] for r in journal.records}
+    asked = []
+    for item, sample, output in _outputs(suite, items, out):
+        if judge is None:
+            digest = _digest(output)
+            if done.get((item["id"], sample, EXACT)) != digest:
+                about = {"id": item["id"], "sample": sample, "criterion": EXACT, "request": digest}
+                journal.append({**about, "scores": _exact(suite, item, output)})
+            continue
+        for request in suite.requests(item, output, templates):
+            digest = request_digest(request)
+            if done.get((item["id"], sample, request.criterion)) != digest:
+                asked.append((item, sample, request, digest))
+    if asked and judge is not None:
+        _ask(suite, judge, asked, journal, parallel)
 
 
 def _exact(suite: Suite, item: Item, output: Path | str) -> Record:

@@ -8,12 +8,12 @@ from pathlib import Path
 from megabagel.config.schema import Config
 from megabagel.errors import UserError
 from megabagel.evaluation.generate import Settings, generate
-from megabagel.evaluation.journal import Record
 from megabagel.evaluation.judges.judge import Judge
 from megabagel.evaluation.run import IDENTITY, claim, items_digest, judge_outputs, summarise
 from megabagel.evaluation.suite import Item, Rule, Suite
 from megabagel.inference.api import Pipeline
 from megabagel.inference.load import Source, open_source
+from megabagel.journal import Record
 from megabagel.locks import inside, locked
 from megabagel.log import configure_log
 from megabagel.parallel.mesh import Mesh, distributed

@@ -17,7 +17,7 @@ from PIL import Image
 
 from megabagel.errors import UserError
 from megabagel.evaluation.intervals import Estimate, mean
-from megabagel.evaluation.journal import Record
+from megabagel.journal import Record
 
 Item = dict[str, Any]
 """JSON values: `id`, `ability` (draw, edit, ask), `tag`, `prompt`, `images` (input files), and fields of the suite."""

@@ -1,24 +1,20 @@
-"""Resumable JSONL: one record per finished item, on disk before the next item begins.
+"""Journals of the stages: one record per item, named by a key, made under settings that lie beside the file.
 
-A process may be killed at any byte. An appended line is flushed to the disk (fsync) before `append` returns; a last
-line without its end is removed when the file is opened again, and its item is done again. Settings lie beside the
-file, so that a second call with others cannot mix two kinds of records.
+The settings keep a second call with others from mixing two kinds of records.
 """
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megabagel.config.reading import read_file
-from megabagel.data.files import write_atomic
-from megabagel.errors import UserError, printable
+from megabagel.errors import UserError
+from megabagel.journal import Journal as Lines
+from megabagel.journal import Record, read_journal, write_json
 
 logger = logging.getLogger(__name__)
-
-Record = dict[str, Any]
 
 DRAWN, IMAGES = "drawn.jsonl", "images"
 """In the folder of a pipeline: records of drawn pictures, and their files."""
@@ -39,35 +35,17 @@ class Journal:
     def __init__(self, path: Path, key: str, settings: Mapping[str, Any]) -> None:
         self.path, self.key = path, key
         self._check_settings(json.loads(json.dumps(settings)))
-        self.records = {str(record[key]): record for record in read_records(path, key, repair=True)}
+        self._lines = Lines(path)
+        self.records = dict(_keyed(path, self._lines.records, key))
 
     def __contains__(self, item: str) -> bool:
         return item in self.records
 
     def append(self, record: Record) -> None:
-        """Write one record; after a failed write the file ends with the record before.
-
-        Raises:
-            UserError: the disk is full or the file cannot be written.
-        """
+        """Write one record; raises as `megabagel.journal.Journal.append`."""
         item = str(record[self.key])
         assert item not in self.records, item
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        try:
-            with self.path.open("ab") as file:
-                end = file.tell()
-                try:
-                    file.write(line)
-                    file.flush()
-                    os.fsync(file.fileno())
-                except OSError:
-                    os.truncate(self.path, end)
-                    raise
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}). What is finished stays: free some space and start "
-                "the same command again."
-            ) from error
+        self._lines.append(record)
         self.records[item] = record
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
@@ -75,7 +53,7 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                write_atomic(path, (json.dumps(settings, indent=1) + "\n").encode())
+                write_json(path, settings)
                 return
             found = json.loads(read_file(path, 2**24))
         except (OSError, ValueError) as error:
@@ -95,40 +73,30 @@ def append_to(journals: Sequence[Journal], record: Record) -> None:
     journal.append(record)
 
 
-def read_records(path: Path, key: str, repair: bool = False) -> Iterator[Record]:
+def read_records(path: Path, key: str) -> Iterator[Record]:
     """Records of a JSONL file, each item once; none if there is no file.
 
     Args:
         path: the file.
         key: field that every record has.
-        repair: remove a last line that was cut off. Without it the line is only left out.
 
     Raises:
         UserError: the file cannot be read, or a line before the last is no record.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    end = data.rfind(b"\n") + 1
-    if end < len(data):
-        logger.warning("%s: the last line was cut off; its item is done again", path)
-        if repair:
-            os.truncate(path, end)
+    yield from (record for _, record in _keyed(path, read_journal(path), key))
+
+
+def _keyed(path: Path, records: Sequence[Record], key: str) -> Iterator[tuple[str, Record]]:
+    """Item and record, the first of each item."""
     seen: set[str] = set()
-    for number, line in enumerate(data[:end].splitlines(), 1):
-        try:
-            record = json.loads(line)
-            item = str(record[key])
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+    for number, record in enumerate(records, 1):
+        if key not in record:
             raise UserError(
-                f"{path}: line {number} is no record with a field {key!r} ({printable(str(error))[:80]}); remove the "
-                "line, and its item is done again"
-            ) from error
+                f"{path}, line {number}: no record with a field {key!r}; remove the line, and its item is done again"
+            )
+        item = str(record[key])
         if item in seen:
             logger.warning("%s: line %d repeats %s; the first record counts", path, number, item)
             continue
         seen.add(item)
-        yield record
+        yield item, record

@@ -13,7 +13,7 @@ from statistics import fmean
 
 from megabagel.evaluation.charts import line_chart, markdown_table
 from megabagel.evaluation.intervals import Estimate, mean, paired
-from megabagel.evaluation.journal import Record, write_json, write_whole
+from megabagel.journal import Record, write_json, write_whole
 from megabagel.sweep.plan import Run, Sweep, config_of
 
 Final = dict[str, dict[int, float]]

@@ -182,9 +182,9 @@ def test_answers_on_their_way_are_kept_when_the_judge_ends(tmp_path: Path) -> No
     """The third of five questions is refused; the others in work are recorded, and a second start asks the rest."""
     from dataclasses import replace
 
-    from megabagel.evaluation.journal import read_journal
     from megabagel.evaluation.run import judge_outputs
     from megabagel.evaluation.suites.registry import suite_of
+    from megabagel.journal import read_journal
 
     suite = replace(suite_of("mm-vet"), read=lambda path: [])
     items = [{"id": f"v1_{n}", "ability": "ask", "tag": "", "prompt": f"q{n}", "answer": "a"} for n in range(5)]

@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 
 from megabagel.errors import UserError
-from megabagel.evaluation.journal import Journal, read_journal
 from megabagel.evaluation.suites.registry import suite_of
+from megabagel.journal import Journal, read_journal
 from megabagel.locks import inside, locked
 from tests.support.rank_pool import RankPool
 

@@ -64,7 +64,9 @@ def test_a_damaged_line_is_named_and_a_repeated_item_counts_once(tmp_path: Path)
     path = tmp_path / "a.jsonl"
     path.write_text('{"name": "a", "x": 1}\n{"name": "a", "x": 2}\n')
     assert [record["x"] for record in read_records(path, "name")] == [1]
-    for line in ("{", "[]", "3", json.dumps({"other": 1})):
+    for line, said in [(x, "no JSON object") for x in ("{", "[]", "3", "")] + [
+        ('{"other": 1}', "no record with a field 'name'")
+    ]:
         path.write_text(f'{{"name": "a"}}\n{line}\n')
-        with pytest.raises(UserError, match="line 2 is no record with a field 'name'"):
+        with pytest.raises(UserError, match=f"line 2: {said}"):
             opened(path)

@@ -7,9 +7,9 @@ import threading
 from pathlib import Path
 
 from megabagel.errors import UserError
-from megabagel.evaluation.journal import Journal, read_journal
 from megabagel.evaluation.judges.judge import Judge, Reply, request_digest
 from megabagel.evaluation.suite import Request
+from megabagel.journal import Journal, read_journal
 
 
 class Recorded:

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import fmean
 
 from megabagel.evaluation.intervals import mean
-from megabagel.evaluation.journal import Record
 from megabagel.evaluation.suite import Item, Line, Request, Row, Rule, Suite, average, by_name, distinct, mean_of, need
 from megabagel.evaluation.suites.parsing import (
     data_path,
@@ -22,6 +21,7 @@ from megabagel.evaluation.suites.parsing import (
     numbers_in,
     records,
 )
+from megabagel.journal import Record
 
 
 def _pictures(item: Item, output: Path | str) -> tuple[Path, ...]:

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-from megabagel.evaluation.journal import Record
 from megabagel.evaluation.suite import Item, Line, Request, Row, Rule, Suite, average, by_name, distinct, mean_of, need
 from megabagel.evaluation.suites.parsing import data_path, in_range, json_in, records
+from megabagel.journal import Record
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 DETECTIONS = "detections"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megabagel.errors import UserError
-from megabagel.evaluation.journal import Record
+from megabagel.journal import Record
 
 
 def data_path(path: Path | None, what: str) -> Path:

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megabagel.evaluation.intervals import mean
-from megabagel.evaluation.journal import Record
 from megabagel.evaluation.suite import Item, Line, Request, Row, Rule, Suite, by_name, distinct, need
 from megabagel.evaluation.suites.parsing import data_path, fill, images_of, in_range, records
+from megabagel.journal import Record
 
 DATA = "datav2_total_w_subtask.json of RISEBench, with the images beside it"
 LOGICAL = "logical_reasoning"

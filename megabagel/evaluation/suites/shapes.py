@@ -14,8 +14,8 @@ from PIL import Image
 from megabagel.errors import UserError
 from megabagel.evaluation import shapes_suite
 from megabagel.evaluation.intervals import proportion
-from megabagel.evaluation.journal import Record
 from megabagel.evaluation.suite import Item, Line, Row, Rule, Suite, average, by_name, mean_of
+from megabagel.journal import Record
 
 SEED, PER_ABILITY = 0, 120
 """Of the items; 120 of each ability are 20 per tag of GenEval."""

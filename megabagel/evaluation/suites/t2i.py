@@ -10,9 +10,9 @@ from statistics import fmean
 
 from megabagel.errors import UserError
 from megabagel.evaluation.intervals import Estimate, mean
-from megabagel.evaluation.journal import Record
 from megabagel.evaluation.suite import Item, Line, Request, Row, Rule, Suite, average, by_name, distinct, mean_of, need
 from megabagel.evaluation.suites.parsing import data_path, fill, in_range, json_in, named_number, numbers_in, records
+from megabagel.journal import Record
 
 # WISE
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from megabagel.errors import UserError
 from megabagel.evaluation.intervals import Estimate, mean, proportion
-from megabagel.evaluation.journal import Record, write_json, write_whole
 from megabagel.evaluation.suite import Item, Line, Request, Row, Rule, Suite, by_name, distinct, mean_of, need
 from megabagel.evaluation.suites.parsing import data_path, fill, images_of, in_range, named_number, records
+from megabagel.journal import Record, write_json, write_whole
 
 DIRECTLY = "Answer with the option's letter from the given choices directly."
 LETTERS = "ABCDEFGHIJ"

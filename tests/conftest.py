@@ -4,11 +4,15 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.support.parity_files import at_hand, cases_of
 from tests.support.rank_pool import RankPool
 
+# No deadline per example: on a busy machine an example of a millisecond may take half a second.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # runs that tests start heed it, also where nohup started the tests
 
 COSTLY = (

@@ -122,8 +122,7 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
         outcome = trainer.train_step(step)
         stop.finished += 1
         # The signal travels with an all-reduce that every step has anyway: a signal that reaches only some ranks stops
-        # all of them after the same step.
-        # And with the ranks' own times, each in its place, in microseconds.
+        # all of them after the same step. So do the ranks' own times, each in its place, in microseconds.
         own = [0] * mesh.world.size
         own[mesh.world.rank] = round((step.own_wait + clock.seconds()) * 1e6)
         lost, signalled, *times = all_max(len(step.lost), stop.number, *own)
@@ -150,9 +149,7 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
         with phase("telemetry"):
             on_rank0(partial(telemetry.log_step, record))
         if trainer.sampler and (last or trainer.step % config.telemetry.sample_every == 0):
-            with phase("sampling"):
-                pictures = trainer.sample()
-                on_rank0(partial(telemetry.log_images, trainer.step, pictures))
+            _sample(trainer, telemetry)
         with phase("checkpoint"):
             # Collective: completes an asynchronous checkpoint once every rank has written its file.
             trainer.saver.poll()
@@ -172,6 +169,13 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
         yield record
     with phase("checkpoint"):
         trainer.saver.close()
+
+
+def _sample(trainer: Trainer, telemetry: Telemetry) -> None:
+    """Make and record the samples of `telemetry`."""
+    with phase("sampling"):
+        pictures = trainer.sample()
+        on_rank0(partial(telemetry.log_images, trainer.step, pictures))
 
 
 def _steps(trainer: Trainer) -> Iterator[Step]:

@@ -118,7 +118,24 @@ BREAKS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
         ("model.visual_gen = False",),
     ),
     ("frozen_parts_differ", {"train.freeze": ("vit", "llm", "vit")}, ("Remove the second vit",)),
-    ("samples_have_prompts", {"telemetry.prompts": ()}, ("telemetry.prompts",)),
+    (
+        "samples_are_listed",
+        {"telemetry.prompts": (), "telemetry.edits": (), "telemetry.questions": ()},
+        ("telemetry.prompts",),
+    ),
+    (
+        "questions_see_images",
+        {
+            "model.visual_gen": False,
+            "model.visual_und": False,
+            "data.sources.0.task": "text",
+            "data.sources.1.task": "text",
+            "data.val_sources": (),
+            "telemetry.prompts": (),
+            "telemetry.edits": (),
+        },
+        ("Set model.visual_und or visual_gen to true",),
+    ),
     (
         "samples_have_a_branch",
         {"model.visual_gen": False, "data.sources.0.task": "i2t", "data.val_sources.0.task": "text"},
@@ -215,7 +232,12 @@ def test_rules_read_only_the_keys_that_they_declare(rule: Any) -> None:
     seen: set[str] = set()
     for config in (VALID, *(change(VALID, values) for _, values, _ in BREAKS), *(change(VALID, v) for v in KEEPS)):
         list(rule.check(Spy(config, "", seen)))
-    lists = {"data.sources", "data.val_sources"}  # read as a whole only where they are empty
+    lists = {
+        "data.sources",
+        "data.val_sources",
+        "telemetry.edits",
+        "telemetry.questions",
+    }  # read as a whole only where they are empty
     assert seen - lists == set(rule.keys) - lists
 
 

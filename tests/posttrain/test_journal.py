@@ -1,6 +1,5 @@
 """A JSONL file that survives kills, a full disk and other settings."""
 
-import json
 import os
 from pathlib import Path
 

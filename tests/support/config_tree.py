@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from megabagel.config.schema import Config, DataConfig, ResizeConfig, SourceConfig, TelemetryConfig
+from megabagel.config.schema import Config, DataConfig, ResizeConfig, SampleRequest, SourceConfig, TelemetryConfig
 
 VALID = Config(
     data=DataConfig(
@@ -17,7 +17,13 @@ VALID = Config(
         vae_resize=ResizeConfig(max_size=128, min_size=64),
         vit_resize=ResizeConfig(max_size=112, min_size=56),
     ),
-    telemetry=TelemetryConfig(sample_every=10, prompts=("a red circle",), sample_size=(64, 96)),
+    telemetry=TelemetryConfig(
+        sample_every=10,
+        prompts=("a red circle",),
+        edits=(SampleRequest("page.png", "make it blue"),),
+        questions=(SampleRequest("page.png", "what is it?"),),
+        sample_size=(64, 96),
+    ),
 )
 """Breaks no rule, and gives every rule something to judge."""
 

@@ -57,7 +57,14 @@ def abilities(summaries: Sequence[Record], seen: Sequence[Seen], headlines: Sequ
 
 
 def write_emergence(out: Path, summaries: Sequence[Record], seen: Sequence[Seen], headlines: Sequence[str] = ()) -> str:
-    """Write table, picture and scalars; returns the table. Arguments as `abilities`."""
+    """Write table, picture and scalars; returns the table.
+
+    Args:
+        out: folder that gets emergence.md, .png, .json and a TensorBoard file.
+        summaries: of the checkpoints, in the order of `seen`.
+        seen: step and tokens of each checkpoint.
+        headlines: scores to show; empty: those that the suite names.
+    """
     from megabagel.train.records import TensorBoardFile
 
     axis, found = abilities(summaries, seen, headlines)

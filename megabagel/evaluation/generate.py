@@ -156,7 +156,14 @@ def _submit(suite: Suite, job: Job, model: Pipeline, settings: Settings) -> Any:
 
 
 def seed_of(suite: Suite, item: Item, sample: int, settings: Settings) -> int:
-    """Seed of a picture: a function of suite, item and sample alone."""
+    """Seed of a picture: a function of suite, item and sample alone.
+
+    Args:
+        suite: its name is part of the key.
+        item: of the suite.
+        sample: number of the output among those of the item.
+        settings: may fix the seed of sample 0, as GEdit's released script does.
+    """
     if settings.seed is not None:
         return settings.seed + sample
     return seed64("evaluation", suite.name, item["id"], sample) & 0x7FFFFFFF

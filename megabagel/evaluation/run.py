@@ -170,6 +170,13 @@ def summarise(suite: Suite, items: Sequence[Item], out: Path, samples: int, rule
     """Aggregate the scores; writes summary and table, and returns the summary.
 
     Outputs that are missing, failed, not judged or judged unparsably are listed and not scored.
+
+    Args:
+        suite: gives the aggregation.
+        items: of the suite, as far as they were chosen.
+        out: folder of the evaluation.
+        samples: outputs per item.
+        rule: `published` or `intended`, for suites whose released script is wrong.
     """
     records, judged = finished(out), {}  # type: ignore[var-annotated]
     for record in read_journal(out / JUDGED):

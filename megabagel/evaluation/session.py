@@ -117,7 +117,15 @@ def _identity(work: Work, source: Source) -> Record:
 def judge_stage(
     work: Work, outs: Sequence[Path], judge: Judge | None, templates: Mapping[str, str], parallel: int
 ) -> None:
-    """Judge the outputs in each folder. In one process."""
+    """Judge the outputs in each folder. In one process.
+
+    Args:
+        work: suite and chosen items.
+        outs: folders of evaluations.
+        judge: answers the suite's questions; None: the suite's own program.
+        templates: texts of the questions by name, which replace the shipped ones.
+        parallel: questions asked at a time.
+    """
     for out in outs:
         _begun(out)
         with folder_lock(out):

@@ -123,7 +123,14 @@ def batch_weights(batch: OfficialBatch, rules: RewardConfig) -> LatentWeights:
 
 
 def compare_srum(case: Case, config: Config, mesh: Mesh, gates: Gates) -> Found:
-    """Run the batch forward and backward and compare everything. Called on all ranks."""
+    """Run the batch forward and backward and compare everything. Called on all ranks.
+
+    Args:
+        case: a `srum_*` case with a batch, regions and scores.
+        config: of a run over it.
+        mesh: grid of the job.
+        gates: largest differences that pass.
+    """
     rank, batch = build_rank(config, mesh, choose_attention(config)), reward_batch(case)
     load_weights(rank, open_case(case.path.with_name(case.entry("weights_from").partition(" ")[0])))
     packed = packed_batch(batch, rank.batches, batch_weights(batch, config.reward))
@@ -196,7 +203,14 @@ def _cases_at_hand(case: Case) -> list[Case]:
 
 
 def compare_srum_trace(case: Case, config: Config, mesh: Mesh, gates: Gates) -> Found:
-    """Train the steps of the trace whose batches are at hand. Called on all ranks."""
+    """Train the steps of the trace whose batches are at hand. Called on all ranks.
+
+    Args:
+        case: a trace, which names the cases of its batches.
+        config: of a run over them.
+        mesh: grid of the job.
+        gates: largest differences that pass.
+    """
     rank, cases = build_rank(config, mesh, choose_attention(config)), _cases_at_hand(case)
     load_weights(rank, open_case(case.path.with_name(case.entry("weights_from").partition(" ")[0])))
     first, rows = gather_weights(rank, "weight"), []

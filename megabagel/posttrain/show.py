@@ -65,7 +65,14 @@ def show(work: Path, out: Path, rules: RewardConfig, stride: int, most: int = 50
 
 
 def panels_of(work: Path, record: Record, rules: RewardConfig, stride: int) -> dict[str, Image.Image]:
-    """Picture, regions, map and weights of a judged record, by caption."""
+    """Picture, regions, map and weights of a judged record, by caption.
+
+    Args:
+        work: folder of the pipeline.
+        record: judged.
+        rules: map from scores to weights.
+        stride: pixels per side of a latent token.
+    """
     image, _ = open_picture(work, record["image_file"])
     reward, size = reward_of(record), (image.height, image.width)
     grid = max(round(size[0] / stride), 1), max(round(size[1] / stride), 1)

@@ -44,7 +44,14 @@ class Fields:
         return self._left.pop(name, None)
 
     def wrong(self, name: str, value: Any, expected: str, code: str = "invalid_value") -> ApiError:
-        """The error about a field."""
+        """The error about a field.
+
+        Args:
+            name: of the field.
+            value: as it came.
+            expected: what would be right, for the message.
+            code: OpenAI's code of the error.
+        """
         place = self._where + name
         return ApiError(400, f"{place}={_shown(value)}: expected {expected}", code, place)
 
@@ -74,7 +81,14 @@ class Fields:
         return value
 
     def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
-        """A whole number from `low` to `high`."""
+        """A whole number. Raises ApiError.
+
+        Args:
+            name: of the field.
+            default: for an absent or null field.
+            low: least value.
+            high: largest value.
+        """
         value = self.raw(name)
         if value is None:
             return default
@@ -86,7 +100,14 @@ class Fields:
         return found
 
     def number(self, name: str, default: float | None, low: float, high: float) -> float | None:
-        """A number from `low` to `high`."""
+        """A number. Raises ApiError.
+
+        Args:
+            name: of the field.
+            default: for an absent or null field.
+            low: least value.
+            high: largest value.
+        """
         value = self.raw(name)
         if value is None:
             return default

@@ -63,6 +63,13 @@ def text_field(where: str, value: Any) -> str:
 
 
 def image_field(where: str, value: Any, locate: Locate, role: ImageRole | None = None) -> DeclaredImage:
-    """An image, located by the value of its field."""
+    """An image, located by the value of its field.
+
+    Args:
+        where: place of the field in its document, for messages.
+        value: of the field.
+        locate: finds the image.
+        role: of the image in a sample; None: by the task.
+    """
     place = locate(where, value)
     return DeclaredImage(value if isinstance(value, str) else where, place, role)

@@ -81,7 +81,14 @@ def in_range(value: Any, low: float, high: float) -> float | None:
 
 
 def numbers_in(values: Any, count: int, low: float, high: float) -> list[float] | None:
-    """Exactly `count` numbers in range; None for any other list."""
+    """Exactly `count` numbers in range; None for anything else.
+
+    Args:
+        values: a parsed answer.
+        count: length of the list.
+        low: least number.
+        high: largest number.
+    """
     if not isinstance(values, list) or len(values) != count:
         return None
     found = [in_range(value, low, high) for value in values]
@@ -89,7 +96,14 @@ def numbers_in(values: Any, count: int, low: float, high: float) -> list[float] 
 
 
 def named_number(text: str, name: str, low: float, high: float) -> float | None:
-    """The number of a line such as `Realism: 2` or `**Realism**: 2`; None if absent, ambiguous or out of range."""
+    """The number of a line such as `Realism: 2` or `**Realism**: 2`; None if absent, ambiguous or out of range.
+
+    Args:
+        text: an answer.
+        name: before the number, in any case.
+        low: least number.
+        high: largest number.
+    """
     found = set(re.findall(rf"{re.escape(name)}[\s*_:=\"']*[:=][\s*_\"']*(-?\d+(?:\.\d+)?)", text, re.IGNORECASE))
     return in_range(found.pop(), low, high) if len(found) == 1 else None
 

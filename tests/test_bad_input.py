@@ -258,10 +258,10 @@ def test_codecs(ranks: RankPool, tiny: Path, tmp_path: Path) -> None:
     job(ranks, 2, *words).refused(f"model.vae.path={weights} cannot be read", "expected a complete ae.safetensors")
 
 
-def test_prompts_too_long_for_a_pack(ranks: RankPool, tiny: Path, tmp_path: Path) -> None:
-    words = ["telemetry.sample_every=1", f"telemetry.prompts=[{'x' * 90}]", "telemetry.sample_size=[32, 32]"]
-    job(ranks, 2, tiny, *words, f"run.dir={tmp_path}").refused(
-        "telemetry.prompts: 'xxx", "needs 98 tokens", "data.max_tokens is 64", "shorten it"
+def test_a_sample_whose_image_is_missing(ranks: RankPool, tiny: Path, tmp_path: Path) -> None:
+    words = ["telemetry.sample_every=1", "telemetry.edits=[{image: none.png, text: make it blue}]"]
+    job(ranks, 2, tiny, *words, "telemetry.sample_size=[32, 32]", f"run.dir={tmp_path}").refused(
+        "telemetry.edits: none.png: cannot be read (No such file or directory); expected an image file"
     )
 
 

@@ -35,7 +35,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Configs that training was started with, instead of training."""
     started: list[Config] = []
     module = types.ModuleType("megabagel.train.run")
-    module.main = lambda config, stop: started.append(config)  # type: ignore[attr-defined]
+    module.main = lambda config, stop, sampler: started.append(config)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "megabagel.train.run", module)
     return started
 
@@ -146,7 +146,7 @@ def test_a_rank_of_another_launcher_trains(valid: str, runs: list[Config], monke
 def test_how_a_command_ends(
     valid: str, runs: Any, error: BaseException, code: int, text: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(_config: Config, _stop: object) -> None:
+    def fail(*_: object) -> None:
         raise error
 
     sys.modules["megabagel.train.run"].main = fail  # type: ignore[attr-defined]
@@ -156,7 +156,7 @@ def test_how_a_command_ends(
 
 
 def test_our_own_errors_keep_their_traceback(valid: str, runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(_config: Config, _stop: object) -> None:
+    def fail(*_: object) -> None:
         raise ZeroDivisionError
 
     sys.modules["megabagel.train.run"].main = fail  # type: ignore[attr-defined]

@@ -30,9 +30,8 @@ from megabagel.inference.runner import Ranks, Runner
 from megabagel.model.bagel import Bagel
 from megabagel.model.factory import LayerFactory
 from megabagel.model.inputs import Hidden, StageInputs
-from megabagel.model.vae import Codec
-from megabagel.parallel.attention import choose_attention
-from megabagel.parallel.kernels import choose_kernels
+from megabagel.model.kernels import Kernels
+from megabagel.parallel.inputs import InputBuilder
 from megabagel.parallel.linears import MegatronLayers
 from megabagel.parallel.megatron import megatron_config
 from megabagel.parallel.mesh import Axis, Mesh
@@ -61,7 +60,7 @@ class _Sample:
 
 
 def training_sampler(
-    config: Config, mesh: Mesh, chunks: Sequence[Bagel], tokenizer: TextTokenizer, codec: Codec
+    config: Config, mesh: Mesh, chunks: Sequence[Bagel], tokenizer: TextTokenizer, builder: InputBuilder
 ) -> "TrainingSampler":
     """Return the sampler of a training run (a `train.sample_images.SamplerFactory`).
 
@@ -70,12 +69,12 @@ def training_sampler(
         mesh: grid of the run.
         chunks: this rank's model chunks, several with interleaved pipeline stages.
         tokenizer: of the run.
-        codec: image autoencoder.
+        builder: of training's inputs; its image autoencoder, kernels and attention engine are used.
 
     Raises:
         UserError: an image of `telemetry.edits` or `telemetry.questions` cannot be read.
     """
-    return TrainingSampler(config, mesh, chunks, tokenizer, codec)
+    return TrainingSampler(config, mesh, chunks, tokenizer, builder)
 
 
 class TrainingSampler:
@@ -85,11 +84,11 @@ class TrainingSampler:
     """
 
     def __init__(
-        self, config: Config, mesh: Mesh, chunks: Sequence[Bagel], tokenizer: TextTokenizer, codec: Codec
+        self, config: Config, mesh: Mesh, chunks: Sequence[Bagel], tokenizer: TextTokenizer, builder: InputBuilder
     ) -> None:
-        self.config, self.mesh, self.tokenizer, self.codec = config, mesh, tokenizer, codec
+        self.config, self.mesh, self.tokenizer, self.builder = config, mesh, tokenizer, builder
         parallel = replace(config.parallel, sp=False)
-        self.twins = [_twin(replace(config, parallel=parallel), mesh, chunk) for chunk in chunks]
+        self.twins = [_twin(replace(config, parallel=parallel), mesh, chunk, builder.kernels) for chunk in chunks]
         self.samples = self._samples()
 
     def draw(self) -> dict[str, np.ndarray]:
@@ -134,8 +133,8 @@ class TrainingSampler:
         cache = build_cache(self.config, self.mesh.tp.size, numbers, cache_tokens)
         stage = self.twins[0] if len(self.twins) == 1 else cast(Bagel, _Interleaved(self.twins, self.mesh.pp))
         ranks = Ranks(self.mesh.cp, self.mesh.pp)
-        runner = Runner(self.config.model, stage, cache, choose_attention(self.config), current_device(), ranks)
-        return Pipeline(source, self.mesh, runner=runner, codec=self.codec)
+        runner = Runner(self.config.model, stage, cache, self.builder.attention, current_device(), ranks)
+        return Pipeline(source, self.mesh, runner=runner, codec=self.builder.codec)
 
     def _samples(self) -> list[_Sample]:
         telemetry = self.config.telemetry
@@ -225,12 +224,12 @@ class _Interleaved(torch.nn.Module):
         return Hidden(und, gen, gen[:, :0], gen[:, 0])
 
 
-def _twin(config: Config, mesh: Mesh, chunk: Bagel) -> Bagel:
+def _twin(config: Config, mesh: Mesh, chunk: Bagel, kernels: Kernels) -> Bagel:
     """Return a chunk that holds the very parameters of `chunk` and keeps rows whole between its linears."""
     # Sequence parallelism, which training uses, deals rows over tensor-parallel ranks by counts that a decoded token
     # cannot have. Built without storage: `use_cpu_initialization` keeps megatron-core from naming a device.
     megatron = replace(megatron_config(config), use_cpu_initialization=True)
-    factory: LayerFactory = MegatronLayers(megatron, mesh, choose_kernels(config))
+    factory: LayerFactory = MegatronLayers(megatron, mesh, kernels)
     numbers = [int(number) for number in chunk.layers]
     layers = range(numbers[0], numbers[-1] + 1) if numbers else range(0)
     with torch.device("meta"):

@@ -95,7 +95,7 @@ def build_trainer(
     if config.telemetry.sample_every:
         assert samplers is not None, "telemetry.sample_every > 0 needs a sampler"
         chunks = [stage.model for stage in rank.stages]
-        sampler = on_all_ranks(lambda: samplers(config, mesh, chunks, data.tokenizer, codec))
+        sampler = on_all_ranks(lambda: samplers(config, mesh, chunks, data.tokenizer, rank.builder))
     saver, detector = Saver(config, mesh), LossSpikeDetector(config.train)
     held_out = build_held_out(config, mesh, attention, rank.builder, rank.runner) if config.train.val_every else None
     return Trainer(

@@ -11,7 +11,7 @@ import numpy as np
 from megabagel.config.schema import Config
 from megabagel.data.tokenize.tokenizer import TextTokenizer
 from megabagel.model.bagel import Bagel
-from megabagel.model.vae import Codec
+from megabagel.parallel.inputs import InputBuilder
 from megabagel.parallel.mesh import Mesh
 
 
@@ -27,7 +27,7 @@ class SamplerFactory(Protocol):
     """Builds the sampler of a run."""
 
     def __call__(
-        self, config: Config, mesh: Mesh, chunks: Sequence[Bagel], tokenizer: TextTokenizer, codec: Codec
+        self, config: Config, mesh: Mesh, chunks: Sequence[Bagel], tokenizer: TextTokenizer, builder: InputBuilder
     ) -> Sampler:
         """Return the sampler.
 
@@ -36,7 +36,7 @@ class SamplerFactory(Protocol):
             mesh: its grid.
             chunks: this rank's model chunks, whose parameters the sampler reads.
             tokenizer: of the run.
-            codec: image autoencoder.
+            builder: of training's inputs; its image autoencoder, kernels and attention engine are used.
 
         Raises:
             UserError: a sample cannot be made.

@@ -37,6 +37,7 @@ class Cut(Exception):
 
 def train(config: Config, cut: int | None = None) -> list[int]:
     """The program on this rank, inside the pool's process group; the steps it began. After `cut` steps it is gone."""
+    from megabagel.inference.training_samples import training_sampler
     from megabagel.parallel import mesh
     from megabagel.runtime import cpu_backend
     from megabagel.train import run
@@ -57,7 +58,7 @@ def train(config: Config, cut: int | None = None) -> list[int]:
     patches = mock.patch.object(run, "distributed", here), mock.patch.object(run.Trainer, "train_step", mortal)
     with patches[0], patches[1], weights_left_open_show():
         try:
-            run.main(config)
+            run.main(config, sampler=training_sampler)
         except Cut:
             assert cut is not None
     return begun

@@ -10,7 +10,7 @@ import pytest
 from tests.support.served import KEY, InPool, serving_in_pool
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InPool]:
     """A running server with an API key and small limits."""
     with serving_in_pool(tmp_path_factory.mktemp("served")) as found:

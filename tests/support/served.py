@@ -112,7 +112,8 @@ def serving_in_pool(folder: Path) -> Iterator[InPool]:
     pool, ready, codes = RankPool(), folder / "ready.json", []
     publish_tiny(folder / "tiny")
     thread = threading.Thread(
-        target=lambda: codes.extend(pool.run(1, serve_in_worker, str(folder / "tiny"), str(ready)))
+        # The pool ends what outlives its limit: a server lives as long as the tests that use it.
+        target=lambda: codes.extend(pool.run(1, serve_in_worker, str(folder / "tiny"), str(ready), timeout=3600.0))
     )
     thread.start()
     try:

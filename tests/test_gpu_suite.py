@@ -56,6 +56,7 @@ def test_quick_parts_leave_a_report(tmp_path: Path) -> None:
 
 
 @needs_triton
+@pytest.mark.thorough
 def test_a_wrong_kernel_fails_and_is_not_timed(tmp_path: Path) -> None:
     program = ("-c", PLANT.format(tools=str(SUITE.parent)))
     code, found, markdown = run(tmp_path, "--only", "check-others", "memory", program=program)

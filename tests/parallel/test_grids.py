@@ -62,11 +62,11 @@ def test_curve_does_not_depend_on_the_grid(
 @pytest.mark.parametrize(
     ("grid", "options"),
     [
-        ((2, 1, 1, 1, 1), {"sp": False}),
+        pytest.param((2, 1, 1, 1, 1), {"sp": False}, marks=pytest.mark.thorough),
         ((2, 1, 1, 2, 1), {"sp": False}),
         ((2, 2, 1, 1, 1), {"recompute": "full"}),
-        ((1, 1, 1, 2, 1), {"recompute": "selective"}),
-        ((1, 2, 1, 1, 1), {"layer_split": (1, 4)}),
+        pytest.param((1, 1, 1, 2, 1), {"recompute": "selective"}, marks=pytest.mark.thorough),
+        pytest.param((1, 2, 1, 1, 1), {"layer_split": (1, 4)}, marks=pytest.mark.thorough),
         ((1, 2, 2, 1, 1), {"layer_split": (0, 2, 2, 1)}),
     ],
 )
@@ -77,7 +77,13 @@ def test_curve_does_not_depend_on_options(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"variant": "dense"}, {"variant": "moe"}, {"visual_und": False, "qkv_bias": False}, {"qk_norm": False}]
+    "changes",
+    [
+        {"variant": "dense"},
+        {"variant": "moe"},
+        pytest.param({"visual_und": False, "qkv_bias": False}, marks=pytest.mark.thorough),
+        pytest.param({"qk_norm": False}, marks=pytest.mark.thorough),
+    ],
 )
 def test_other_models_do_not_depend_on_the_grid(ranks: RankPool, changes: dict[str, object]) -> None:
     config = base_config()

@@ -24,7 +24,13 @@ def test_flex_forward(ranks: RankPool) -> None:
 
 @needs_triton
 @needs("train_02_t2i", "train_05_interleave3")
-@pytest.mark.parametrize("options", [(), ("parallel.cp=2", "--nproc", "2")], ids=["alone", "cp 2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="alone"),
+        pytest.param(("parallel.cp=2", "--nproc", "2"), id="cp 2", marks=pytest.mark.thorough),
+    ],
+)
 def test_triton_in_the_interpreter(options: tuple[str, ...]) -> None:
     passes_interpreted("train_02_t2i", "train_05_interleave3", options=("parallel.attention=triton", *options))
 

@@ -29,8 +29,8 @@ Rows = RankRows[torch.Tensor]
 
 
 @dataclass(frozen=True)
-class SamplerLatents:
-    """Latents given by a sampler instead of encoded images."""
+class GivenLatents:
+    """Noised latents given by the caller instead of encoded images: a trajectory to replay (docs/srum.md)."""
 
     x_t_LZ: torch.Tensor
     """x_t of every latent token of the pack."""
@@ -48,7 +48,7 @@ class FixedNoise:
     """x_0' of the second target, where the batch has one."""
 
 
-Outside = SamplerLatents | FixedNoise | None
+Outside = GivenLatents | FixedNoise | None
 """Latents given by the caller, or None: those of the batch's images."""
 
 
@@ -154,7 +154,7 @@ class InputBuilder:
             others = replace(images, start_I=second.start_I)
             return noised_g, self.kernels.noised_rows(others, latents.image_g, latents.place_g)
         real_g, image_g, latent_g = latents.image_g >= 0, latents.image_g.clamp_min(0), rows.latent_g.clamp_min(0)
-        if isinstance(outside, SamplerLatents):
+        if isinstance(outside, GivenLatents):
             x_t_gZ = outside.x_t_LZ.to(self.device)[latent_g] * real_g[:, None]
             return NoisedRows(x_t_gZ, torch.zeros_like(x_t_gZ), real_g), None
         x0_gZ, eps_gZ = (x.to(self.device)[latent_g] for x in (outside.x0_LZ, outside.eps_LZ))
@@ -165,7 +165,7 @@ class InputBuilder:
 
     def _times(self, latents: LatentRows[torch.Tensor], outside: Outside) -> torch.Tensor:
         """Return the timesteps [I]."""
-        if isinstance(outside, SamplerLatents):
+        if isinstance(outside, GivenLatents):
             return torch.full_like(latents.raw_time_I, outside.time)
         train = self.config.train
         return timestep(latents.raw_time_I, train.timestep_shift, train.timestep_precision)

@@ -15,7 +15,7 @@ from megabagel.sequence.items import Latent, Text
 from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.pack import build_pack
 from megabagel.sequence.rank_rows import LatentWeights, RankPack, RankPlace, derive_rows
-from megabagel.sequence.sample import lay_out
+from megabagel.sequence.sample import LATENT, lay_out
 
 
 def test_rollouts_are_a_function_of_prompt_and_seed(model: Any) -> None:
@@ -74,3 +74,23 @@ def test_a_given_timestep_is_a_given_draw() -> None:
     shift, wanted = 3.0, torch.tensor([0.05, 0.5, 0.93])
     s = wanted / (shift - (shift - 1) * wanted)
     torch.testing.assert_close(timestep(torch.log(s / (1 - s)), shift), wanted)
+
+
+def test_given_noised_latents_reach_their_rows(shapes: Path) -> None:
+    import megabagel
+    from megabagel.parallel.attention import choose_attention
+    from megabagel.parallel.inputs import GivenLatents, InputBuilder
+    from megabagel.parallel.mesh import single_mesh
+    from tests.support.small_run import small_config
+
+    config = small_config(shapes)
+    batch = next(megabagel.batches(config))
+    rows = batch.rows.arrays()
+    count = int((batch.pack.kind_S == LATENT).sum())
+    x_t_LZ = torch.randn(count, config.model.latent_dim, generator=torch.Generator().manual_seed(0))
+    builder = InputBuilder(config, single_mesh(), None, torch.device("cpu"), attention=choose_attention(config))
+    latents = builder.build(batch, GivenLatents(x_t_LZ, 0.25)).latents
+    assert latents is not None and count > 8
+    real_g = torch.from_numpy(rows.latent_g >= 0)
+    assert torch.equal(latents.x_t_gZ[real_g], x_t_LZ[torch.from_numpy(rows.latent_g)[real_g]])
+    assert not latents.x_t_gZ[~real_g].any() and set(latents.time_I.tolist()) == {0.25}

@@ -11,7 +11,7 @@ from megabagel.errors import UserError
 
 @dataclass(frozen=True)
 class Seen:
-    """What a checkpoint was trained on."""
+    """Steps and tokens that a checkpoint was trained on."""
 
     step: int
     tokens: int | None

@@ -25,7 +25,7 @@ STAGES = ("generate", "judge", "summarise")
 
 @dataclass(frozen=True)
 class Work:
-    """What is evaluated, and how."""
+    """One evaluation: suite, items and settings."""
 
     suite: Suite
     items: Sequence[Item]
@@ -104,7 +104,7 @@ def _ranks(config: Config) -> Iterator[Mesh | None]:
 
 
 def _identity(work: Work, source: Source) -> Record:
-    """What must be equal in every start of an evaluation."""
+    """Facts that every start of an evaluation shares."""
     return {
         "suite": work.suite.name,
         "items": items_digest(work.items),

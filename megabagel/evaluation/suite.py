@@ -1,4 +1,4 @@
-"""What a suite is: items to generate, questions to a judge, and the rule that makes a table of its answers.
+"""Suites: items to generate, questions to a judge, and the rule that makes a table of its answers.
 
     read       the user's benchmark files -> items
     generate   item -> picture or answer, in the layout of the official scripts
@@ -122,7 +122,7 @@ class Suite:
     """Side of pictures in pixels; None: the model's default."""
     max_new_tokens: int = 1000
     data: str = ""
-    """What `--data` names, for messages and documentation."""
+    """Content of the file that `--data` names, for messages and documentation."""
     headlines: tuple[str, ...] = ()
     """Lines that a picture of emergence follows; none: the first one."""
     rules: tuple[Rule, ...] = ("published",)

@@ -301,7 +301,7 @@ class _Drawing:
         self.wanted: list[str] = []
 
     def parts(self, x: Tensor, t: float, needed: tuple[bool, bool]) -> tuple[Part, ...]:
-        """What to compute at state `x`: one part with all branches, or one per branch under TaylorSeer."""
+        """Parts to compute at state `x`: one part with all branches, or one per branch under TaylorSeer."""
         self.wanted = ["main", *(name for name, need in zip(BRANCHES[1:], needed, strict=True) if need)]
         distinct = [name for name in self.wanted if self._twin(name) == name]
         if self.seers is None:

@@ -102,7 +102,7 @@ class Layout:
 
     @cached_property
     def shape(self) -> Shape:
-        """What decides where its tokens lie among the rows of a pass."""
+        """Key of the placement of its tokens among the rows of a pass."""
         return self.kind.tobytes(), tuple(int(token) for token in self.wanted)
 
     @cached_property

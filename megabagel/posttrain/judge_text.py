@@ -31,7 +31,7 @@ _UNITS = re.compile(r"/\s?1(?:\.0*)?$")
 
 @dataclass(frozen=True)
 class Answer:
-    """What an answer says of one thing. `score` is None exactly if `failure` names the reason."""
+    """Score of one thing in an answer. `score` is None exactly if `failure` names the reason."""
 
     score: float | None
     failure: str | None = None

@@ -32,7 +32,7 @@ RETRY_TEMPERATURE = 0.7
 
 @dataclass
 class Scores:
-    """What a judge found in one picture; None where it failed."""
+    """Scores of one picture; None where the judge failed."""
 
     regions: list[dict[str, Any]] = field(default_factory=list)
     """box, name, score, reason of each region."""

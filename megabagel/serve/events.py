@@ -1,4 +1,4 @@
-"""What the worker reports about a job: plain values that cross from the engine's thread to the event loop."""
+"""Events of a job, reported by the worker: plain values that cross from the engine's thread to the event loop."""
 
 from dataclasses import dataclass
 from typing import Any

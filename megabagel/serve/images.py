@@ -74,12 +74,12 @@ async def _frames(ticket: Ticket, accepted: Accepted, kind: str) -> AsyncIterato
 
 
 def _about(picture: Generated) -> dict[str, Any]:
-    """What differs between the pictures of a request; a thought is given as the revised prompt."""
+    """Fields that differ between the pictures of a request; a thought is given as the revised prompt."""
     return {"seed": picture.about["seed"], "revised_prompt": picture.about["thought"]}
 
 
 def _common(event: Finished, accepted: Accepted) -> dict[str, Any]:
-    """What the pictures of a request share."""
+    """Fields that the pictures of a request share."""
     height, width, _ = event.result[0].pixels.shape
     prompt = accepted.text_tokens + accepted.image_tokens
     usage = {

@@ -35,7 +35,7 @@ class Histogram:
 
 
 class Metrics:
-    """What the server has done since its start."""
+    """Counters since the start of the server."""
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()

@@ -30,7 +30,7 @@ _ABOUT_THE_CALLER = (
 
 @dataclass(frozen=True, eq=False)
 class Parsed:
-    """What a request asks for, images still as files."""
+    """A checked request, its images still as files."""
 
     model: str | None
     items: tuple[str | bytes, ...]

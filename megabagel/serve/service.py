@@ -1,4 +1,4 @@
-"""What the routes share: the model's name and tokenizer, the worker, limits and counters."""
+"""Shared state of the routes: the model's name and tokenizer, the worker, limits and counters."""
 
 import time
 from dataclasses import dataclass, field

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from megabagel.data.tokenize.tokenizer import TextTokenizer
 
 _REPLACEMENT = "\ufffd"
-"""What a tokenizer gives for bytes that are not (yet) a character."""
+"""Output of a tokenizer for bytes that are not (yet) a character."""
 
 
 class TextStream:

@@ -24,7 +24,7 @@ class Report:
     shards: tuple[Path, ...]
     skipped: Mapping[str, Sequence[str]]
     counted: str = "images"
-    """What the candidates are."""
+    """Name of the candidates."""
 
     def text(self, every: bool) -> str:
         """The report as text; with `every` it lists all that were skipped, not only the first of each reason."""

@@ -45,7 +45,7 @@ class Kind:
     """A kind of samples: how they are found in a folder, and words for messages."""
 
     counted: str
-    """What a report counts."""
+    """Name of the things that a report counts."""
     expected: str
     find: Callable[[Path], list[Unit]]
 

@@ -23,7 +23,7 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is, such as `endpoint gpt-4o`; no secret, no address."""
+        """Kind and model, such as `endpoint gpt-4o`; no secret, no address."""
 
     def __call__(self, request: Request) -> Reply:
         """Answer a question. Raises UserError where no answer can be had at all."""

@@ -39,6 +39,24 @@ def test_a_row_has_the_same_bits_beside_any_number_of_others(inputs: int) -> Non
 
 
 @torch.inference_mode()
+def test_products_have_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, seen = PackedLinear(torch.randn(16, 32), None), set()
+    product = linear._linear
+
+    def counted(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.add(len(x))
+        return product(x, *rest)
+
+    monkeypatch.setattr(linear, "_linear", counted)
+    x = torch.randn(2500, 32)
+    whole = linear(x)
+    for rows in range(2500):
+        assert torch.equal(linear(x[:rows]), whole[:rows]), rows
+        assert rows <= packed.filled(rows) < max(3, 1.5 * rows) + 2
+    assert len(seen) <= 37
+
+
+@torch.inference_mode()
 def test_nothing_is_packed_where_bits_depend_on_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(PackedLinear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

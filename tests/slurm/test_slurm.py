@@ -23,7 +23,7 @@ from tests.support.small_run import small_config, write_data
 pytestmark = pytest.mark.slow
 STEPS = 60
 """Enough that a run of two ranks is still under way when its first lines are seen."""
-TIMES = ("seconds", "per_s", "mfu", "mem", "wait")
+TIMES = ("seconds", "per_s", "mfu", "mem", "wait", "slowest_rank")
 """Parts of the names of what a record measures, rather than computes."""
 QUICK = ("--synthetic", "--warmup", "1", "--steps", "1", "--phases", "1")
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")

@@ -43,11 +43,11 @@ SPLIT_VOCABULARY = "parallel.tp=2", "parallel.sp=false", "--nproc", "2"
     ("cases", "options"),
     [
         (("train_03_vlm",), ()),
-        pytest.param(TRAIN, (), marks=pytest.mark.slow),
+        pytest.param(TRAIN, (), marks=pytest.mark.thorough),
         pytest.param(("train_03_vlm",), ("parallel.tp=2", "--nproc", "2"), marks=pytest.mark.slow),
-        pytest.param(("train_03_vlm",), SPLIT_VOCABULARY, marks=pytest.mark.slow),
+        pytest.param(("train_03_vlm",), SPLIT_VOCABULARY, marks=pytest.mark.thorough),
         pytest.param(
-            ("train_02_t2i",), ("parallel.pp=2", "parallel.recompute=full", "--nproc", "2"), marks=pytest.mark.slow
+            ("train_02_t2i",), ("parallel.pp=2", "parallel.recompute=full", "--nproc", "2"), marks=pytest.mark.thorough
         ),
     ],
     ids=["alone", "all", "tp 2 sp", "tp 2", "pp 2"],

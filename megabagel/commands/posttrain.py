@@ -56,9 +56,9 @@ def _add_generate(commands: Any) -> None:
 def _generate(args: argparse.Namespace, model: Any) -> int:
     from megabagel.posttrain.generate import DrawOptions, generate
     from megabagel.posttrain.prompts import read_prompts
-    from megabagel.posttrain.ranks import from_first
+    from megabagel.runtime.collective_errors import from_rank0
 
-    prompts = from_first(lambda: read_prompts(args.prompts, args.seed))
+    prompts = from_rank0(lambda: read_prompts(args.prompts, args.seed))
     options = DrawOptions(args.n, args.size, args.steps, args.text_scale, args.think, args.seed)
     return _report(generate(model, prompts, args.work, options))
 

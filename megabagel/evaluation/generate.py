@@ -18,7 +18,7 @@ from megabagel.errors import UserError
 from megabagel.evaluation.suite import Item, Suite
 from megabagel.inference.api import Pipeline
 from megabagel.journal import Journal, Record, read_all, write_whole
-from megabagel.runtime.objects import broadcast
+from megabagel.runtime.collective_errors import from_rank0
 from megabagel.sequence.keys import seed64
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,8 @@ def generate(
         share: (number of this replica, number of replicas, whether this rank writes).
     """
     number, replicas, writes = share
-    done = {tuple(key) for key in _on_rank0(out)}
+    # As rank 0 sees them: on a shared disk other hosts may see a new file later.
+    done = {tuple(key) for key in from_rank0(lambda: [list(key) for key in finished(out)])}
     mine = [job for job in jobs(items, settings.samples)[number::replicas] if (job[0]["id"], job[1]) not in done]
     logger.info("%s: %d outputs to make on replica %d of %d", suite.name, len(mine), number, replicas)
     journal = Journal(out / f"generated.{number}-of-{replicas}.jsonl") if writes else None
@@ -106,14 +107,6 @@ def generate(
         for job, result in _made(suite, mine[start : start + TOGETHER], model, settings):
             if journal is not None:
                 journal.append(_record(suite, job, result, settings, out))
-
-
-def _on_rank0(out: Path) -> list[Any]:
-    """Keys of finished outputs as rank 0 sees them: on a shared disk other hosts may see a new file later."""
-    import torch.distributed as dist
-
-    found = [list(key) for key in finished(out)]
-    return broadcast(found) if dist.is_initialized() else found
 
 
 def _made(suite: Suite, part: Sequence[Job], model: Pipeline, settings: Settings) -> Iterator[tuple[Job, Any]]:

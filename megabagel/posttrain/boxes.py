@@ -26,8 +26,9 @@ from megabagel.errors import UserError
 from megabagel.evaluation.shapes_vision import find_figures
 from megabagel.locks import inside, locked
 from megabagel.posttrain.journal import DRAWN, IMAGES, Journal, Record, append_to, read_records
-from megabagel.posttrain.ranks import first_rank, from_first
+from megabagel.posttrain.ranks import first_rank
 from megabagel.rewards.regions import BadReward, Box, read_box
+from megabagel.runtime.collective_errors import from_rank0
 
 # Stages without a model start without megatron-core, whose import takes seconds.
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _find_boxes(work: Path, options: BoxOptions, model: "Pipeline | None") -> di
         journals.append(Journal(work / BOXES, "image_file", settings))
         return [one for one in drawn_pictures(work) if one["image_file"] not in journals[0]]
 
-    left = from_first(begin)
+    left = from_rank0(begin)
     propose, total, dropped = proposer(options, model), 0, 0
     for record in left:
         image, blob = open_picture(work, record["image_file"])
@@ -96,7 +97,7 @@ def _find_boxes(work: Path, options: BoxOptions, model: "Pipeline | None") -> di
         total, dropped = total + len(kept), dropped + len(found) - len(kept)
         result = {"image_file": record["image_file"], "size": list(image.size), "boxes": [list(box) for box in kept]}
         result["filtered"] = len(found) - len(kept)
-        from_first(partial(append_to, journals, result))
+        from_rank0(partial(append_to, journals, result))
     return {"pictures": len(left), "boxes": total, "filtered": dropped}
 
 

@@ -14,14 +14,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megabagel.data.files import write_atomic
 from megabagel.errors import UserError
 from megabagel.inference.api import Pipeline
 from megabagel.inference.generated import Generated
 from megabagel.inference.presets import DRAW, adjusted, preset
+from megabagel.journal import write_whole
 from megabagel.locks import inside, locked
 from megabagel.posttrain.journal import DRAWN, IMAGES, Journal
-from megabagel.posttrain.ranks import first_rank, from_first
+from megabagel.posttrain.ranks import first_rank
+from megabagel.runtime.collective_errors import from_rank0
 from megabagel.sequence.keys import seed64
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def _generate(model: Pipeline, prompts: Sequence[dict[str, Any]], work: Path, op
         (work / IMAGES).mkdir(exist_ok=True)
         return [name for name in journals[0].records if _there(work, journals[0].records[name])]
 
-    known = set(from_first(begin))
+    known = set(from_rank0(begin))
     wanted = [(prompt, n) for prompt in prompts for n in range(options.candidates)]
     left = iter([(prompt, n) for prompt, n in wanted if name_of(prompt, n) not in known])
     drawn = failed = 0
@@ -88,7 +89,7 @@ def _generate(model: Pipeline, prompts: Sequence[dict[str, Any]], work: Path, op
         for (prompt, number), result in zip(group, _pictures(model, group, options), strict=True):
             failed += isinstance(result, str)
             drawn += not isinstance(result, str)
-            from_first(partial(_keep, journals, work, prompt, number, result))
+            from_rank0(partial(_keep, journals, work, prompt, number, result))
     return {"prompts": len(prompts), "pictures": len(wanted), "known": len(wanted) - drawn - failed, "drawn": drawn,
             "failed": failed}  # fmt: skip
 
@@ -144,13 +145,7 @@ def _keep(
         journal.append({**record, "error": result})
         return
     path = work / IMAGES / name
-    try:
-        write_atomic(path, result.png())
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}). What is finished stays: free some space and start the same "
-            "command again."
-        ) from error
+    write_whole(path, result.png())
     about = result.about
     journal.append(
         {**record, "size": [about["width"], about["height"]], "seed": about["seed"], "thought": about["thought"]}

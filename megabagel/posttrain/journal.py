@@ -68,7 +68,7 @@ class Journal:
 
 
 def append_to(journals: Sequence[Journal], record: Record) -> None:
-    """Append to the journal that rank 0 alone has opened (`ranks.from_first`)."""
+    """Append to the journal that rank 0 alone has opened (in `from_rank0`)."""
     (journal,) = journals
     journal.append(record)
 

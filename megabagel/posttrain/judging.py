@@ -12,15 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megabagel.data.files import write_atomic
 from megabagel.errors import UserError
+from megabagel.journal import write_whole
 from megabagel.locks import inside, locked
 from megabagel.posttrain.boxes import BOXES, drawn_pictures, open_picture
 from megabagel.posttrain.journal import Journal, Record, append_to, read_records
 from megabagel.posttrain.judges import JudgeOptions, judge_of
-from megabagel.posttrain.ranks import first_rank, from_first
+from megabagel.posttrain.ranks import first_rank
 from megabagel.rewards.records import to_released
 from megabagel.rewards.regions import Region, Reward
+from megabagel.runtime.collective_errors import from_rank0
 
 # Stages without a model start without megatron-core, whose import takes seconds.
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _judge(work: Path, options: JudgeOptions, model: "Pipeline | None") -> dict[
             )
         return [(one, boxes.get(one["image_file"], [])) for one in left]
 
-    scored, left = judge_of(options, model), from_first(begin)
+    scored, left = judge_of(options, model), from_rank0(begin)
     failures: Counter[str] = Counter()
     for record, boxes in left:
         image, _ = open_picture(work, record["image_file"])
@@ -71,7 +72,7 @@ def _judge(work: Path, options: JudgeOptions, model: "Pipeline | None") -> dict[
         failures.update(scores.failures.values())
         result = {"image_file": record["image_file"], "prompt": record["prompt"], "id": record["id"]}
         result |= {"size": list(image.size), "judge": options.by, **asdict(scores)}
-        from_first(partial(append_to, journals, result))
+        from_rank0(partial(append_to, journals, result))
     return {"pictures": len(left), "scores without a number": sum(failures.values()), **dict(failures.most_common())}
 
 
@@ -104,10 +105,7 @@ def format_records(work: Path, pairs: bool = False) -> dict[str, int]:
         lines.append(json.dumps(to_released(reward, record["image_file"], record["prompt"], good), ensure_ascii=False))
         counts["pairs"] += good not in (None, record["image_file"])
     with locked(inside(work), str(work)):
-        try:
-            write_atomic(work / TRAIN, "".join(f"{line}\n" for line in lines).encode())
-        except OSError as error:
-            raise UserError(f"{work / TRAIN}: cannot be written ({error.strerror}); free some space") from error
+        write_whole(work / TRAIN, "".join(f"{line}\n" for line in lines))
     return {"records": len(lines), **{name: count for name, count in counts.items() if count}}
 
 

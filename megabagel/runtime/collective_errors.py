@@ -11,7 +11,7 @@ notebook, a test of one device) this process is the only rank, and nothing is ex
 import os
 import socket
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megabagel.errors import TransientFailure, UserError, named
 from megabagel.runtime.device import current_device
 from megabagel.runtime.identity import first_difference
-from megabagel.runtime.objects import all_gathered
+from megabagel.runtime.objects import all_gathered, broadcast
 from megabagel.runtime.phase import all_reduced
 
 T = TypeVar("T")
@@ -50,6 +50,13 @@ def on_rank0(action: Callable[[], object]) -> None:
     _, failures = _attempt(action if first else lambda: None)
     if failures:
         raise _raised(failures[0])
+
+
+def from_rank0(make: Callable[[], Any]) -> Any:
+    """Return on every rank the JSON value that rank 0 makes; errors are raised on all ranks as by `on_all_ranks`."""
+    made: list[Any] = []
+    on_rank0(lambda: made.append(make()))
+    return broadcast(made[0] if made else None) if dist.is_initialized() else made[0]
 
 
 def _raised(failure: Failure, where: str = "") -> UserError:

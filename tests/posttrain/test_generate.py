@@ -1,13 +1,13 @@
 """Prompts and the generate stage: the same pictures in any order and after any kill."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megabagel.errors import UserError
-from megabagel.posttrain import generate as module
 from megabagel.posttrain.generate import DrawOptions, generate
 from megabagel.posttrain.journal import Journal
 from megabagel.posttrain.prompts import read_prompts
@@ -70,10 +70,14 @@ def test_a_missing_picture_and_other_weights_are_refused(model: Any, tmp_path: P
 
 
 def test_a_full_disk_stops_with_one_message(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, data: bytes) -> None:
-        raise OSError(28, "No space left on device")
+    flush = os.fsync
 
-    monkeypatch.setattr(module, "write_atomic", full)
+    def full(descriptor: int) -> None:
+        if ".png" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            raise OSError(28, "No space left on device")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"No space left on device.*start the same command again"):
         generate(model, PROMPTS, tmp_path, OPTIONS)
 

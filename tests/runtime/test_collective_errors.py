@@ -87,3 +87,28 @@ def combined() -> tuple[list[int], frozenset[str]]:
 
 def test_values_of_all_ranks(ranks: RankPool) -> None:
     assert ranks.run(3, combined) == [([2, 0, 7], frozenset({"all", "rank 0", "rank 1", "rank 2"}))] * 3
+
+
+def handed_out(full: bool) -> object:
+    """The value that rank 0 makes, or the message of its error; other ranks must not make one."""
+    import torch.distributed as dist
+
+    from megabagel.runtime.collective_errors import from_rank0
+
+    def make() -> list[object]:
+        assert dist.get_rank() == 0
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device", "drawn.jsonl")
+        return ["a", {"b": 1}, None]
+
+    try:
+        return from_rank0(make)
+    except UserError as error:
+        return str(error)
+
+
+def test_rank_0_hands_out_its_value_or_its_error(ranks: RankPool) -> None:
+    """A failing disk as well: the others would otherwise wait for a value that never comes."""
+    assert ranks.run(2, handed_out, False) == [["a", {"b": 1}, None]] * 2
+    first, second = ranks.run(2, handed_out, True)
+    assert first == second and "drawn.jsonl" in first

@@ -56,7 +56,7 @@ check: lint ## lint, then the tests that take one process and little time: minut
 
 test: lint ## lint, then the fast tests, then the slow ones
 	$(PYTEST) -m "not slow and not thorough"
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not thorough"
 
 thorough: $(READY) ## the tests that `make test` only samples
 	$(PYTEST) -m thorough

@@ -133,7 +133,7 @@ def test_training_commands_run(command: str, data_root: Path, tmp_path: Path) ->
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_00000002"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_commands_about_the_official_model_run(data_root: Path, tmp_path: Path) -> None:
     """One after the other in one folder. A tiny run, exported, plays the published checkpoint."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

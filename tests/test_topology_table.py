@@ -32,7 +32,7 @@ def test_a_differing_curve_fails(
     assert lines[-1] == "| 2, 2, 1, 2, 2 | 16 | 2.000060000 | 3.0e-05 |"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_it_runs_the_program(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tool, "GRIDS", ((1, 1, 1, 1, 1), (1, 2, 1, 1, 1)))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -6,7 +6,8 @@
 
 The version is that of the Triton that the interpreter imports. For another one (3.6.0 comes with torch 2.11) run it in
 an environment with that one; its table is a file of its own. Exits with 1 if a kernel fails a gate or, with --check,
-differs.
+differs. A pass over all kernels is recorded in kernel_gate_sources.json: `make test` asks for another one when a source
+has changed since, and compiles a few kernels only.
 
 The real launch code runs, on CPU tensors, with a stand-in for the driver: so signatures, alignment, block sizes and
 options are exactly those of a launch on the GPU. Gates: shared and tensor memory suffice; loops with matrix products do
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported: interpreted functions cannot be compiled
 
+import kernel_sources
 import triton
 from megabagel_kernels import checks
 from sass import Code
@@ -298,6 +300,8 @@ def main() -> int:
     else:
         lines = [f"sm_{row.arch} {row.name} ({row.config}): {failure}" for row in rows for failure in row.failures]
         _write(sorted(others + rows, key=lambda row: (row.arch, row.case, row.kernel)), args.out, name)
+    if not lines and arches == list(ARCHES) and not args.only and args.out == RESULTS:
+        kernel_sources.record()
     print(*lines, f"{len(rows)} kernels, Triton {triton.__version__}, {time.monotonic() - started:.0f} s", sep="\n")
     return 1 if lines or not rows else 0
 

@@ -33,7 +33,7 @@ def pairs(*strides: int) -> list[tuple[Grid, Grid]]:
     return [(grid, GRIDS[(number + by) % len(GRIDS)]) for by in strides for number, grid in enumerate(GRIDS)]
 
 
-QUICK, REST = pairs(3), pairs(1, 2, 5)
+QUICK, REST = pairs(3)[::2], [*pairs(3)[1::2], *pairs(1, 2, 5)]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def test_another_grid(bench: Bench, written: Grid, opened: Grid) -> None:
     bench.compare(written, opened)
 
 
-@pytest.mark.parametrize("grid", [(2, 2, 1, 1, 1), (1, 2, 2, 1, 1), (1, 1, 1, 1, 3)], ids=str)
+@pytest.mark.parametrize("grid", [(1, 2, 2, 1, 1), (1, 1, 1, 1, 3)], ids=str)
 def test_reshard_writes_what_the_grid_writes(bench: Bench, tmp_path: Path, grid: Grid) -> None:
     """The same boxes in the same files; only where data-parallel shares begin is the optimizer's own affair."""
     bench.write(GRIDS[1])

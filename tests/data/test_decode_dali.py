@@ -105,7 +105,7 @@ def test_no_request_gives_no_outcome() -> None:
     assert DaliEngine()([]) == HostEngine()([]) == HostEngine(2)([]) == []
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_benchmark_runs(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, root / "benchmarks/decode.py", "--images", "1", "--rounds", "1", "--out", tmp_path]

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from tools import kernel_sources
+
 TOOLS = Path(__file__).parents[2] / "tools"
 RESULTS = TOOLS.parent / "benchmarks" / "results"
 
@@ -92,11 +94,23 @@ def test_unfit_block_sizes_fail():
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_all_kernels_are_as_stored():
     table()
     done = check()
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_gate_has_compiled_the_kernels_as_they_are():
+    assert kernel_sources.changed() == [], "run tools/kernel_gate.py --check (minutes) and commit its record"
+
+
+def test_the_digest_of_a_source_leaves_out_comments_and_docstrings(tmp_path: Path):
+    one, same, other = (tmp_path / name for name in ("one.py", "same.py", "other.py"))
+    one.write_text('"""A kernel."""\nWARPS = 4\n"""Measured."""\n')
+    same.write_text("WARPS = 4  # measured\n")
+    other.write_text("WARPS = 8  # measured\n")
+    assert kernel_sources._digest(one) == kernel_sources._digest(same) != kernel_sources._digest(other)
 
 
 def test_every_table_is_readable():

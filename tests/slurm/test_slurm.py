@@ -119,6 +119,7 @@ def test_cancelled_job_saves_and_stays_out_of_the_queue(cluster: Cluster, config
     assert saved == [f"step_{len(records(tmp_path)):08}"]
 
 
+@pytest.mark.thorough
 def test_chain_continues_and_its_last_job_finds_nothing_to_do(
     cluster: Cluster, config: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ def test_limit_that_leaves_no_time_to_start_is_not_requeued_for_ever(
     assert "submit again with a longer --time" in cluster.log(job)
 
 
+@pytest.mark.thorough
 def test_limit_shorter_than_a_step_is_named_by_every_rank(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     """Slurm's signals at a limit, sent here without waiting for one: USR1 to the script, TERM to all, KILL."""
     script = (SCRIPTS / "train.sbatch", config, f"run.dir={tmp_path}", "train.packs_per_step=3000")
@@ -184,6 +186,7 @@ def test_job_without_config_says_so(cluster: Cluster) -> None:
     assert "no config" in cluster.log(job)
 
 
+@pytest.mark.thorough
 def test_array_measures_a_grid_per_job(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     grids = tmp_path / "grids"
     grids.write_text("# two of them\nparallel.pp=2\n\nparallel.pp=1 parallel.tp=2\n")
@@ -199,6 +202,7 @@ def test_array_measures_a_grid_per_job(cluster: Cluster, config: Path, tmp_path:
     assert "tokens/s per rank" in compared
 
 
+@pytest.mark.thorough
 def test_reshard_job(cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
     source, moved = undisturbed / "checkpoints" / f"step_{STEPS:08}", tmp_path / "moved"
     job = cluster.submit(

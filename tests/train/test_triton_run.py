@@ -28,7 +28,7 @@ def records(folder: Path, name: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_the_loss_is_that_of_torch(tmp_path: Path) -> None:
     """Noise is drawn by the kernel here, not given as in the golden cases."""

@@ -64,7 +64,7 @@ def check_half(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("configs", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (7, 1)])
+@pytest.mark.parametrize("heads", [(4, 2), pytest.param((2, 2), marks=pytest.mark.thorough), (7, 1)])
 def test_a_small_pack(configs: Configs, heads: tuple[int, int]):
     check_fp32(Case(ranges_of(PACK).padded(5), configs, heads, 32, seed=0))
 
@@ -91,7 +91,10 @@ def test_random_packings_in_fp16(seed: int):
     check_half(random_case(seed), torch.float16)
 
 
-@pytest.mark.parametrize(("arch", "head_dim"), [(80, 128), (90, 128), (90, 72)])
+@pytest.mark.parametrize(
+    ("arch", "head_dim"),
+    [pytest.param(80, 128, marks=pytest.mark.thorough), (90, 128), pytest.param(90, 72, marks=pytest.mark.thorough)],
+)
 def test_shipped_configurations(arch: int, head_dim: int):
     ranges = ranges_of([[Segment(30, "causal"), Segment(140, "noise")], [Segment(60, "full"), Segment(70, "noise", 1)]])
     configs = configs_for("3.7.1", arch, torch.bfloat16, head_dim)
@@ -122,6 +125,7 @@ def test_the_same_inputs_give_the_same_bits():
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+@pytest.mark.thorough
 def test_summing_the_heads_of_a_group_apart_rounds_only_once():
     together = Case(ranges_of(PACK), POINTERS, (7, 1), 32, seed=4)
     apart = replace(together, configs=replace(POINTERS, split_below=10**6))

@@ -28,6 +28,7 @@ def test_equals_the_reference(rows: int, tokens: int, slice_tokens: int, dtype: 
     cases.check_against_reference("triton", rows, tokens, slice_tokens, dtype)
 
 
+@pytest.mark.thorough
 def test_many_slices_lose_no_bits_of_the_sum():
     """So many that a gradient of hidden states added up in bf16 would leave the bound."""
     cases.check_against_reference("triton", 17, 301, 4, torch.bfloat16)

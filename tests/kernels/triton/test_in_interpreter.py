@@ -31,8 +31,9 @@ def test_kernel_values(files: tuple[Path, ...]) -> None:
 
 @needs_triton
 @pytest.mark.thorough
-def test_more_random_packings() -> None:
-    interpreted(ATTENTION, "thorough")
+@pytest.mark.parametrize("files", [ATTENTION, OTHERS], ids=["attention", "the others"])
+def test_more_kernel_values(files: tuple[Path, ...]) -> None:
+    interpreted(files, "thorough")
 
 
 def interpreted(files: tuple[Path, ...], marked: str) -> None:

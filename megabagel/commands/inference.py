@@ -151,13 +151,14 @@ def start(args: argparse.Namespace, action: Callable[[argparse.Namespace, Any], 
     from megabagel.runtime.launch_env import read_launch_env
 
     source = open_source(args.checkpoint, args.weights, tuple(args.set))
+    args.mesh = None  # the grid, for what does its own collectives
     args.writes = True  # whether this rank writes files; asking stdout instead lost pictures where it was redirected
     if read_launch_env()[1] == 1:
         return action(args, Pipeline(source, None, args.cache_tokens))
     from megabagel.parallel.mesh import distributed
 
     with distributed(source.config) as mesh:
-        args.writes = mesh.world.first
+        args.writes, args.mesh = mesh.world.first, mesh
         with Path(os.devnull).open("w") as nowhere:
             if not args.writes:
                 sys.stdout = nowhere

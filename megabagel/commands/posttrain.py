@@ -24,6 +24,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     _add_boxes(group)
     _add_judge(group)
     _add_rest(group)
+    _add_activations(group)
 
 
 def _parser(commands: Any, name: str, what: str, example: str) -> argparse.ArgumentParser:
@@ -129,6 +130,42 @@ def _add_rest(commands: Any) -> None:
     run = _parser(commands, "run", "run all stages and training", "run examples/configs/srum_demo_pipeline.yaml")
     run.add_argument("plan", metavar="PLAN", type=Path, help="YAML file (docs/srum.md#pipeline)")
     run.set_defaults(run=_run)
+
+
+def _add_activations(commands: Any) -> None:
+    parser = _parser(
+        commands,
+        "activations",
+        "compare models by the activation of their neuron clusters",
+        "activations runs/scenes runs/sft_demo runs/srum_demo --tasks shapes:60 --out runs/activations",
+    )
+    parser.add_argument("checkpoint", metavar="BASE", type=Path, help="model that the clusters are found in")
+    parser.add_argument("others", metavar="MODEL", type=Path, nargs="*", help="models that are compared with it")
+    parser.add_argument("--tasks", metavar="TASKS", default="shapes:60", help="shapes:COUNT or FILE.jsonl")
+    parser.add_argument("--percentile", metavar="P", type=float, default=90.0, help="of active neurons; default: 90")
+    parser.add_argument("--size", metavar="WxH", type=picture_size, help="pixels; default: largest trained square")
+    parser.add_argument("--steps", metavar="N", type=positive, default=25, help="grid points; default: 25")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of table and chart")
+    model_options(parser)
+    parser.set_defaults(run=lambda args: start(args, _activations))
+
+
+def _activations(args: argparse.Namespace, model: Any) -> int:
+    from megabagel.inference.api import Pipeline
+    from megabagel.inference.load import open_source
+    from megabagel.posttrain import activations
+    from megabagel.runtime.collective_errors import from_rank0
+
+    samples = activations.samples_of(args.tasks)
+    settings = activations.Settings(args.size, args.steps)
+    means = {str(args.checkpoint): activations.task_means(model, args.mesh, samples, settings)}
+    for path in args.others:
+        other = Pipeline(open_source(path, args.weights, tuple(args.set)), args.mesh, args.cache_tokens)
+        means[str(path)] = activations.task_means(other, args.mesh, samples, settings)
+    table = activations.compare(means, args.percentile)
+    about = {"tasks": args.tasks, "samples": len(samples), "percentile": args.percentile, "steps": args.steps}
+    print(from_rank0(lambda: activations.write_table(table, args.out, about)), end="")
+    return 0
 
 
 def _format(args: argparse.Namespace) -> int:

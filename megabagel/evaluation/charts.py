@@ -1,4 +1,4 @@
-"""Line charts as PNG and tables as Markdown, by Pillow and plain text: no plotting library is needed."""
+"""Line and bar charts as PNG and tables as Markdown, by Pillow and plain text: no plotting library is needed."""
 
 import io
 import math
@@ -54,6 +54,50 @@ def line_chart(curves: Mapping[str, Curve], title: str, x: str, y: str) -> bytes
         row = TOP + 8 + 20 * number
         draw.line([(WIDTH - RIGHT + 14, row), (WIDTH - RIGHT + 38, row)], colour, 3)
         draw.text((WIDTH - RIGHT + 44, row), name[:26], "black", font, anchor="lm")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bar_chart(groups: Mapping[str, Mapping[str, float]], title: str, y: str) -> bytes:
+    """Draw bars, side by side within named groups, as a PNG file.
+
+    Args:
+        groups: value by the name that the legend shows, by the group's name below the axis; the same names in each.
+        title: above the axes.
+        y: label of the vertical axis.
+    """
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    values = [value for group in groups.values() for value in group.values() if math.isfinite(value)]
+    low, high = min(0.0, *values, 0.0), max(0.0, *values, 0.0) or 1.0
+    height = HEIGHT - TOP - BOTTOM
+
+    def level(value: float) -> float:
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * height
+
+    for tick in range(TICKS + 1):
+        value = low + (high - low) * tick / TICKS
+        draw.line([(LEFT, level(value)), (WIDTH - RIGHT, level(value))], "#dddddd")
+        draw.text((LEFT - 6, level(value)), _number(value), "black", font, anchor="rm")
+    span = (WIDTH - LEFT - RIGHT) / max(1, len(groups))
+    bar = 0.8 * span / max(1, len(names))
+    for place, (title_of, group) in enumerate(groups.items()):
+        for number, name in enumerate(names):
+            value, left = group.get(name, math.nan), LEFT + span * (place + 0.1) + bar * number
+            if math.isfinite(value):
+                top, bottom = sorted((level(value), level(0.0)))
+                draw.rectangle([left, top, left + bar - 2, bottom], COLOURS[number % len(COLOURS)])
+        draw.multiline_text(
+            (LEFT + span * (place + 0.5), HEIGHT - BOTTOM + 6), title_of.replace("/", "\n"), "black", font, "ma"
+        )
+    for number, name in enumerate(names):
+        row = TOP + 8 + 20 * number
+        draw.line([(WIDTH - RIGHT + 14, row), (WIDTH - RIGHT + 38, row)], COLOURS[number % len(COLOURS)], 6)
+        draw.text((WIDTH - RIGHT + 44, row), name[:26], "black", font, anchor="lm")
+    draw.text((LEFT, 10), title, "black", ImageFont.load_default(size=15))
+    draw.text((LEFT - 70, TOP - 18), y, "black", font)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megabagel.config.schema import ModelConfig
 from megabagel.inference.cache import KVCache
-from megabagel.inference.placement import Shape, place, share_of
+from megabagel.inference.placement import Placement, Shape, place, share_of
 from megabagel.inference.segments import Layout, Part
 from megabagel.model.bagel import Bagel
 from megabagel.model.inputs import Attend, Hidden, LatentInputs, Predictions, Rope, StageInputs, VitInputs
@@ -82,6 +82,7 @@ class Runner:
         self.config, self.stage, self.cache, self.engine, self.device = config, stage, cache, engine, device
         self.ranks, self.alone = ranks or Ranks(), ranks is None
         self.dtype = next(stage.parameters()).dtype
+        self.placement: Placement | None = None  # of the rows in the layers, for hooks on modules
         nothing, zero = torch.zeros(0, config.latent_dim, device=device), torch.zeros(0, device=device)
         self._no_ids = torch.zeros(0, dtype=torch.int64, device=device)
         self._no_latents = LatentInputs(
@@ -103,6 +104,7 @@ class Runner:
         computed = [part for part in parts if part.seer is None or is_full(part.evaluation)]
         extrapolated = [part for part in parts if part.seer is not None and not is_full(part.evaluation)]
         rows = self._rows(tuple(part.layout.shape for part in computed))
+        self.placement = rows.at
         hidden = self._layers(computed, rows) if computed else None
         predictions = self._predict(computed, extrapolated, rows, hidden) if self.stage.last else None
         logits, velocity = self._shared(computed, extrapolated, rows, predictions)

@@ -1,7 +1,7 @@
 """`megabagel posttrain ...`: a model draws, its pictures are judged, and the scores become training records (SRUM)."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,19 +149,55 @@ def _add_activations(commands: Any) -> None:
     model_options(parser)
     parser.set_defaults(run=lambda args: start(args, _activations))
 
+    steps = _parser(
+        commands,
+        "steps",
+        "score the picture that models head for at every sampling step",
+        "steps runs/scenes runs/srum_demo --prompts scenes:30 --size 64x64 --out runs/steps",
+    )
+    steps.add_argument("checkpoint", metavar="BASE", type=Path, help="run, checkpoint or published folder")
+    steps.add_argument("others", metavar="MODEL", type=Path, nargs="*", help="models that are compared with it")
+    steps.add_argument("--prompts", metavar="PROMPTS", default="scenes:30", help="file or scenes:COUNT (default: 30)")
+    steps.add_argument("--by", choices=("exact", "scenes", "model"), default="exact", help="judge; default: exact")
+    steps.add_argument("--size", metavar="WxH", type=picture_size, help="pixels; default: largest trained square")
+    steps.add_argument("--steps", metavar="N", type=positive, default=25, help="grid points; default: 25")
+    steps.add_argument("--text-scale", metavar="S", type=float, help="guidance; default: the preset's")
+    steps.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of table and charts")
+    model_options(steps)
+    steps.set_defaults(run=lambda args: start(args, _steps))
 
-def _activations(args: argparse.Namespace, model: Any) -> int:
+
+def _models(args: argparse.Namespace, base: Any) -> Iterator[tuple[str, Any]]:
+    """The base model and the others by path, loaded one after another."""
     from megabagel.inference.api import Pipeline
     from megabagel.inference.load import open_source
+
+    yield str(args.checkpoint), base
+    for path in args.others:
+        yield str(path), Pipeline(open_source(path, args.weights, tuple(args.set)), args.mesh, args.cache_tokens)
+
+
+def _steps(args: argparse.Namespace, model: Any) -> int:
+    from megabagel.posttrain.judges import JudgeOptions, judge_of
+    from megabagel.posttrain.prompts import read_prompts
+    from megabagel.posttrain.step_scores import step_scores, write_scores
+    from megabagel.runtime.collective_errors import from_rank0
+
+    prompts, options = from_rank0(lambda: read_prompts(args.prompts)), JudgeOptions(args.by, max_new_tokens=256)
+    settings = {"size": args.size, "points": args.steps, "text_scale": args.text_scale}
+    found = {name: step_scores(one, prompts, judge_of(options, one), **settings) for name, one in _models(args, model)}
+    about = {"prompts": args.prompts, "count": len(prompts), "judge": args.by, "points": args.steps}
+    print(from_rank0(lambda: write_scores(found, args.out, about)), end="")
+    return 0
+
+
+def _activations(args: argparse.Namespace, model: Any) -> int:
     from megabagel.posttrain import activations
     from megabagel.runtime.collective_errors import from_rank0
 
     samples = activations.samples_of(args.tasks)
     settings = activations.Settings(args.size, args.steps)
-    means = {str(args.checkpoint): activations.task_means(model, args.mesh, samples, settings)}
-    for path in args.others:
-        other = Pipeline(open_source(path, args.weights, tuple(args.set)), args.mesh, args.cache_tokens)
-        means[str(path)] = activations.task_means(other, args.mesh, samples, settings)
+    means = {name: activations.task_means(one, args.mesh, samples, settings) for name, one in _models(args, model)}
     table = activations.compare(means, args.percentile)
     about = {"tasks": args.tasks, "samples": len(samples), "percentile": args.percentile, "steps": args.steps}
     print(from_rank0(lambda: activations.write_table(table, args.out, about)), end="")

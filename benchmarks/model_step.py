@@ -39,7 +39,7 @@ from megabagel.sequence.images import vae_images, vit_images
 from megabagel.sequence.items import Item, Latent, Text, Vit
 from megabagel.sequence.keys import SampleKey
 from megabagel.sequence.pack import build_pack
-from megabagel.sequence.rank_rows import RankPlace
+from megabagel.sequence.rank_rows import LatentWeights, RankPlace
 from megabagel.sequence.sample import TEXT, Dropout, plan_sample
 
 CAPTION = [Text(0, 40), Latent(1, 16, 16, noised=True)]
@@ -61,8 +61,8 @@ def benchmark_config() -> Config:
     return Config(model=model, data=DataConfig(max_tokens=2200), parallel=ParallelConfig(chunk=16))
 
 
-def draw_batch(config: Config) -> PackedBatch:
-    """The pack with random words and pixels."""
+def draw_batch(config: Config, weights: LatentWeights | None = None) -> PackedBatch:
+    """The pack with random words and pixels; `weights` of its latent tokens in the flow loss."""
     keys = (SampleKey(0, "benchmark", number, 0) for number in range(len(SAMPLES)))
     pack = build_pack([plan_sample(items, key, Dropout()) for items, key in zip(SAMPLES, keys, strict=True)])
     batches = BatchBuilder(config, RankPlace(), HOST.plan)
@@ -73,6 +73,7 @@ def draw_batch(config: Config) -> PackedBatch:
         torch.randint(model.vocab, (int((pack.kind_S == TEXT).sum()),), generator=draw).numpy(),
         patches=[torch.rand(i.rows * i.cols, patch, generator=draw) * 2 - 1 for _, i in vit_images(pack)],
         pixels=[torch.rand(3, i.rows * side, i.cols * side, generator=draw) * 2 - 1 for i in vae_images(pack)],
+        latent_weights=weights,
     )
 
 

@@ -21,6 +21,7 @@ from megabagel.model.positions import rope_tables
 from megabagel.model.vae import Codec
 from megabagel.parallel.attention import HOST, AttentionEngine, attend_across, every_layer, join_over_cp
 from megabagel.parallel.mesh import Axis, Mesh
+from megabagel.runtime.device import to_device
 from megabagel.runtime.phase import phase
 from megabagel.sequence.batch import PackedBatch
 from megabagel.sequence.rank_rows import LatentRows, RankRows, VitRows
@@ -102,7 +103,7 @@ class InputBuilder:
         """Build the ViT inputs of this context-parallel rank's share of the images."""
         assert batch.patches is not None
         return VitInputs(
-            patches=batch.patches.to(self.device),
+            patches=to_device(batch.patches, self.device),
             grid=rows.grid,
             grid_all=rows.grid_all,
             row_U=rows.row_U,
@@ -215,9 +216,9 @@ class InputBuilder:
     def _moments(self, batch: PackedBatch, codec: Codec) -> Iterator[torch.Tensor]:
         """Return the codec's moments of every image that this rank encodes, from the latent cache or from pixels."""
         if batch.moments is not None:
-            return (cached[None].to(self.device) for cached in batch.moments)
+            return (to_device(cached[None], self.device) for cached in batch.moments)
         # One image at a time: sizes differ, and only one image's activations are in memory.
-        return (codec.moments(pixels[None].to(self.device)) for pixels in batch.pixels)
+        return (codec.moments(to_device(pixels[None], self.device)) for pixels in batch.pixels)
 
 
 def _gathered(x: torch.Tensor, axis: Axis) -> torch.Tensor:

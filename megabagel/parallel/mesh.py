@@ -17,7 +17,7 @@ from megabagel.config.checks import check_world
 from megabagel.config.schema import Config, RunConfig
 from megabagel.errors import Stopped, UserError
 from megabagel.runtime import cpu_backend
-from megabagel.runtime.device import comm_backend
+from megabagel.runtime.device import comm_backend, current_device
 from megabagel.runtime.heartbeat import watching
 from megabagel.runtime.identity import facts
 from megabagel.runtime.launch_env import read_launch_env
@@ -131,7 +131,11 @@ def joined(run: RunConfig | None = None, told: Mapping[str, str] | None = None) 
     store, signs = meet(rank, size, run, facts(None) if told is None else told)
     with watching(signs, rank, size, run):
         group = dist.PrefixStore("group", store)
-        dist.init_process_group(comm_backend(), store=group, rank=rank, world_size=size, timeout=patience(run))
+        # With its device NCCL connects now instead of in the first collective, and subgroups are split from this group.
+        device = current_device() if torch.cuda.is_available() else None
+        dist.init_process_group(
+            comm_backend(), store=group, rank=rank, world_size=size, timeout=patience(run), device_id=device
+        )
         try:
             world = dist.group.WORLD
             assert world is not None

@@ -29,7 +29,8 @@ def to_wire(hidden: Hidden, two_targets: bool = False) -> torch.Tensor:
         parts += [second.target_gZ, second.weight_g[:, None]]
     gen_gZ = torch.cat(parts, 1)
     carried = torch.cat([gen_gZ.new_zeros(len(hidden.und_uD), gen_gZ.shape[1]), gen_gZ])
-    return torch.cat([rows_TD, carried.view(rows_TD.dtype)], 1)[:, None]
+    # No view, because schedules free the payload's memory once it is sent (`deallocate_pipeline_outputs`).
+    return torch.cat([rows_TD[:, None], carried.view(rows_TD.dtype)[:, None]], 2)
 
 
 def from_wire(wire_T1W: torch.Tensor, und_rows: int, width: int, two_targets: bool = False) -> Hidden:

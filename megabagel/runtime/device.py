@@ -17,6 +17,17 @@ def comm_backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a host tensor on `device`, copied from pinned memory without waiting for the device.
+
+    From pageable memory every copy would be a synchronization. The pinned copy may go out of scope at once: torch's
+    caching host allocator keeps its block until the transfer has ended.
+    """
+    if device.type == "cpu":
+        return x
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def peak_memory() -> int:
     """Return the peak bytes of this process: allocated on its CUDA device, or resident in host memory."""
     if torch.cuda.is_available():

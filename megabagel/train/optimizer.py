@@ -12,14 +12,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megabagel.config.schema import TrainConfig
 from megabagel.parallel.mesh import Axis, Mesh
 from megabagel.parallel.stages import PipelineStage
+from megabagel.runtime.device import current_device
 from megabagel.runtime.phase import phase
 from megabagel.runtime.rank_clock import clock
+from megabagel.train.gradients import clip_gradients, gradient_norm
 
 
 class Optimizer:
@@ -48,8 +49,8 @@ class Optimizer:
         # inside.
         (self.distributed,) = getattr(chained, "chained_optimizers", [chained])
         self._chained = chained
+        self._fuse()
         self._allocate_moments()
-        self._fuse_on_cpu()
         self.ema = {shard: shard.detach().clone() for shard in self.shards()} if config.ema else {}
         # megatron-core's own function also all-reduces embedding and layer-norm gradients by rules of GPT models.
         megatron.finalize_model_grads_func = lambda chunks, *_, **__: finish_gradients(chunks, mesh.tp)
@@ -67,21 +68,24 @@ class Optimizer:
         """Create the moments now rather than in the first step: a checkpoint may be saved or loaded before it."""
         for shard in self.shards():
             zeros = {kind: torch.zeros_like(shard) for kind in ("exp_avg", "exp_avg_sq")}
-            self.inner.state[shard] = {"step": torch.zeros(()), **zeros} if self._counts_per_shard else zeros
+            # Where torch's own AdamW puts it: the fused kernel reads the count on the device of the weights.
+            count = {"step": torch.zeros((), device=shard.device)} if self._counts_per_shard else {}
+            self.inner.state[shard] = {**count, **zeros}
 
     @property
     def _counts_per_shard(self) -> bool:
         """Whether steps are counted per parameter (torch's AdamW) or per group (fused GPU optimizers)."""
         return isinstance(self.inner, torch.optim.AdamW)
 
-    def _fuse_on_cpu(self) -> None:
-        """Use torch's fused AdamW on a CPU: one pass over weights and moments.
+    def _fuse(self) -> None:
+        """Use torch's fused AdamW where Transformer Engine and Apex give none: one pass over weights and moments.
 
-        The alternative takes MKL's square roots, whose last bits differ between processors.
+        The alternative on a GPU takes three times the memory traffic and temporaries of the shards' size; on a CPU it
+        takes MKL's square roots, whose last bits differ between processors.
         """
         for group in self.inner.param_groups:
-            if self._counts_per_shard and all(shard.device.type == "cpu" for shard in group["params"]):
-                group["fused"] = True
+            if self._counts_per_shard:
+                group["fused"], group["foreach"] = True, False
 
     def after_load(self, step: int) -> None:
         """Finish a load that filled weights, moments and averages in place.
@@ -149,7 +153,11 @@ class Optimizer:
     def gradient_norm(self) -> float:
         """Return the global L2 norm of the current gradients, equal on all ranks. Changes no weight and no moment."""
         self._chained.prepare_grads()
-        return float(self._chained.get_grad_norm())
+        return gradient_norm(
+            self.distributed.get_main_grads_for_grad_norm(),
+            self.distributed.get_grad_stats_parallel_group(),
+            current_device(),
+        )
 
     @torch.no_grad()
     def update(self, learning_rate: float, norm: float) -> None:
@@ -161,9 +169,8 @@ class Optimizer:
         """
         for group in self._chained.param_groups:
             group["lr"] = learning_rate
-        parameters = self.distributed.get_parameters()
-        if parameters:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=self.config.clip, total_norm=norm)
+        found = [p.grad for p in self.distributed.get_parameters() if p.grad is not None]
+        clip_gradients(found, self.config.clip, norm)
         self._chained.step_with_ready_grads()
         if self.ema:
             torch._foreach_lerp_(list(self.ema.values()), list(self.ema), 1 - self.config.ema)

@@ -38,7 +38,7 @@ from megabagel.train.schedule import learning_rate
 from megabagel.train.step import Losses
 from megabagel.train.stragglers import StragglerWatch, rank_times
 from megabagel.train.telemetry import Telemetry
-from megabagel.train.throughput import peak_flops, rates
+from megabagel.train.throughput import StepTimer, peak_flops, rates
 from megabagel.train.trainer import Outcome, Trainer
 
 logger = logging.getLogger(__name__)
@@ -117,8 +117,8 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
     if trainer.step >= config.train.steps:
         logger.info("%s", done(config, trainer.step))
     watch = StragglerWatch(config.telemetry, mesh)
+    timer = StepTimer()
     for step in _steps(trainer):
-        started = time.perf_counter()
         outcome = trainer.train_step(step)
         stop.finished += 1
         # The signal travels with an all-reduce that every step has anyway: a signal that reaches only some ranks stops
@@ -130,9 +130,8 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
         # Ranks of one data-parallel replica may read the same image, so lost images are counted as a union. The
         # all-gather is rare: it happens only when some rank lost one.
         trainer.lost_images += len(all_union(frozenset(map(repr, step.lost)))) if lost else 0
-        # Measured after the all-reduce, which waits for the slowest rank: the time of the job's step, not of this
-        # rank's.
-        seconds = time.perf_counter() - started
+        # After the all-reduce, which waits for the slowest rank: the time of the job's step, not of this rank's.
+        seconds = timer.lap()
         finished(trainer.step)
         if outcome.anomaly and _apply_policy(trainer, step, outcome, outcome.anomaly):
             on_rank0(partial(telemetry.rewind, trainer.step))
@@ -145,20 +144,25 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
         watch.add(trainer.step, own_seconds)
         last = trainer.step == config.train.steps
         if trainer.held_out and (last or trainer.step % config.train.val_every == 0):
-            record |= trainer.held_out.measure().columns(config.train)
+            with timer.apart():
+                record |= trainer.held_out.measure().columns(config.train)
         with phase("telemetry"):
             on_rank0(partial(telemetry.log_step, record))
         if trainer.sampler and (last or trainer.step % config.telemetry.sample_every == 0):
-            _sample(trainer, telemetry)
+            with timer.apart():
+                _sample(trainer, telemetry)
         with phase("checkpoint"):
             # Collective: completes an asynchronous checkpoint once every rank has written its file.
             trainer.saver.poll()
         if last or signalled or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
-            if (corruption := trainer.compare_copies()) is not None:
+            with timer.apart():
+                corruption = trainer.compare_copies()
+                if corruption is None:
+                    trainer.save(step.plan.state)
+            if corruption is not None:
                 _roll_back_or_stop(trainer, corruption)
                 on_rank0(partial(telemetry.rewind, trainer.step))
                 continue
-            trainer.save(step.plan.state)
         if signalled and not last:
             with phase("checkpoint"):
                 trainer.saver.close()

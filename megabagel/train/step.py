@@ -113,9 +113,11 @@ class ForwardRunner:
         """Run micro-batches forward without gradients; returns their outputs on the last stage, nothing elsewhere."""
         # The last micro-batch is repeated until the schedule has as many as it demands; those results are dropped.
         missing = -len(micro_batches) % self.fewest_micro_batches
-        feed = [(inputs, Counts(1, 1)) for inputs in (*micro_batches, *[micro_batches[-1]] * missing)]
+        feed = [*micro_batches, *[micro_batches[-1]] * missing]
         with torch.no_grad():
-            found = self._schedule(feed, _as_it_is, forward_only=True, collect_non_loss_data=True)
+            found = self._schedule(
+                feed, [Counts(1, 1)] * len(feed), _as_it_is, forward_only=True, collect_non_loss_data=True
+            )
         return found[: len(micro_batches)]
 
     @property
@@ -123,7 +125,9 @@ class ForwardRunner:
         """Fewest micro-batches of a step: the interleaved schedule takes multiples of the pipeline size."""
         return self.mesh.pp.size if self.config.parallel.vpp > 1 else 1
 
-    def _schedule(self, micro_batches: Sequence[Fed], loss_func: Any, **options: Any) -> list[Any]:
+    def _schedule(
+        self, micro_batches: Sequence[StageInputs], counts: Sequence[Counts], loss_func: Any, **options: Any
+    ) -> list[Any]:
         """Run megatron-core's schedule; returns what `loss_func` collected on the last stage, per micro-batch."""
 
         def forward_step(feed: Iterator[Fed], model: Any) -> tuple[Any, Any]:
@@ -132,8 +136,9 @@ class ForwardRunner:
                 outputs = model(inputs)
             return outputs, partial(loss_func, inputs=inputs, counts=counts)
 
-        # Each model chunk of the interleaved schedule walks over the micro-batches by itself.
-        feeds = [iter(micro_batches) for _ in self.chunks]
+        # Each model chunk of the interleaved schedule walks over the micro-batches by itself. Lazily: `InputFeed`
+        # builds a micro-batch when it is reached.
+        feeds = [zip(micro_batches, counts, strict=True) for _ in self.chunks]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=feeds if len(feeds) > 1 else feeds[0],
@@ -168,8 +173,7 @@ class StepRunner(ForwardRunner):
     def backward(self, micro_batches: Sequence[StageInputs], counts: Sequence[Counts]) -> Losses:
         """Run forward and backward: fills the reduced gradients and returns the losses of the global batch."""
         self.optimizer.zero_grad()
-        feed = list(zip(micro_batches, counts, strict=True))
-        sums = self._schedule(feed, partial(weigh, config=self.config), forward_only=False)
+        sums = self._schedule(micro_batches, counts, partial(weigh, config=self.config), forward_only=False)
         return self._reduce(sums, counts)
 
     def unreduced(self, micro_batches: Sequence[StageInputs], counts: Sequence[Counts]) -> list[torch.Tensor]:
@@ -181,16 +185,14 @@ class StepRunner(ForwardRunner):
         megatron = self.optimizer.chunks[0].config
         finish, megatron.finalize_model_grads_func = megatron.finalize_model_grads_func, None
         try:
-            feed = list(zip(micro_batches, counts, strict=True))
-            return self._schedule(feed, partial(weigh, config=self.config), forward_only=False)
+            return self._schedule(micro_batches, counts, partial(weigh, config=self.config), forward_only=False)
         finally:
             megatron.finalize_model_grads_func = finish
 
     def losses(self, micro_batches: Sequence[StageInputs], counts: Sequence[Counts]) -> Losses:
         """Run forward only; returns the losses of the global batch."""
-        feed = list(zip(micro_batches, counts, strict=True))
         with torch.no_grad():
-            sums = self._schedule(feed, partial(weigh, config=self.config), forward_only=True)
+            sums = self._schedule(micro_batches, counts, partial(weigh, config=self.config), forward_only=True)
         return self._reduce(sums, counts)
 
     def _reduce(self, sums: list[torch.Tensor], counts: Sequence[Counts]) -> Losses:

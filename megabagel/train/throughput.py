@@ -4,6 +4,8 @@
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -12,14 +14,22 @@ from megabagel.config.schema import Config
 from megabagel.sequence.flops import Flops
 
 DENSE_BF16_TFLOPS = {
+    "GB300": 2500,
+    "B300": 2250,
     "GB200": 2500,
     "B200": 2250,
+    "GH200": 989,
     "H200 NVL": 835,
     "H200": 989,
     "H100 PCIe": 756,
     "H100 NVL": 835,
     "H100": 989,
+    "H800 PCIe": 756,
+    "H800": 989,
+    "H20": 148,
     "A100": 312,
+    "A800": 312,
+    "L40S": 362,
 }
 """Peak without sparsity from the vendor's data sheets, by part of the device's name. The first match counts, so
 longer names come first."""
@@ -30,6 +40,30 @@ class Peak(NamedTuple):
 
     flops: float
     source: str
+
+
+class StepTimer:
+    """Wall seconds from the end of one step to the end of the next.
+
+    So the wait for data, logging and polling count, as in the iteration times that other trainers print.
+    """
+
+    def __init__(self) -> None:
+        self._ended = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds of the step that ends now."""
+        before, self._ended = self._ended, time.perf_counter()
+        return self._ended - before
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leave out of the step what runs inside: held-out loss, samples and checkpoints, which few steps have."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._ended += time.perf_counter() - began
 
 
 def peak_flops(config: Config, device: torch.device) -> Peak:

@@ -1,7 +1,7 @@
 """Trainer of one rank: one step, saving a checkpoint, resuming from one and rolling back to one."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from megabagel.runtime.collective_errors import on_all_ranks
 from megabagel.runtime.phase import phase
 from megabagel.runtime.rank_clock import clock
 from megabagel.train.anomaly import LossSpikeDetector, StepAnomaly
+from megabagel.train.feed import InputFeed
 from megabagel.train.held_out import HeldOut
 from megabagel.train.optimizer import Optimizer
 from megabagel.train.recompute_check import recomputed_differently
@@ -99,8 +100,7 @@ class Trainer:
         With an anomaly whose policy is not `record`, weights, moments and averaged weights keep their values.
         """
         clock.start()
-        with phase("inputs"):
-            inputs = [self.builder.build(batch) for batch in step.batches]
+        inputs = InputFeed(self.builder.build, step.batches, len(self.runner.chunks))
         counts = denominators(self.config.train, step.plan.micro_steps(self.mesh.dp.size))
         corrupted = self._recompute_check(inputs, counts)
         losses = self.runner.backward(inputs, counts)
@@ -122,7 +122,7 @@ class Trainer:
         with self.optimizer.averaged_weights():
             return self.sampler.draw()
 
-    def _recompute_check(self, inputs: list[StageInputs], counts: list[Counts]) -> StepAnomaly | None:
+    def _recompute_check(self, inputs: Sequence[StageInputs], counts: list[Counts]) -> StepAnomaly | None:
         """Compute a micro-batch twice every `train.recompute_check_every` steps; returns an anomaly if it differs."""
         every = self.config.train.recompute_check_every
         if not every or (self.step + 1) % every:

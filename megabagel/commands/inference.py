@@ -153,8 +153,15 @@ def start(args: argparse.Namespace, action: Callable[[argparse.Namespace, Any], 
     source = open_source(args.checkpoint, args.weights, tuple(args.set))
     args.mesh = None  # the grid, for what does its own collectives
     args.writes = True  # whether this rank writes files; asking stdout instead lost pictures where it was redirected
-    if read_launch_env()[1] == 1:
+    size = read_launch_env()[1]
+    if size == 1:
         return action(args, Pipeline(source, None, args.cache_tokens))
+    grid = source.config.parallel
+    if (shards := grid.tp * grid.pp * grid.cp) != size:
+        raise UserError(
+            f"{args.command}: {size} ranks for a model on tp {grid.tp} x pp {grid.pp} x cp {grid.cp}; expected "
+            f"{shards}, or another grid, such as --set parallel.tp={size} --nproc {size}"
+        )
     from megabagel.parallel.mesh import distributed
 
     with distributed(source.config) as mesh:

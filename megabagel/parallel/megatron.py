@@ -38,9 +38,9 @@ def megatron_config(config: Config) -> TransformerConfig:
         batch_p2p_comm=grid.vpp == 1,
         # True would make the host wait for the device after every batched send and receive, for a fault of old NCCL.
         batch_p2p_sync=False,
-        # A stage's output is sent and then needed for its graph alone: 273 MB per micro-batch in flight at 7B. Not under
-        # the interleaved schedule, whose sends are still under way then: with gloo it sent memory that was in use
-        # again, and losses differed between ranks.
+        # A stage's output is sent and then needed for its graph alone: 273 MB per micro-batch in flight at 7B. Not
+        # under the interleaved schedule, whose sends are still under way then: gloo sent memory that was in use again,
+        # and losses differed between ranks.
         deallocate_pipeline_outputs=grid.vpp == 1,
         bf16=dtype is torch.bfloat16,
         timers=PhaseTimers(),

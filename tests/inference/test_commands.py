@@ -1,5 +1,6 @@
 """Commands `generate`, `edit`, `ask` and `chat` on a tiny published model: files, lines, one message per mistake."""
 
+import io
 import json
 import re
 import shlex
@@ -193,6 +194,20 @@ def test_a_mistake_gets_one_message(bench: Bench, words: tuple[str, ...]) -> Non
 def test_a_folder_without_a_model_is_named(bench: Bench) -> None:
     assert "pictures: no model there" in bench.message("ask", "pictures", "x")
     assert "absent: no such folder" in bench.message("ask", "absent", "x")
+
+
+def test_ranks_that_no_grid_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As started by `--nproc 2` without a grid: refused before the ranks meet."""
+    from megabagel.cli import main
+
+    tiny_model(tmp_path / "model")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    says = io.StringIO()
+    monkeypatch.setattr("sys.stderr", says)
+    assert main(["ask", str(tmp_path / "model"), "why?"]) == 2
+    assert "ask: 2 ranks for a model on tp 1 x pp 1 x cp 1; expected 1, or another grid" in says.getvalue()
+    assert "--set parallel.tp=2 --nproc 2" in says.getvalue()
 
 
 def documented() -> list[list[str]]:

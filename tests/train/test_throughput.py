@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megabagel.config.schema import Config, TelemetryConfig, TrainConfig
 from megabagel.sequence.flops import Flops
-from megabagel.train.throughput import Peak, peak_flops, rates
+from megabagel.train.throughput import Peak, StepTimer, peak_flops, rates
 
 CPU = torch.device("cpu")
 
@@ -21,6 +23,13 @@ def test_configured_peak_counts_first() -> None:
         ("NVIDIA H200", 989),
         ("NVIDIA B200", 2250),
         ("NVIDIA GB200", 2500),
+        ("NVIDIA GB300", 2500),
+        ("NVIDIA B300 SXM6 AC", 2250),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H800", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
     ],
 )
 def test_known_gpus(monkeypatch: pytest.MonkeyPatch, name: str, tflops: float) -> None:
@@ -47,3 +56,17 @@ def test_rates_are_per_device() -> None:
         "vit_flops_per_s_per_gpu": 4e11,
         "vae_flops_per_s_per_gpu": 1e11,
     }
+
+
+def test_a_step_lasts_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait for data and logging count; evaluation and checkpoints do not."""
+    now = [100.0]
+    monkeypatch.setattr("megabagel.train.throughput.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    timer = StepTimer()
+    now[0] += 3  # data, forward, backward
+    assert timer.lap() == 3
+    now[0] += 1  # logging
+    with timer.apart():
+        now[0] += 50
+    now[0] += 4
+    assert timer.lap() == 5

@@ -9,7 +9,7 @@ code as in the host engine.
 import logging
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -68,14 +68,18 @@ class DaliEngine:
                 outcomes[number] = self._host(request, why)
             else:
                 turns[number] = turn
-        images = _decode([requests[number].blob for number in turns], self.device, self.threads)
-        for (number, turn), image in zip(turns.items(), images, strict=True):
-            request = requests[number]
-            if image is None:
-                outcomes[number] = self._host(request, "refused by DALI")
-            else:
-                outcomes[number] = [_view(_turned(image, turn), size) for size in request.sizes]
+        views = on_own_stream(self.device, lambda: self._views(requests, turns))
+        for number, found in zip(turns, views, strict=True):
+            outcomes[number] = self._host(requests[number], "refused by DALI") if found is None else found
         return [outcomes[number] for number in range(len(requests))]
+
+    def _views(self, requests: Sequence[Request], turns: Mapping[int, int]) -> list[Views | None]:
+        """Views of the requests that `turns` names, with their orientations; None where DALI refuses the file."""
+        images = _decode([requests[number].blob for number in turns], self.device, self.threads)
+        return [
+            None if image is None else [_view(_turned(image, turn), size) for size in requests[number].sizes]
+            for (number, turn), image in zip(turns.items(), images, strict=True)
+        ]
 
     def _host(self, request: Request, why: str) -> Views | DecodeError:
         if not self.by_host[why]:
@@ -109,6 +113,33 @@ def _why_not(blob: bytes) -> tuple[str | None, int]:
         return ("PNG with EXIF or XMP" if any(mark in blob for mark in _PNG_TURNED) else None), 1
     with damage_is_named():
         return None, orientation(image)
+
+
+_streams = threading.local()
+
+
+def on_own_stream(device: str, work: Callable[[], list[Views | None]]) -> list[Views | None]:
+    """Run `work` on a CUDA stream of this thread and wait for it; on a CPU, just run it.
+
+    DALI's tensors are read without a copy and its pool gives their memory to the next batch, on a stream that waits for
+    nobody. On torch's default stream the resampling of views would be queued behind seconds of training kernels, and
+    would read the next batch's pixels. Waiting here, while `work` still holds the images, excludes it, and decoding
+    does not wait for training.
+    """
+    if not device.startswith("cuda"):
+        return work()
+    where = torch.device(device)
+    streams = _streams.__dict__.setdefault("made", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(where)
+    with torch.cuda.stream(streams[device]):
+        found = work()
+        streams[device].synchronize()
+    reader = torch.cuda.current_stream(where)
+    for view in (view for views in found if views is not None for view in views):
+        # The allocator may give the memory to this stream again only after the reader's kernels.
+        view.record_stream(reader)
+    return found
 
 
 _contexts = threading.local()

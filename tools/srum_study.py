@@ -18,13 +18,12 @@ from typing import Any
 
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
 from megabagel.evaluation.charts import markdown_table
 from megabagel.evaluation.intervals import proportion
 from megabagel.evaluation.shapes_suite import check, page_of, shapes_suite
 from megabagel.journal import write_whole
 
-CONFIGS = ROOT / "examples" / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "examples" / "configs"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "sft": ("sft_demo.yaml",),
     "srum": ("srum_demo.yaml",),

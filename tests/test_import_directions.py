@@ -40,6 +40,7 @@ ROOMS = {
     "log": Room(("errors",), ()),
     "locks": Room(("errors",), ()),
     "journal": Room(("errors",), ()),
+    "chat_client": Room(("errors",), ()),
     "kernels": Room((), (*TENSORS, "triton")),
     "config": Room(("errors",), ("yaml",)),
     "sequence": Room(("errors", "config", "kernels"), TENSORS),
@@ -59,7 +60,7 @@ ROOMS = {
     ),
     "train": Room((*MODEL, "data", "checkpoint"), (*RANKS, "PIL", "rich", "tensorboard")),
     "planner": Room((*MODEL, "data", "checkpoint", "train"), (*RANKS, "yaml")),
-    "evaluation": Room((*MODEL, "journal", "data", "checkpoint", "inference", "train"), (*RANKS, "PIL")),
+    "evaluation": Room((*MODEL, "journal", "chat_client", "data", "checkpoint", "inference", "train"), (*RANKS, "PIL")),
     "posttrain": Room(
         (*MODEL, "journal", "rewards", "data", "sampling", "checkpoint", "inference", "train", "evaluation"),
         (*RANKS, "PIL", "segment_anything"),
@@ -70,12 +71,16 @@ ROOMS = {
     ),
     "bench": Room((*MODEL, "rewards", "data", "checkpoint", "train"), (*RANKS, "psutil", "yaml")),
     "sweep": Room((*BASE, "journal", "config", "train", "evaluation"), ()),
+    "curation": Room(
+        ("errors", "log", "locks", "journal", "chat_client", "config", "sequence", "data", "inference"),
+        ("numpy", "PIL", "av", "ray"),
+    ),
     "doctor": Room(("errors", "kernels", "runtime", "parallel"), (*RANKS, "packaging", "psutil", "rich")),
 }
 ENTRANCES = ("", "api", "cli", "commands", "__main__")
 """Modules that may import every room; no room imports them."""
 
-LIGHT = {"torch": ("cli", "commands", "config"), "megatron": ("sequence", "data", "model")}
+LIGHT = {"torch": ("cli", "commands", "config", "curation"), "megatron": ("sequence", "data", "model")}
 """Packages that take seconds to import, and rooms that must load without them, whatever those reach."""
 
 Import = tuple[str, int]

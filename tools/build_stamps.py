@@ -13,15 +13,16 @@ import argparse
 import io
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from importlib import util
 from pathlib import Path
 
-from corpus_parts.draft import Draft, Picture, Text, plain_key
-from corpus_parts.filters import Filter, Report, by_document, run_filters
-from corpus_parts.web_filters import is_sound
-from corpus_parts.writing import captioned, write_corpus
 from PIL import Image
 
+from megabagel.curation.draft import Draft, Picture, Text, plain_key
+from megabagel.curation.samples import captioned, write_corpus
+from megabagel.curation.steps import Bound, Context, Tally, by_document, run_steps, step, table_of
+from megabagel.curation.web import is_sound
 from megabagel.data.documents import SampleError
 from megabagel.data.formats.samples import caption_text
 from megabagel.errors import UserError
@@ -48,8 +49,8 @@ def main(words: list[str] | None = None) -> int:
     return 0
 
 
-def build(stamps: Path, out: Path) -> tuple[list[Path], Report]:
-    """Write every usable stamp under `stamps` into `out/stamps-000000.tar`, ...
+def build(stamps: Path, out: Path) -> tuple[list[Path], str]:
+    """Write every usable stamp under `stamps` into `out/stamps-000000.tar`, ...; return their paths and the report.
 
     Raises:
         UserError: the package is not installed, no stamp is usable, or `out` cannot be used.
@@ -58,8 +59,9 @@ def build(stamps: Path, out: Path) -> tuple[list[Path], Report]:
     if not paths:
         raise UserError(f"{stamps}: no stamps there. Install them: apt-get install tuxpaint-stamps-default")
     drafts = (load(number, path, stamps) for number, path in enumerate(paths))
-    pairs, report = run_filters(drafts, FILTERS)
-    samples = [captioned(pair) for pair in pairs]
+    tallies = [Tally(bound.step.name) for bound in STEPS]
+    samples = [captioned(pair) for pair in run_steps(drafts, STEPS, tallies)]
+    report = table_of(tallies)
     if not samples:
         raise UserError(f"{stamps}: no stamp is left after the filters.\n{report}")
     return write_corpus(out, {"stamps": samples}, SAMPLES_PER_SHARD), report
@@ -97,34 +99,42 @@ def draw(path: Path) -> bytes | None:
 
 
 @by_document
-def missing_captions(pair: Draft) -> bool:
+def missing_captions(pair: Draft) -> str | None:
     """A picture needs a caption in UTF-8."""
-    return bool(pair.text)
+    return None if pair.text else "no caption"
 
 
 @by_document
-def undrawn_SVGs(pair: Draft) -> bool:
+def undrawn_SVGs(pair: Draft) -> str | None:
     """A drawing must have been drawn."""
-    return pair.pictures[0].data is not None
+    return "not drawn" if pair.pictures[0].data is None else None
 
 
 @by_document
-def damaged_files(pair: Draft) -> bool:
+def damaged_stamps(pair: Draft) -> str | None:
     """The whole image must decode."""
-    return is_sound(pair.pictures[0])
+    return None if is_sound(pair.pictures[0]) else "damaged"
 
 
-def repeated_pairs(pairs: Iterable[Draft]) -> Iterator[Draft]:
-    """Of pairs of equal caption and picture the first stays."""
+@step
+def repeated_pairs(pairs: Iterable[Draft], context: Context) -> Iterator[Draft]:
+    """Of pairs of equal caption and picture the first stays; all stamps are read by one process."""
     seen = set()
     for pair in pairs:
         content = (pair.text, pair.pictures[0].data)
-        if content not in seen:
+        if content in seen:
+            context.drop(pair, "repeated")
+        else:
             seen.add(content)
             yield pair
 
 
-FILTERS: tuple[Filter, ...] = (missing_captions, undrawn_SVGs, damaged_files, repeated_pairs)
+STEPS = (
+    Bound(missing_captions),
+    Bound(undrawn_SVGs),
+    Bound(replace(damaged_stamps, name="damaged_files")),
+    Bound(repeated_pairs),
+)
 
 
 def _only_svg(path: Path) -> bool:

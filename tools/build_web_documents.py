@@ -3,7 +3,7 @@
     apt-get install --no-install-recommends gimp-help-en      # 685 pages with about 2,000 images
     python tools/build_web_documents.py --out runs/real/documents
 
-    documents-*.tar   interleaved documents of 3 to 8 images that passed the rules of corpus_parts/web_filters.py
+    documents-*.tar   interleaved documents of 3 to 8 images that passed the rules of megabagel/curation/web.py
     texts-*.tar       the text of all pages, images or not, in parts of at most 2,000 characters
     tokenizer.json    a byte-level BPE of 4,096 ids trained on these texts
 
@@ -12,28 +12,38 @@ Any folder of English HTML pages with their images will do (`--pages`). Equal pa
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from corpus_parts.draft import Draft, plain_key
-from corpus_parts.filters import Filter, Tally, by_document, run_filters
-from corpus_parts.html_page import read_page
-from corpus_parts.web_filters import WEB_FILTERS, english
-from corpus_parts.writing import interleaved, text_parts, write_corpus
-
+from megabagel.curation import web
+from megabagel.curation.draft import Draft, plain_key
+from megabagel.curation.read.html_page import read_page
+from megabagel.curation.samples import interleaved, text_parts, write_corpus
+from megabagel.curation.steps import Bound, Tally, run_steps, table_of
 from megabagel.data.files import write_atomic
 from megabagel.data.tokenize.bpe import train_bpe
 from megabagel.errors import UserError
 
 PAGES = Path("/usr/share/gimp/2.0/help/en")
-FEWEST_WORDS = 50
-"""Of a page whose text is kept."""
 LONGEST_TEXT = 2000
 """Characters of one text sample."""
 VOCABULARY = 4096
 SAMPLES_PER_SHARD = 200
+DOCUMENT_STEPS = (
+    Bound(web.interface_images),
+    Bound(web.missing_files),
+    Bound(web.damaged_files),
+    Bound(web.image_sides),
+    Bound(web.aspect_ratio),
+    Bound(web.image_clarity, {"side": 0}),
+    Bound(web.repeated_images),
+    Bound(web.english),
+    Bound(web.too_few_images),
+    Bound(web.long_documents_split),
+)
+TEXT_STEPS = (Bound(web.english), Bound(web.too_few_words))
 
 
 def main(words: list[str] | None = None) -> int:
@@ -50,15 +60,6 @@ def main(words: list[str] | None = None) -> int:
     return 0
 
 
-@by_document
-def too_few_words(draft: Draft) -> bool:
-    """A page of which the text is kept says something."""
-    return len(draft.text.split()) >= FEWEST_WORDS
-
-
-TEXT_FILTERS: tuple[Filter, ...] = (english, too_few_words)
-
-
 def build(pages: Path, out: Path) -> str:
     """Write the shards and the tokenizer into `out`; return the report.
 
@@ -68,22 +69,30 @@ def build(pages: Path, out: Path) -> str:
     paths = sorted(pages.rglob("*.html"))
     if not paths:
         raise UserError(f"{pages}: no HTML pages there. Install them: apt-get install gimp-help-en")
-    drafts = list(read_pages(pages, paths, raw := Tally()))
-    documents, on_documents = run_filters(drafts, WEB_FILTERS)
-    texts, on_texts = run_filters(drafts, TEXT_FILTERS)
+    drafts = list(read_pages(pages, paths, raw := Tally("pages")))
+    documents, on_documents = passed(drafts, DOCUMENT_STEPS)
+    texts, on_texts = passed(drafts, TEXT_STEPS)
     samples = {
         "documents": [interleaved(draft) for draft in documents],
         "texts": [sample for draft in texts for sample in text_parts(draft, LONGEST_TEXT)],
     }
+    tables = [table_of(on_documents), "", table_of(on_texts)]
     if empty := [kind for kind, found in samples.items() if not found]:
-        raise UserError(f"{pages}: no {empty[0]} are left after the filters.\n{on_documents}\n\n{on_texts}")
+        raise UserError("\n".join([f"{pages}: no {empty[0]} are left after the filters.", *tables]))
     shards = write_corpus(out, samples, SAMPLES_PER_SHARD)
     tokenizer = train_bpe([files["txt"].decode() for _, files in samples["texts"]], VOCABULARY)
     write_atomic(out / "tokenizer.json", tokenizer.encode())
-    pages_line = f"pages: {raw.documents}, images on them: {raw.images}, in their main content: {on_documents.images}"
+    in_content = on_documents[0].pictures_in
+    pages_line = f"pages: {raw.documents_in}, images on them: {raw.pictures_in}, in their main content: {in_content}"
     sizes = [f"{path}: {path.stat().st_size / 1e6:.1f} MB" for path in shards]
     counts = ", ".join(f"{len(found)} {kind}" for kind, found in samples.items())
-    return "\n".join([pages_line, "", str(on_documents), "", str(on_texts), "", f"samples: {counts}", *sizes])
+    return "\n".join([pages_line, "", *tables, "", f"samples: {counts}", *sizes])
+
+
+def passed(drafts: list[Draft], steps: Sequence[Bound]) -> tuple[list[Draft], list[Tally]]:
+    """The documents that pass all steps, and the counts of each."""
+    tallies = [Tally(bound.step.name) for bound in steps]
+    return list(run_steps(drafts, steps, tallies)), tallies
 
 
 def read_pages(root: Path, paths: list[Path], raw: Tally) -> Iterator[Draft]:
@@ -95,8 +104,8 @@ def read_pages(root: Path, paths: list[Path], raw: Tally) -> Iterator[Draft]:
             return read(root, folder / unquote(urlsplit(source).path)) if not urlsplit(source).scheme else None
 
         page = read_page(f"{number:06d}-{plain_key(path.stem)}", path.read_text("utf-8", errors="replace"), load)
-        raw.documents += 1
-        raw.images += page.images
+        raw.documents_in += 1
+        raw.pictures_in += page.images
         yield page.draft
 
 

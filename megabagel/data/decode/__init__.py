@@ -5,8 +5,21 @@ decoded. Engines: `host.py` (Pillow, the reference) and `dali.py` (NVIDIA DALI);
 has the rules per file format.
 """
 
-from megabagel.data.decode.choice import choose_engine
+from typing import TYPE_CHECKING, Any
+
 from megabagel.data.decode.contract import DecodeEngine, DecodeError, Request, Views
 from megabagel.data.decode.headers import measure
 
+if TYPE_CHECKING:
+    from megabagel.data.decode.choice import choose_engine
+
 __all__ = ["DecodeEngine", "DecodeError", "Request", "Views", "choose_engine", "measure"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the engines, and torch with them, where one is chosen: sizes are read without."""
+    if name != "choose_engine":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from megabagel.data.decode.choice import choose_engine
+
+    return choose_engine

@@ -3,12 +3,13 @@
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from corpus_parts.draft import Draft, Picture
+from megabagel.curation.draft import Draft, Picture, Text
 from megabagel.data.files import staging
 from megabagel.data.formats.shards import write_shards
 from megabagel.errors import UserError
@@ -43,17 +44,29 @@ def interleaved(draft: Draft) -> Sample:
 
     An image that nothing precedes is a condition: there is nothing to generate it from.
     """
-    entries: list[dict[str, str]] = []
+    entries: list[dict[str, Any]] = []
     files: dict[str, bytes] = {}
     for item in draft.items:
         if isinstance(item, Picture):
             assert item.data is not None, f"{draft.key}: {item.source} was not filtered"
-            name = f"{len(files)}.{_extension(item.data)}"
+            name = f"{len(files)}.{extension(item.data)}"
             files[name] = item.data
-            entries.append({"type": "image", "name": name, "role": "target" if entries else "condition"})
-        elif any(letter.isalnum() for letter in item.text):
-            entries.append({"type": "text", "text": item.text.strip(), "role": "target"})
+            if item.frame:
+                _add_frame(entries, name)
+            else:
+                role = item.role or ("target" if entries else "condition")
+                entries.append({"type": "image", "name": name, "role": role})
+        elif isinstance(item, Text) and any(letter.isalnum() for letter in item.text):
+            entries.append({"type": "text", "text": item.text.strip(), "role": item.role or "target"})
     return draft.key, {"json": json.dumps({"items": entries}, ensure_ascii=False).encode(), **files}
+
+
+def _add_frame(entries: list[dict[str, Any]], name: str) -> None:
+    """Append a frame to the clip before it; an image before it becomes the first frame of a clip."""
+    before = entries[-1]
+    if before["type"] == "image":
+        entries[-1] = before = {"type": "video", "frames": [before["name"]], "role": before["role"]}
+    before["frames"].append(name)
 
 
 def text_parts(draft: Draft, longest: int) -> Iterator[Sample]:
@@ -83,10 +96,19 @@ def captioned(draft: Draft) -> Sample:
     """A caption and its picture."""
     (picture,) = draft.pictures
     assert picture.data is not None, f"{draft.key}: {picture.source} was not filtered"
-    return draft.key, {_extension(picture.data): picture.data, "txt": draft.text.encode()}
+    return draft.key, {extension(picture.data): picture.data, "txt": draft.text.encode()}
 
 
-def _extension(data: bytes) -> str:
+def extension(data: bytes) -> str:
+    """Extension of an image file by its content."""
     format = Image.open(io.BytesIO(data)).format
     assert format is not None
     return {"JPEG": "jpg", "TIFF": "tif"}.get(format, format.lower())
+
+
+LAYOUTS: Mapping[str, Callable[[Draft], Iterable[Sample]]] = {
+    "interleaved": lambda draft: [interleaved(draft)],
+    "captioned": lambda draft: [captioned(draft)],
+    "texts": lambda draft: text_parts(draft, 2000),
+}
+"""How the documents of a recipe become samples: `write.layout`."""

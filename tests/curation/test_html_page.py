@@ -1,8 +1,9 @@
 """The HTML reader on small pages, the odd ones of the wild included."""
 
 import pytest
-from corpus_parts.draft import Draft, Picture, Text, joined
-from corpus_parts.html_page import read_page
+
+from megabagel.curation.draft import Draft, Picture, Text, joined
+from megabagel.curation.read.html_page import read_page
 
 FILES = {"a.png": b"A", "b.png": b"B"}
 

@@ -1,15 +1,15 @@
 """Every rule on documents made for it, with what goes in and what comes out."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pytest
-from corpus_parts import web_filters
-from corpus_parts.draft import Draft, Picture, Text
-from corpus_parts.filters import Filter, run_filters
-from corpus_parts.web_filters import WEB_FILTERS, sharpness, split
 from PIL import Image
 
+from megabagel.curation import web as web_filters
+from megabagel.curation.draft import Draft, Picture, Text
+from megabagel.curation.steps import Bound, Context, Step, Tally, run_steps, table_of
+from megabagel.curation.web import sharpness, split
 from tests.support.pictures import file_of, noise
 
 ENGLISH = "This is the way in which the filter works, and it is easy to use.\n\n"
@@ -20,11 +20,33 @@ def picture(width: int = 200, height: int = 200, seed: int = 0, source: str = "i
     return Picture(source, file_of(noise(width, height, seed=seed)))
 
 
+WEB_FILTERS = [
+    web_filters.interface_images,
+    web_filters.missing_files,
+    web_filters.damaged_files,
+    web_filters.image_sides,
+    web_filters.aspect_ratio,
+    web_filters.image_clarity,
+    web_filters.repeated_images,
+    web_filters.english,
+    web_filters.too_few_images,
+    web_filters.long_documents_split,
+]
+
+
+def run(drafts: Iterable[Draft], steps: Sequence[Step]) -> tuple[list[Draft], list[Tally]]:
+    tallies = [Tally(step.name) for step in steps]
+    left = list(run_steps(drafts, [Bound(step) for step in steps], tallies))
+    for tally in tallies:
+        tally.check()
+    return left, tallies
+
+
 def document(key: str, *items: Picture | str) -> Draft:
     return Draft(key, tuple(Text(item) if isinstance(item, str) else item for item in items))
 
 
-def kept(step: Filter, *pictures: Picture) -> list[Picture]:
+def kept(step: Step, *pictures: Picture) -> list[Picture]:
     (draft,) = step([document("key", "text", *pictures)])
     return draft.pictures
 
@@ -107,8 +129,8 @@ def numbered(count: int) -> list[Picture]:
 )
 def test_documents_have_3_to_8_images(images: int, parts: list[int]) -> None:
     draft = document("key", *(item for image in numbered(images) for item in ("text\n\n", image)))
-    stream, _ = run_filters([draft], WEB_FILTERS[-2:])
-    found = list(stream)
+    found, tallies = run([draft], WEB_FILTERS[-2:])
+    assert [tally.documents_added for tally in tallies] == [0, max(0, len(parts) - 1)]
     assert [len(part.pictures) for part in found] == parts
     assert [image for part in found for image in part.pictures] == (numbered(images) if parts else [])
     assert [part.key for part in found] == (
@@ -139,35 +161,53 @@ def test_the_report_counts_every_step() -> None:
         document("german", GERMAN, *good),
         document("wide", ENGLISH, *good, picture(500, 200), good[0]),
     ]
-    stream, report = run_filters(drafts, WEB_FILTERS)
-    assert sum(tally.documents for tally in report.tallies) == 0  # nothing is done before it is asked for
-    assert [draft.key for draft in stream] == ["whole", "long-1", "long-2", "wide"]
-    counts = dict(zip(report.steps, ((t.documents, t.images) for t in report.tallies[1:]), strict=True))
-    assert (report.tallies[0].documents, report.images) == (5, 24)
+    left, tallies = run(drafts, WEB_FILTERS)
+    assert [draft.key for draft in left] == ["whole", "long-1", "long-2", "wide"]
+    counts = {tally.step: (tally.documents_out, tally.pictures_out) for tally in tallies}
+    assert (tallies[0].documents_in, tallies[0].pictures_in) == (5, 24)
     assert counts == {
-        "interface images": (5, 23),
-        "missing files": (5, 22),
-        "damaged files": (5, 22),
-        "image sides": (5, 21),
-        "aspect ratio": (5, 20),
-        "image clarity": (5, 20),
-        "repeated images": (5, 19),
+        "interface_images": (5, 23),
+        "missing_files": (5, 22),
+        "damaged_files": (5, 22),
+        "image_sides": (5, 21),
+        "aspect_ratio": (5, 20),
+        "image_clarity": (5, 20),
+        "repeated_images": (5, 19),
         "english": (4, 16),
-        "too few images": (3, 15),
-        "long documents split": (4, 15),
+        "too_few_images": (3, 15),
+        "long_documents_split": (4, 15),
     }
-    assert "too few images 4 3 1 16 15 1" in " ".join(str(report).split())
+    reasons = {tally.step: (dict(tally.documents), dict(tally.pictures)) for tally in tallies}
+    assert reasons["image_sides"] == ({}, {"a side below 150": 1})
+    assert reasons["english"] == ({"not English": 1}, {"not English": 3})
+    assert tallies[-1].documents_added == 1
+    assert "too few images 4 3 1 16 15 1" in " ".join(table_of(tallies).split())
+    assert left[3].notes == (
+        "aspect_ratio: pictures dropped: 1 x aspect ratio",
+        "repeated_images: pictures dropped: 1 x repeated in its document",
+    )
 
 
-def test_a_filter_may_look_at_many_documents_at_a_time() -> None:
+def test_a_step_may_look_at_many_documents_at_a_time() -> None:
     """The seam for models: a batch of documents is scored in one call."""
     batches = []
 
-    def relevance(drafts: Iterable[Draft]) -> Iterator[Draft]:
+    def relevance(drafts: Iterable[Draft], context: Context) -> Iterator[Draft]:
         batch = list(drafts)
         batches.append(len(batch))
-        yield from (draft for draft, score in zip(batch, np.linspace(0, 1, len(batch)), strict=True) if score > 0.4)
+        for draft, score in zip(batch, np.linspace(0, 1, len(batch)), strict=True):
+            if score > 0.4:
+                yield draft
+            else:
+                context.drop(draft, "not relevant")
 
-    stream, report = run_filters([document(str(n), ENGLISH) for n in range(5)], (web_filters.english, relevance))
-    assert [draft.key for draft in stream] == ["2", "3", "4"] and batches == [5]
-    assert report.steps == ("english", "relevance") and [t.documents for t in report.tallies] == [5, 5, 3]
+    steps = [web_filters.english, Step("relevance", relevance, {})]
+    left, tallies = run([document(str(n), ENGLISH) for n in range(5)], steps)
+    assert [draft.key for draft in left] == ["2", "3", "4"] and batches == [5]
+    assert [tally.documents_out for tally in tallies] == [5, 3] and tallies[1].documents == {"not relevant": 2}
+
+
+def test_a_step_that_loses_a_document_without_a_reason_is_found() -> None:
+    silent = Step("silent", lambda drafts, context: iter(list(drafts)[1:]), {})
+    with pytest.raises(AssertionError, match=r"silent: documents 2 \+ 0 != 1 \+ 0"):
+        run([document("a", ENGLISH), document("b", ENGLISH)], [silent])

@@ -1,8 +1,9 @@
 """Texts of documents in parts."""
 
 import pytest
-from corpus_parts.draft import Draft, Text
-from corpus_parts.writing import text_parts
+
+from megabagel.curation.draft import Draft, Text
+from megabagel.curation.samples import text_parts
 
 
 def parts(text: str, longest: int) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from html.parser import HTMLParser
 
-from corpus_parts.draft import Draft, Picture, Text, joined, tidy
+from megabagel.curation.draft import Draft, Item, Picture, Text, joined, tidy
 
 LEFT_OUT = frozenset((
     "aside", "button", "footer", "form", "head", "header", "iframe", "nav", "noscript", "script", "select", "style",
@@ -52,13 +52,20 @@ class Page:
     images: int
 
 
-def read_page(key: str, html: str, load: Callable[[str], bytes | None]) -> Page:
-    """Read one page; `load` gives the file behind the `src` of an image, None if there is none."""
+def read_page(key: str, html: str, load: Callable[[str], bytes | None], source: str = "") -> Page:
+    """Read one page.
+
+    Args:
+        key: key of the document.
+        html: the page.
+        load: returns the file behind the `src` of an image, None if there is none.
+        source: where the page is from.
+    """
     reader = _Reader(load)
     reader.feed(html)
     reader.close()
     reader.flush()
-    return Page(Draft(key, joined(reader.items)), reader.images)
+    return Page(Draft(key, joined(reader.items), source), reader.images)
 
 
 class _Reader(HTMLParser):
@@ -67,7 +74,7 @@ class _Reader(HTMLParser):
     def __init__(self, load: Callable[[str], bytes | None]) -> None:
         super().__init__(convert_charrefs=True)
         self.load = load
-        self.items: list[Text | Picture] = []
+        self.items: list[Item] = []
         self.images = 0
         self.text = ""
         self.open: list[str] = []  # elements that have begun, the innermost last
@@ -101,7 +108,7 @@ class _Reader(HTMLParser):
         elif tag == "img":
             source = values.get("src") or ""
             self.flush()
-            self.items.append(Picture(source, self.load(source)))
+            self.items.append(Picture(source, self.load(source), alt=" ".join((values.get("alt") or "").split())))
         elif tag == "br":
             self.text += "\n"
         else:

@@ -1,56 +1,24 @@
-"""A judge behind an OpenAI-compatible `chat/completions` endpoint, by the standard library alone.
+"""A judge behind an OpenAI-compatible `chat/completions` endpoint (`megabagel/chat_client.py`)."""
 
-The key comes from the environment and goes into one header: no message, log or file holds it. Requests that may succeed
-later (time-outs, lost connections, status 408, 409, 429 and 5xx, an answer that is no JSON) are repeated a bounded
-number of times with growing waits, or after the seconds of `Retry-After`; others end the command at once.
-"""
-
-import base64
-import json
-import logging
-import os
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from http.client import HTTPException
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megabagel.errors import TransientFailure, UserError
+from megabagel.chat_client import ChatClient, chat_messages
 from megabagel.evaluation.judges.judge import Reply
 from megabagel.evaluation.suite import Request
 
 KEYS = ("MEGABAGEL_JUDGE_KEY", "OPENAI_API_KEY")
 """Environment variables with the key, in order; a local endpoint may need none."""
-AGAIN = (408, 409, 429)
-"""Status codes, beside 5xx, after which a request is repeated."""
-LONGEST_WAIT_S = 60.0
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Endpoint:
+class Endpoint(ChatClient):
     """An OpenAI-compatible endpoint."""
 
-    url: str
-    """Base address, such as https://api.openai.com/v1."""
-    model: str
-    timeout: float = 120.0
-    """Seconds per request."""
-    tries: int = 6
-    rate: float = 0.0
-    """Most requests per minute; 0: no limit."""
-    prices: tuple[float, float] = (0.0, 0.0)
-    """Price of a million tokens of questions and of answers."""
-    sleep: Callable[[float], None] = time.sleep
-    spent: float = 0.0
-    """Price of all answers so far."""
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _next: float = 0.0
+    keys: tuple[str, ...] = KEYS
+    role: str = "judge"
+    kept: str = "Everything judged so far is kept"
 
     @property
     def name(self) -> str:
@@ -59,101 +27,15 @@ class Endpoint:
 
     def __call__(self, request: Request) -> Reply:
         """Ask. Raises UserError for a refusal, TransientFailure after the last try."""
-        body = json.dumps({
-            "model": self.model,
-            "messages": messages(request),
-            "temperature": 0,
-            "max_tokens": request.max_tokens,
-        }).encode()  # fmt: skip
-        for number in range(self.tries):
-            self._pace()
-            try:
-                return self._reply(self._post(body))
-            except _Later as error:
-                reason, wait = str(error), error.wait
-            if number + 1 < self.tries:
-                wait = min(LONGEST_WAIT_S, wait if wait is not None else 2.0**number)
-                logger.warning("judge %s: %s; try %d of %d in %.1f s", self.model, reason, number + 2, self.tries, wait)
-                self.sleep(wait)
-        raise TransientFailure(
-            f"judge {self.model}: no answer in {self.tries} tries, last: {reason}. Everything judged so far is kept; "
-            "start the same command again."
-        )
-
-    def _pace(self) -> None:
-        """Wait for this request's turn under the rate limit; turns are handed out in order to all threads."""
-        if not self.rate:
-            return
-        with self._lock:
-            now = time.monotonic()
-            turn = max(now, self._next)
-            self._next = turn + 60.0 / self.rate
-        if turn > now:
-            self.sleep(turn - now)
-
-    def _post(self, body: bytes) -> Any:
-        key = next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        asked = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
-        try:
-            with urllib.request.urlopen(asked, timeout=self.timeout) as response:
-                content = response.read()
-        except urllib.error.HTTPError as error:
-            said = _without(error.read()[:300].decode(errors="replace"), key)
-            if error.code in AGAIN or error.code >= 500:
-                raise _Later(f"status {error.code} ({said})", _seconds(error.headers.get("Retry-After"))) from None
-            hint = f"; set {' or '.join(KEYS)}" if error.code in (401, 403) else ""
-            raise UserError(f"judge {self.model}: refused with status {error.code} ({said}){hint}") from None
-        except (OSError, HTTPException) as error:  # URLError and time-outs are OSErrors
-            raise _Later(_without(f"{type(error).__name__}: {error}", key), None) from None
-        try:
-            return json.loads(content)
-        except ValueError:
-            raise _Later("an answer that is no JSON", None) from None
-
-    def _reply(self, content: Any) -> Reply:
-        try:
-            text = content["choices"][0]["message"]["content"] or ""
-            usage = content.get("usage") or {}
-            asked, answered = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            raise _Later("an answer without choices[0].message.content", None) from None
-        cost = (asked * self.prices[0] + answered * self.prices[1]) / 1e6
-        with self._lock:
-            self.spent += cost
-        return Reply(str(text), asked, answered, cost)
-
-
-class _Later(Exception):
-    """A failure that a further try may not meet; `wait` are the seconds that the server asks for."""
-
-    def __init__(self, reason: str, wait: float | None) -> None:
-        super().__init__(reason)
-        self.wait = wait
+        found = self.complete(messages(request), request.max_tokens)
+        return Reply(found.text, found.prompt_tokens, found.answer_tokens, found.cost)
 
 
 def messages(request: Request) -> list[dict[str, Any]]:
     """The chat messages of a question: images as data URLs."""
-    content: list[dict[str, Any]] = []
-    for part in request.parts:
-        if isinstance(part, str):
-            content.append({"type": "text", "text": part})
-        else:
-            content.append({"type": "image_url", "image_url": {"url": _data_url(part)}})
-    system = [{"role": "system", "content": request.system}] if request.system else []
-    return [*system, {"role": "user", "content": content}]
+    parts = [part if isinstance(part, str) else (_kind(part), part.read_bytes()) for part in request.parts]
+    return chat_messages(request.system, parts)
 
 
-def _data_url(path: Path) -> str:
-    kind = {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}.get(path.suffix.lower(), "png")
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _seconds(text: str | None) -> float | None:
-    """Seconds of a `Retry-After` header; None for a date or nothing."""
-    return float(text) if text and text.replace(".", "", 1).isdecimal() else None
-
-
-def _without(text: str, key: str | None) -> str:
-    """Foreign text without the key, which a server may echo."""
-    return " ".join((text.replace(key, "***") if key else text).split())
+def _kind(path: Path) -> str:
+    return {".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}.get(path.suffix.lower(), "png")

@@ -77,14 +77,39 @@ def locked(
         os.close(handle)
 
 
+@contextmanager
+def claimed(file: Path, what: str) -> Iterator[bool]:
+    """Hold the lock `file` inside the block if nobody else does; yields whether it is held. See `locked`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = _acquire(file, what, None, lambda: None)
+    except OSError as error:
+        raise UserError(
+            f"{what}: its lock cannot be written ({error}); choose a folder with space and rights"
+        ) from error
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            file.unlink(missing_ok=True)
+            os.close(handle)
+
+
 def restarted(env: Mapping[str, str] = os.environ) -> bool:
     """Whether the launcher has started this job before: Slurm's requeue or torchrun's restart."""
     return any(env.get(name, "0") not in ("", "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
-def _acquire(file: Path, what: str, seconds: float, alive: Callable[[], None]) -> int | None:
-    """Return the descriptor that holds the lock, or None if another process still holds it after `seconds`."""
-    end, told = time.monotonic() + seconds, False
+def _acquire(file: Path, what: str, seconds: float | None, alive: Callable[[], None]) -> int | None:
+    """Return the descriptor that holds the lock, or None if another process still holds it after `seconds`.
+
+    With None for `seconds` nothing waits and nothing is logged.
+    """
+    end, told = time.monotonic() + (seconds or 0.0), False
     while True:
         # Opened anew each time: the owner removes the file, and a lock on a removed file protects nothing.
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -102,7 +127,7 @@ def _acquire(file: Path, what: str, seconds: float, alive: Callable[[], None]) -
                 os.close(handle)
                 raise
         os.close(handle)
-        if time.monotonic() > end:
+        if seconds is None or time.monotonic() > end:
             return None
         if not told:
             logger.warning("%s: in use by %s; waiting up to %g s for its end", what, _owner(file), seconds)

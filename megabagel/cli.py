@@ -17,6 +17,7 @@ from megabagel.commands import (
     bench,
     checkpoint,
     convert,
+    curate,
     data,
     doctor,
     evaluate,
@@ -112,6 +113,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     used = (init, train, inference, serve, evaluate, sweep, posttrain)
-    for group in (*used, bench, plan, parity, convert, checkpoint, data, doctor):
+    for group in (*used, bench, plan, parity, convert, checkpoint, data, curate, doctor):
         group.add(commands)
     return parser

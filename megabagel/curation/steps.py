@@ -2,8 +2,8 @@
 
 A step takes a stream of documents and gives back a stream: fewer documents, documents with fewer pictures, or a long
 one in parts. It keeps no state from one document to the next, so that the result depends neither on the order of
-documents nor on how many workers share them; what needs all documents (near-duplicates, a classifier) has a `sketch` and a
-`reduce`, and reads their table (`run.py`).
+documents nor on how many workers share them; what needs all documents (near-duplicates, a classifier) has a `sketch`
+and a `reduce`, and reads their table (`run.py`).
 
     @by_picture
     def aspect_ratio(picture, *, least: float = 1 / 2, most: float = 2) -> str | None:      the reason to drop, or None
@@ -113,7 +113,7 @@ class Step:
     """(drafts, context, **options) -> drafts."""
     options: Mapping[str, inspect.Parameter]
     sketch: Callable[..., Any] | None = None
-    """(draft, **options) -> a small JSON value, for steps that need all documents; None leaves the document out."""
+    """(draft, models, **options) -> a small JSON value, for steps that need all documents; None leaves it out."""
     reduce: Callable[..., dict[str, Any]] | None = None
     """(iterator of (partition, [[key, sketch], ...]) in order, **options) -> table by partition; "" is for all."""
 

@@ -21,6 +21,7 @@ STOP_WORDS = {
 }
 """Most common words by language."""
 _WORDS = {name: frozenset(words.split()) for name, words in STOP_WORDS.items()}
+_ALL_STOP_WORDS: frozenset[str] = frozenset().union(*_WORDS.values())
 _SCRIPTS = (
     ("ja", re.compile("[぀-ヿ]")),
     ("ko", re.compile("[가-힯]")),
@@ -78,7 +79,7 @@ def first_tokens(text: str, most: int) -> str:
 def content_words(text: str) -> list[str]:
     """The distinct words of a text that name something: no stop words of any language, three letters or more."""
     words = re.findall(r"[^\W\d_]{3,}", text.lower())
-    return list(dict.fromkeys(word for word in words if not any(word in common for common in _WORDS.values())))
+    return list(dict.fromkeys(word for word in words if word not in _ALL_STOP_WORDS))
 
 
 def paragraphs(text: str) -> Counter[str]:

@@ -1,0 +1,1 @@
+"""Models behind one seam: questions in, cached and counted answers out."""

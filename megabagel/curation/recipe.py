@@ -27,7 +27,7 @@ from megabagel.curation.samples import LAYOUTS
 from megabagel.curation.steps import REGISTRY, Step
 from megabagel.errors import UserError
 
-MODULES = ("web", "repeats", "topics", "rewrite", "pairs")
+MODULES = ("web", "repeats", "topics", "rewrite", "pairs", "reasoning")
 """Modules of this room with steps."""
 WRITE = {"layout": "interleaved", "samples_per_shard": 1000}
 MODELS: Mapping[str, Any] = {

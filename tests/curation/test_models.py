@@ -13,7 +13,7 @@ import pytest
 from megabagel.curation.draft import Draft, Picture, Text
 from megabagel.curation.models.seam import Question, open_models, prompt, usage
 from megabagel.curation.recipe import all_steps
-from megabagel.curation.steps import Context, Tally
+from megabagel.curation.steps import Bound, Tally, run_steps
 from megabagel.errors import TransientFailure, UserError
 from tests.curation.conftest import WEB, Inline, contents, curated
 from tests.support.pictures import file_of, noise
@@ -103,7 +103,9 @@ def run(
 ) -> tuple[list[Draft], Tally]:
     with model(answer) as (about, _):
         tally = Tally(name)
-        return list(all_steps()[name](drafts, Context(tally, models=open_models(about, folder)), **options)), tally
+        left = list(run_steps(drafts, [Bound(all_steps()[name], options)], [tally], models=open_models(about, folder)))
+    tally.check()
+    return left, tally
 
 
 def test_steps_that_ask(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from megabagel.curation.samples import LAYOUTS
 from megabagel.curation.steps import REGISTRY, Step
 from megabagel.errors import UserError
 
-MODULES = ("web", "repeats", "topics", "rewrite", "pairs", "reasoning")
+MODULES = ("web", "repeats", "topics", "rewrite", "pairs", "reasoning", "video")
 """Modules of this room with steps."""
 WRITE = {"layout": "interleaved", "samples_per_shard": 1000}
 MODELS: Mapping[str, Any] = {

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from megabagel.curation.models.seam import usage
 from megabagel.curation.output import MOST_DEATHS
 from megabagel.curation.run import done_records
-from megabagel.curation.steps import Tally, table_of
+from megabagel.curation.steps import Tally
 from megabagel.curation.worker import from_json
 from megabagel.journal import read_journal
 
@@ -55,7 +56,7 @@ class Report:
         lines += [f"{number:10}  {kind}" for kind, number in sorted(self.read.items())]
         lines += ["", f"documents: {self.documents}, of which a step raised on {self.failed}"]
         lines += [f"  {x['source']}: {x['step']}: {x['error']}" for x in self.failures[:20]]
-        lines += ["", table_of(self.steps), "", "dropped, by step and reason (documents, images)"]
+        lines += ["", *_table(self.steps), "", "dropped, by step and reason (documents, images)"]
         for tally in self.steps:
             for reason in sorted({*tally.documents, *tally.pictures}):
                 counts = f"{tally.documents[reason]:8}{tally.pictures[reason]:8}"
@@ -67,6 +68,19 @@ class Report:
             tokens = f"{row['tokens_in']:.0f} + {row['tokens_out']:.0f} tokens"
             lines.append(f"model answers to {name}: {row['answers']:.0f}, {tokens}, cost {row['cost']:.4f}")
         return "\n".join(lines)
+
+
+def _table(steps: Sequence[Tally]) -> list[str]:
+    """In, added, dropped and out of every step."""
+    width = max(len(tally.step) for tally in steps)
+    columns = "".join(f"{name:>9}" for name in ("in", "added", "dropped", "out"))
+    lines = [f"{'':{width}}  documents{'':28}  images", f"{'step':{width}}{columns}  {columns}"]
+    for tally in steps:
+        documents = (tally.documents_in, tally.documents_added, sum(tally.documents.values()), tally.documents_out)
+        pictures = (tally.pictures_in, tally.pictures_added, sum(tally.pictures.values()), tally.pictures_out)
+        cells = ["".join(f"{number:9}" for number in row) for row in (documents, pictures)]
+        lines.append(f"{tally.step:{width}}{cells[0]}  {cells[1]}")
+    return lines
 
 
 def report_on(out: Path) -> Report:

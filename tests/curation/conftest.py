@@ -63,7 +63,7 @@ def curated(recipe: dict[str, Any], folder: Path | Sequence[Path], out: Path, wo
 
 def contents(out: Path) -> dict[str, bytes]:
     """Shards, provenance and counts of an output folder."""
-    paths = [path for name in ("shards", "provenance", "done") for path in (out / name).glob("*.*")]
+    paths = [path for name in ("shards", "provenance", "done") for path in (out / name).glob("[!.]*")]
     return {str(path.relative_to(out)): path.read_bytes() for path in paths}
 
 

@@ -49,6 +49,7 @@ READERS = {
     "web": "megabagel.curation.read.web",
     "pairs": "megabagel.curation.read.pairs",
     "samples": "megabagel.curation.read.samples",
+    "video": "megabagel.curation.read.video",
 }
 """Modules by the kind that a recipe names; each has a READER."""
 

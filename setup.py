@@ -43,6 +43,8 @@ EXTRAS = {
     "cu12": CUDA_12,
     "dali": [DALI_13],
     "serve": SERVE,
+    "video": ["av>=15,<19"],  # decoding for `megabagel curate`; its wheels bring FFmpeg
+    "curate-ray": ["ray>=2.50,<3"],
     "svg": ["resvg-py==0.5.0"],  # draws the SVG stamps for tools/build_stamps.py
     "dev": [
         "pytest==9.2.0",
@@ -69,7 +71,10 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["megabagel", "megabagel.*"]), *find_packages("kernels")],
     package_dir={"megabagel_kernels": "kernels/megabagel_kernels"},
-    package_data={"megabagel": ["py.typed", "serve/page.html"], "megabagel_kernels": ["py.typed"]},
+    package_data={
+        "megabagel": ["py.typed", "serve/page.html", "curation/models/prompts/*.txt"],
+        "megabagel_kernels": ["py.typed"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megabagel = megabagel.__main__:main"]},

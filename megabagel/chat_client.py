@@ -139,11 +139,11 @@ class _Later(Exception):
         self.wait = wait
 
 
-def chat_messages(system: str, parts: Sequence[str | tuple[str, bytes]]) -> list[dict[str, Any]]:
+def chat_messages(system: str | None, parts: Sequence[str | tuple[str, bytes]]) -> list[dict[str, Any]]:
     """The chat messages of a question.
 
     Args:
-        system: the system prompt; empty: none.
+        system: the system prompt, if there is one.
         parts: texts, and images as (media type such as "png", bytes of the file), which become data URLs.
     """
     content: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from megabagel.curation.draft import Draft, Text
+from megabagel.curation.draft import Draft, Item, Text
 from megabagel.curation.measure.texts import content_words, count_tokens, first_tokens
 from megabagel.curation.models.seam import Models, Question
 from megabagel.curation.partitions import digest_of
@@ -107,5 +107,5 @@ def recaption(
         if not caption:
             yield draft
         else:
-            items = (Text(caption), *draft.pictures)
+            items: tuple[Item, ...] = (Text(caption), *draft.pictures)
             yield replace(draft, items=items).noted("recaption: by a model", caption_was=draft.text)

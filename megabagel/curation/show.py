@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def _picture(data: bytes) -> str:
     return f'<img src="data:image/jpeg;base64,{source}" width="{small.width}" height="{small.height}" alt="">'
 
 
-def _examples(records: list[Mapping[str, Any]]) -> Iterator[str]:
+def _examples(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     found: dict[tuple[str, str], list[str]] = {}
     for record in records:
         for value in record["steps"]:

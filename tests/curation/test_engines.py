@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megabagel.curation.recipe import load_recipe
+from megabagel.curation.recipe import all_steps, load_recipe
 from tests.curation.conftest import WEB, Inline, contents, curated
 from tests.support.slurm_cluster import NO_GPUS, ROOT, SCRIPTS, running
 
@@ -19,6 +20,14 @@ EXAMPLES = sorted((ROOT / "examples" / "curation").glob("*.yaml"))
 def test_example_recipes_load(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.steps and recipe.digest == load_recipe(path).digest
+
+
+def test_the_document_has_every_step_and_its_tests() -> None:
+    text = (ROOT / "docs" / "curation.md").read_text()
+    ours = {name for name, step in all_steps().items() if step.run.__module__.startswith("megabagel.curation.")}
+    assert ours <= set(re.findall(r"`(\w+)`", text))
+    named = set(re.findall(r"`(test_\w+\.py)`", text))
+    assert named and all((Path(__file__).parent / name).is_file() for name in named)
 
 
 @pytest.fixture

@@ -39,12 +39,12 @@ class Local:
                     process, pipe = self._idle.pop() if self._idle else _start()
                     at_work[pipe] = process, waiting.pop()
                     pipe.send((job, at_work[pipe][1]))
-                for pipe in wait(list(at_work)):
-                    assert isinstance(pipe, Connection)
-                    process, partition = at_work.pop(pipe)
-                    outcome = _outcome(process, pipe, partition)
+                for ready in wait(list(at_work)):
+                    assert isinstance(ready, Connection)
+                    process, partition = at_work.pop(ready)
+                    outcome = _outcome(process, ready, partition)
                     if outcome.status != DIED:
-                        self._idle.append((process, pipe))
+                        self._idle.append((process, ready))
                     yield outcome
         finally:
             for pipe, (process, _) in at_work.items():

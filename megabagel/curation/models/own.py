@@ -16,7 +16,11 @@ class OwnChat:
         from megabagel.inference.api import load_pretrained
 
         self._model = load_pretrained(checkpoint)
-        self.name = f"checkpoint {self._model.source.digest[:12]}"
+
+    @property
+    def name(self) -> str:
+        """Kind and digest of the weights."""
+        return f"checkpoint {self._model.source.digest[:12]}"
 
     def answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Completion]]:
         """See `seam.Chat`. Raises UserError if a question does not fit."""

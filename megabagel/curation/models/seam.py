@@ -43,8 +43,9 @@ class Question:
 class Chat(Protocol):
     """A model that answers."""
 
-    name: str
-    """Kind and model; no secret, no address."""
+    @property
+    def name(self) -> str:
+        """Kind and model; no secret, no address."""
 
     def answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Completion]]:
         """Answers with the numbers of their questions, as they come. Raises UserError if there will be none."""

@@ -212,7 +212,8 @@ def response(content: bytes) -> Response:
 
 
 def _unchunked(body: bytes) -> bytes | None:
-    parts, place = [], 0
+    parts: list[bytes] = []
+    place = 0
     while True:
         line = re.compile(rb"([0-9a-fA-F]+)[^\r\n]*\r?\n").match(body, place)
         if line is None:

@@ -67,7 +67,8 @@ def test_a_ray_cluster_of_two_nodes(pages: Path, recipe: Path, tmp_path: Path, i
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    places = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
 
 
 def test_an_absent_ray_is_named(monkeypatch: pytest.MonkeyPatch, pages: Path, tmp_path: Path) -> None:

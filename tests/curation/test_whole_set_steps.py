@@ -9,6 +9,7 @@ from megabagel.curation.draft import Draft, Picture, Text
 from megabagel.curation.recipe import all_steps
 from megabagel.curation.steps import Bound, Tally, run_steps
 from megabagel.curation.topics import fit, label_by_rules
+from megabagel.data.formats.shards import write_shards
 from megabagel.errors import UserError
 from tests.curation.conftest import Inline, curated
 from tests.support.pictures import file_of, noise
@@ -125,3 +126,18 @@ def test_pairs_of_a_folder_and_of_shards(tmp_path: Path, inline: Inline) -> None
     assert again.samples == 2 and again.read == {"pair": 2}
     interleaved = {**recipe, "read": {"kind": "samples"}, "write": {}, "steps": []}
     assert curated(interleaved, tmp_path / "out" / "shards", tmp_path / "samples").samples == 2
+
+
+def test_broken_shards_cost_themselves(tmp_path: Path, inline: Inline) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    samples = [(str(n), {"png": file_of(noise(64, 64, seed=n)), "txt": b"a text"}) for n in range(3)]
+    (whole,) = write_shards(folder, "a", samples, 9)
+    half = whole.read_bytes()[: len(whole.read_bytes()) // 2]
+    (folder / "b.tar").write_bytes(half)
+    (folder / "c.tar").write_bytes(b"no tar at all" * 99)
+    for kind in ("pairs", "samples"):
+        recipe = {"name": kind, "read": {"kind": kind}}
+        report = curated(recipe, folder, tmp_path / kind)
+        assert report.samples == 4 and report.failed == 1 and "c.tar: read: UserError" in str(report)
+        assert report.read["shard: unreadable"] == report.read["shard: damaged at its end"] == 1

@@ -7,12 +7,12 @@ from pathlib import Path
 from megabagel.config.reading import read_file
 from megabagel.curation.draft import Draft, Picture, Text, plain_key
 from megabagel.curation.partitions import Partition, files_below, in_groups, partitions_of
-from megabagel.curation.read.reader import Reader, Seen, check_folders
+from megabagel.curation.read.reader import Reader, Seen, check_folders, shard_files
 from megabagel.data.documents import Member, SampleError
 from megabagel.data.files import MAX_IMAGE_BYTES
 from megabagel.data.formats.declared import MAX_TEXT_BYTES
 from megabagel.data.formats.samples import IMAGE_EXTENSIONS, caption_text
-from megabagel.data.formats.shards import ShardReader, list_files, split_name
+from megabagel.data.formats.shards import ShardReader, split_name
 from megabagel.errors import UserError, is_transient
 
 SHARDS = (".tar",)
@@ -58,12 +58,9 @@ def _folder(partition: Partition, seen: Seen) -> Iterator[Draft]:
 
 def _shard(partition: Partition, seen: Seen) -> Iterator[Draft]:
     (path,) = partition.paths
-    files, damage = list_files(path)
-    if damage:
-        seen.records[f"shard: {damage}"[:80]] += 1
     reader = ShardReader([path])
-    whole = files[:-1] if damage else files  # the last file of a damaged shard may be cut off
-    for number, (key, group) in enumerate(groupby(whole, lambda file: split_name(file.name)[0])):
+    files = shard_files(path, partition.files[0], seen)
+    for number, (key, group) in enumerate(groupby(files, lambda file: split_name(file.name)[0])):
         members = {split_name(x.name)[1]: Member(0, x.offset, x.size) for x in group if not x.fault}
         images = [extension for extension in members if extension in IMAGE_EXTENSIONS]
         if len(images) != 1:

@@ -9,7 +9,9 @@ from typing import Any
 
 from megabagel.curation.draft import Draft
 from megabagel.curation.partitions import Partition
-from megabagel.errors import UserError
+from megabagel.data.formats.shards import list_files
+from megabagel.data.tar import TarFile
+from megabagel.errors import UserError, is_transient
 
 MOST_NAMED = 1000
 """Failures of a partition that are named; all are counted."""
@@ -59,6 +61,22 @@ def reader_of(kind: str) -> Reader:
     found = import_module(READERS[kind]).READER
     assert isinstance(found, Reader)
     return found
+
+
+def shard_files(path: Path, name: str, seen: Seen) -> list[TarFile]:
+    """Whole files of a tar shard; damage is counted, and a file that is no tar has none."""
+    try:
+        files, damage = list_files(path)
+    except UserError as error:
+        if is_transient(error):
+            raise
+        seen.records["shard: unreadable"] += 1
+        seen.fail(name, "read", error)
+        return []
+    if damage is None:
+        return files
+    seen.records["shard: damaged at its end"] += 1
+    return files[:-1]  # the last file may be cut off
 
 
 def check_folders(inputs: Sequence[Path]) -> None:

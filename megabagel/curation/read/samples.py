@@ -6,11 +6,11 @@ from pathlib import Path
 
 from megabagel.curation.draft import Draft, Item, Picture, Text, plain_key
 from megabagel.curation.partitions import Partition, files_below, partitions_of
-from megabagel.curation.read.reader import Reader, Seen, check_folders
+from megabagel.curation.read.reader import Reader, Seen, check_folders, shard_files
 from megabagel.data.documents import Member, SampleError
 from megabagel.data.formats.declared import Declared, DeclaredText
 from megabagel.data.formats.samples import declared_items
-from megabagel.data.formats.shards import ShardReader, list_files, split_name
+from megabagel.data.formats.shards import ShardReader, split_name
 from megabagel.errors import UserError
 
 
@@ -26,12 +26,9 @@ def find(inputs: Sequence[Path]) -> list[Partition]:
 def read(partition: Partition, seen: Seen) -> Iterator[Draft]:
     """Texts and images of every sample with their declared roles; of several wordings the first."""
     (path,) = partition.paths
-    files, damage = list_files(path)
-    if damage:
-        seen.records[f"shard: {damage}"[:80]] += 1
     reader = ShardReader([path])
-    whole = files[:-1] if damage else files  # the last file of a damaged shard may be cut off
-    for number, (key, group) in enumerate(groupby(whole, lambda file: split_name(file.name)[0])):
+    files = shard_files(path, partition.files[0], seen)
+    for number, (key, group) in enumerate(groupby(files, lambda file: split_name(file.name)[0])):
         members = {split_name(x.name)[1]: Member(0, x.offset, x.size) for x in group if not x.fault}
         try:
             declared = declared_items(members, reader.read)

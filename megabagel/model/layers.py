@@ -20,6 +20,7 @@ from megabagel.model.inputs import Attend, Rope
 from megabagel.model.kernels import Kernels
 
 M = TypeVar("M", bound=nn.Module)
+N = TypeVar("N", bound="RMSNorm")
 
 
 class RMSNorm(nn.Module):
@@ -34,9 +35,29 @@ class RMSNorm(nn.Module):
         """Normalize [T, W] along W."""
         return self.kernels.norm(x, self.weight, self.eps)
 
-    def of_sum(self, residual: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (residual + x, its norm) of two [T, W] tensors, in one kernel where the engine has it."""
+
+class SumRMSNorm(RMSNorm):
+    """RMSNorm of a sum, which is returned, too: one kernel where the engine has it."""
+
+    def forward(self, residual: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """Return (residual + x, its norm) of two [T, W] tensors."""
         return self.kernels.add_norm(residual, x, self.weight, self.eps)
+
+
+class NormWeight(nn.Module):
+    """Weight of a norm over heads that is computed inside another kernel, which takes the result of the call.
+
+    A call, because with overlapped parameter gathering megatron-core waits for a weight in a forward hook of the module
+    that owns it: a weight that is read without a call may be one of the step before.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self) -> torch.Tensor:
+        """Return the weight [H]."""
+        return self.weight
 
 
 class Experts(nn.Module, Generic[M]):
@@ -71,8 +92,8 @@ class Attention(nn.Module):
         self.o = factory.row(config.heads * head, config.hidden, bias=False, rows_split=True)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = factory.partial_over_heads(RMSNorm(head, config.norm_eps, factory.kernels))
-            self.k_norm = factory.partial_over_heads(RMSNorm(head, config.norm_eps, factory.kernels))
+            self.q_norm = factory.partial_over_heads(NormWeight(head))
+            self.k_norm = factory.partial_over_heads(NormWeight(head))
 
     def project(self, x_uD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Project und or gen rows.
@@ -86,12 +107,12 @@ class Attention(nn.Module):
     @property
     def q_gamma(self) -> torch.Tensor | None:
         """Weight [H] of the query norm; None without QK-norm."""
-        return self.q_norm.weight if self.qk_norm else None
+        return self.q_norm() if self.qk_norm else None
 
     @property
     def k_gamma(self) -> torch.Tensor | None:
         """Weight [H] of the key norm; None without QK-norm."""
-        return self.k_norm.weight if self.qk_norm else None
+        return self.k_norm() if self.qk_norm else None
 
 
 class Mlp(nn.Module):
@@ -132,12 +153,12 @@ class Layer(nn.Module):
         self.qk_norm_rope = partial(factory.kernels.qk_norm_rope, eps=config.norm_eps)
         self.one_norm = factory.kernels.norms_heads_apart
 
-        def norm() -> RMSNorm:
-            return factory.partial_over_rows(RMSNorm(config.hidden, config.norm_eps, factory.kernels))
+        def norm(kind: type[N]) -> N:
+            return factory.partial_over_rows(kind(config.hidden, config.norm_eps, factory.kernels))
 
-        self.input_norm = Experts(norm, doubled=mot)
+        self.input_norm = Experts(partial(norm, RMSNorm), doubled=mot)
         self.attention = Experts(lambda: Attention(config, factory), doubled=mot)
-        self.mlp_norm = Experts(norm, doubled=mot)
+        self.mlp_norm = Experts(partial(norm, SumRMSNorm), doubled=mot)
         self.mlp = Experts(partial(Mlp, config, factory, recompute == "selective"), doubled=experts)
 
     def forward(
@@ -168,8 +189,8 @@ class Layer(nn.Module):
         und, gen = self._attention(normed_und, normed_gen, rope, attend)
         # Residual add and norm are one kernel here. The add at the end stays a plain add: its sum is what the next
         # layer, the next stage and recomputation take as input (docs/kernels.md#what-the-model-calls).
-        und_uD, normed_und = self.mlp_norm.und.of_sum(und_uD, self._und(und))
-        gen_gD, normed_gen = self.mlp_norm.for_gen.of_sum(gen_gD, gen)
+        und_uD, normed_und = self.mlp_norm.und(und_uD, self._und(und))
+        gen_gD, normed_gen = self.mlp_norm.for_gen(gen_gD, gen)
         und, gen = self.mlp(normed_und, normed_gen)
         return und_uD + und, gen_gD + gen
 
@@ -179,7 +200,7 @@ class Layer(nn.Module):
         q, k, v_TMH = und.project(self.input_norm.und(und_uD))
         if self.one_norm and und.qk_norm:
             # Queries and keys in one call, with a weight per head: the same bits.
-            gamma_NH = torch.cat([und.q_norm.weight.expand(und.heads, -1), und.k_norm.weight.expand(und.kv_heads, -1)])
+            gamma_NH = torch.cat([und.q_norm().expand(und.heads, -1), und.k_norm().expand(und.kv_heads, -1)])
             qk = torch.cat([q, k], 1)
             q_TNH, k_TMH = self.qk_norm_rope(qk, qk[:0], gamma_NH, gamma_NH, rope=rope).split(
                 [q.shape[1], k.shape[1]], 1
@@ -187,7 +208,7 @@ class Layer(nn.Module):
         else:
             q_TNH = self.qk_norm_rope(q, q[:0], und.q_gamma, und.q_gamma, rope=rope)
             k_TMH = self.qk_norm_rope(k, k[:0], und.k_gamma, und.k_gamma, rope=rope)
-        und_uD, normed = self.mlp_norm.und.of_sum(und_uD, und.o(attend(q_TNH, k_TMH, v_TMH).flatten(1)))
+        und_uD, normed = self.mlp_norm.und(und_uD, und.o(attend(q_TNH, k_TMH, v_TMH).flatten(1)))
         return und_uD + self.mlp.und(normed)
 
     def _und(self, x: torch.Tensor) -> torch.Tensor:

@@ -39,13 +39,21 @@ class VitLayer(nn.Module):
         return x_PE + self.fc2(functional.gelu(self.fc1(self.norm2(x_PE)), approximate="tanh"))
 
 
+class PositionEmbedding(nn.Embedding):
+    """Learned positions, read by indexing: on GPUs its backward is deterministic, that of nn.Embedding is not."""
+
+    def forward(self, grid_P: torch.Tensor) -> torch.Tensor:
+        """Return the positions [P, E] of ids [P]."""
+        return self.weight[grid_P]
+
+
 class Vit(nn.Module):
     """ViT: linear patch embedding, learned positions, layers, final LayerNorm."""
 
     def __init__(self, config: VitConfig, factory: LayerFactory) -> None:
         super().__init__()
         self.patch_embedding = nn.Linear(3 * config.patch**2, config.hidden)
-        self.position_embedding = nn.Embedding(config.grid**2, config.hidden)
+        self.position_embedding = PositionEmbedding(config.grid**2, config.hidden)
         self.layers = nn.ModuleList(VitLayer(config, factory) for _ in range(config.layers))
         self.post_norm = nn.LayerNorm(config.hidden, config.norm_eps)
 
@@ -60,8 +68,7 @@ class Vit(nn.Module):
         Returns:
             Features [P, E].
         """
-        # Indexing instead of calling the embedding: on GPUs the backward of indexing is deterministic.
-        position_PE = self.position_embedding.weight[grid_P]
+        position_PE = self.position_embedding(grid_P)
         x_PE = self.patch_embedding(patches.to(position_PE.dtype)) + position_PE
         for layer in self.layers:
             x_PE = layer(x_PE, attend)

@@ -25,10 +25,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 20 --durations-min 5
 
-.PHONY: help setup demo check test thorough lint clean
+.PHONY: help setup demo srum-demo check test thorough lint clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 
 setup: $(READY) ## make .venv and install the project into it
 
@@ -43,8 +43,18 @@ $(READY): setup.py
 	$(BIN)/pip install --quiet -e ".[dev]"
 	@touch $@
 
-demo: $(READY) ## train on generated shapes with 2 local ranks: some minutes of CPU
-	$(BIN)/megabagel train examples/configs/demo.yaml --nproc 2
+DRAWN := runs/demo/drawn/generate_seed0.png
+
+demo: $(READY) ## train on drawn pages with 2 local ranks (some 10 minutes of CPU), then draw, edit and ask
+	$(BIN)/megabagel train examples/configs/scenes.yaml run.dir=runs/demo train.steps=900 --nproc 2
+	$(BIN)/megabagel generate runs/demo "a red circle and a green square" -n 4 --size 64x64 --steps 25 --text-scale 2 \
+	  --out runs/demo/drawn
+	$(BIN)/megabagel edit runs/demo $(DRAWN) "make the circle blue" --steps 25 --out runs/demo/edited
+	$(BIN)/megabagel ask runs/demo $(DRAWN) "how many figures are there?" --max-new-tokens 40
+
+srum-demo: $(READY) ## SRUM on the model of `make demo`: draw, judge, train; then score it beside plain fine-tuning
+	$(BIN)/megabagel posttrain run examples/posttrain/srum_demo.yaml
+	$(BIN)/python tools/srum_study.py runs/demo runs/srum/round_1 runs/srum/study --seeds 0 --only sft srum
 
 lint: $(READY) ## style, formatting and types
 	$(BIN)/ruff check .

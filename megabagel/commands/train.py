@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megabagel.commands.words import positive, refuse_second_launcher
 from megabagel.errors import Interrupted
+from megabagel.runtime.gpu_environment import prepare
 from megabagel.runtime.launch import spawn
 from megabagel.runtime.launch_env import read_launch_env
 from megabagel.runtime.signals import StopRequest
@@ -45,6 +46,7 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     if args.nproc:
         return spawn([sys.executable, "-m", "megabagel", "train", str(args.config), *args.overrides], args.nproc)
+    prepare(config.parallel)  # read when torch is imported and when CUDA starts
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings about connections that end; ours name the rank
     with StopRequest() as stop:  # from here on: importing takes seconds
         from megabagel.runtime import cpu_backend

@@ -16,6 +16,7 @@ from megabagel_kernels.attention.configs import why_unavailable_here
 from megabagel.doctor.row import Row, absent, ok, wrong
 from megabagel.errors import UserError
 from megabagel.parallel.mesh import read_launch_env
+from megabagel.runtime.gpu_environment import spoilers
 
 GIB = 2**30
 FEWEST_FILES = 4096
@@ -144,6 +145,13 @@ def launch(env: Mapping[str, str]) -> Row:
     return ok("launch", f"{who}: rank {rank} of {size}, local rank {local_rank}" if size > 1 else who)
 
 
+def environment(env: Mapping[str, str]) -> Row:
+    """Variables that cost speed on a GPU."""
+    if found := spoilers(env):
+        return wrong("environment", f"{len(found)} variables cost speed", "; ".join(found))
+    return ok("environment", "no variable that costs speed")
+
+
 def slurm(env: Mapping[str, str]) -> Row:
     """Slurm's commands, and the job that this process is in."""
     if "SLURM_JOB_ID" in env:
@@ -163,3 +171,5 @@ def machine(folder: Path) -> Iterator[Row]:
     yield limits()
     yield slurm(os.environ)
     yield launch(os.environ)
+    if torch.cuda.is_available():
+        yield environment(os.environ)

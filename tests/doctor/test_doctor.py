@@ -172,6 +172,12 @@ def test_launch_variables(env: dict[str, str], status: str, says: str, monkeypat
     assert says in found.found + found.advice
 
 
+def test_variables_that_cost_speed() -> None:
+    assert machine.environment({}).status == "ok"
+    found = machine.environment({"CUDA_LAUNCH_BLOCKING": "1"})
+    assert found.status == "wrong" and "CUDA_LAUNCH_BLOCKING: every kernel is waited for" in found.advice
+
+
 def test_slurm_job_is_named() -> None:
     env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[0-1]"}
     assert machine.slurm(env) == ok("slurm", "job 7 on 2 nodes (n[0-1])")

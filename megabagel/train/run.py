@@ -156,12 +156,8 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
             trainer.saver.poll()
         if last or signalled or (config.checkpoint.every and trainer.step % config.checkpoint.every == 0):
             with timer.apart():
-                corruption = trainer.compare_copies()
-                if corruption is None:
-                    trainer.save(step.plan.state)
-            if corruption is not None:
-                _roll_back_or_stop(trainer, corruption)
-                on_rank0(partial(telemetry.rewind, trainer.step))
+                saved = _save(trainer, telemetry, step.plan.state)
+            if not saved:
                 continue
         if signalled and not last:
             with phase("checkpoint"):
@@ -173,6 +169,16 @@ def _loop(trainer: Trainer, telemetry: Telemetry, stop: StopRequest) -> Iterator
         yield record
     with phase("checkpoint"):
         trainer.saver.close()
+
+
+def _save(trainer: Trainer, telemetry: Telemetry, plan_state: dict[str, Any]) -> bool:
+    """Save a checkpoint; False if ranks' copies differ and the run went back to the checkpoint before."""
+    if (corruption := trainer.compare_copies()) is None:
+        trainer.save(plan_state)
+        return True
+    _roll_back_or_stop(trainer, corruption)
+    on_rank0(partial(telemetry.rewind, trainer.step))
+    return False
 
 
 def _sample(trainer: Trainer, telemetry: Telemetry) -> None:

@@ -12,6 +12,7 @@ import triton
 from megabagel_kernels.attention.configs import configs_for
 from megabagel_kernels.attention.mask import AttentionRanges
 from megabagel_kernels.attention.triton import plan_triton, triton_attention_lse
+from megabagel_kernels.float8 import E4M3, E5M2, ROW_32, ROW_128, Format, Tiles, quantize
 from megabagel_kernels.flow import KeyedTarget, LatentImages, Reference, flow_losses, noised_rows
 from megabagel_kernels.linear_cross_entropy import linear_cross_entropy
 from megabagel_kernels.qk_norm_rope import qk_norm_rope
@@ -55,6 +56,8 @@ def cases() -> list[Case]:
         Case("bf16, 3584, residual", lambda _: _norm(residual=True)),
         Case("bf16, 28 heads of 128", lambda _: _rope()),
         Case("bf16, 18944", lambda _: swiglu(_leaf(TOKENS, 2 * 18944), engine="triton").sum().backward()),
+        Case("bf16, 3584, e4m3 1x128", lambda _: _quantized(E4M3, ROW_128)),
+        Case("bf16, 3584, e5m2 1x32", lambda _: _quantized(E5M2, ROW_32)),
         Case("bf16 logits", lambda _: _cross_entropy()),
     ]
 
@@ -70,6 +73,10 @@ def _attention_case(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 
 def _short(dtype: torch.dtype) -> str:
     return {BF16: "bf16", FP16: "fp16", FP32: "fp32"}[dtype]
+
+
+def _quantized(code: Format, tiles: Tiles) -> None:
+    quantize(_leaf(TOKENS, 3584).detach(), code, tiles, engine="triton")
 
 
 def _leaf(*shape: int, dtype: torch.dtype = BF16) -> Tensor:

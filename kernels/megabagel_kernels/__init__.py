@@ -7,6 +7,7 @@ One folder per operation:
     qk_norm_rope/          RMSNorm of query or key heads and rotary embedding, for the rows of both experts
     swiglu/                silu(gate) * up
     flow/                  noising of latent images, rectified-flow loss
+    float8/                quantization to FP8 with the scaling recipes of Transformer Engine
     linear_cross_entropy/  language-model head and cross-entropy without the full logits
 
 with the same files in each, where the operation needs them:

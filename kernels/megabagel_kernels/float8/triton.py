@@ -16,8 +16,8 @@ from torch import Tensor
 from megabagel_kernels.checks import check_launch
 from megabagel_kernels.float8.types import E4M3, E5M2, Format, Quantized, Tiles
 
-TILES, WARPS = 8, 4
-"""Tiles of a program: 1,024 columns of blockwise scaling."""
+COLUMNS, WARPS = 1024, 4
+"""Columns of a program: eight for each thread, one wide load of bf16."""
 
 
 @triton.jit
@@ -86,11 +86,11 @@ def _quantize(x_TD: Tensor, e4m3: bool, width: int, e8m0: bool) -> tuple[Tensor,
     codes, factors = _outputs(x_TD, width, e8m0)
     rows, columns = x_TD.shape
     if x_TD.numel():
-        count = factors.shape[1]
-        quantize_rows[rows, triton.cdiv(count, TILES)](
+        count, together = factors.shape[1], max(1, COLUMNS // width)
+        quantize_rows[rows, triton.cdiv(count, together)](
             x_TD, codes, factors, x_TD.stride(0), columns, count, OVERFLOW=torch.finfo(x_TD.dtype).max, E8M0=e8m0,
             LARGEST=code.largest, INVERSE=1.0 / code.largest, MANTISSA=code.mantissa_bits, BIAS=code.bias,
-            WIDTH=width, TILES=TILES, num_warps=WARPS,
+            WIDTH=width, TILES=together, num_warps=WARPS,
         )  # fmt: skip
     return codes, factors
 

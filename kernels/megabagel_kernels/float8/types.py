@@ -54,7 +54,7 @@ ROW_32, COLUMN_32 = Tiles(1, 32, "e8m0"), Tiles(32, 1, "e8m0")
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes [T, D] in a float8 dtype, and the factor of each tile, fp32 or float8_e8m0fnu, that multiplies its codes."""
+    """Codes [T, D] in a float8 dtype, and the factor of each tile's codes, fp32 or float8_e8m0fnu."""
 
     codes: Tensor
     factors: Tensor

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures(guarded_memory.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("code", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("tiles", [ROW_128, ROW_32], ids=["128", "32"])
-@pytest.mark.parametrize("rows, columns", [(21, 70), (2, 1100)])
+@pytest.mark.parametrize("rows, columns", [(21, 40), (1, 1100)])
 def test_equals_torch(tiles: Tiles, code: Format, dtype: torch.dtype, rows: int, columns: int):
     x_TD = edges(rows, columns, dtype)
     found, expected = quantize(guarded(x_TD), code, tiles, engine="triton"), quantize(x_TD, code, tiles)
@@ -36,7 +36,9 @@ def test_every_code_and_midpoint(code: Format):
     values = values[values.isfinite()].unique()
     middles = (values[1:] + values[:-1]) / 2
     points = torch.cat([values, middles, middles.nextafter(values[1:]), middles.nextafter(values[:-1])])
-    x_TD = torch.stack([points, torch.full_like(points, code.largest)], 1)  # the second column makes the scale 1
+    tiled = torch.nn.functional.pad(points, (0, -len(points) % 127)).view(-1, 127)
+    # The first number of each tile makes its scale 1.
+    x_TD = torch.nn.functional.pad(tiled, (1, 0), value=code.largest).view(1, -1)
     found, expected = quantize(x_TD, code, ROW_128, engine="triton"), quantize(x_TD, code, ROW_128)
     assert torch.equal(found.codes.view(torch.uint8), expected.codes.view(torch.uint8))
     assert (found.factors == 1).all()

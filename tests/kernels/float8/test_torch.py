@@ -117,8 +117,8 @@ SCALES = [
     (2.0**-126, torch.finfo(torch.float32).max, 2.0**127, 0),
     (2.0**-149, torch.finfo(torch.float32).max, 2.0**127, 0),
 ]
-"""amax, scale (before rounding to fp32) of recipe current, of blockwise, E8M0 byte of mxfp8; E4M3, worked out by hand from Transformer Engine's
-recipe_common.cuh and ptx.cuh."""
+"""amax; E4M3 scales of the recipes current (before rounding to fp32) and blockwise, E8M0 byte of mxfp8. Worked out by
+hand from Transformer Engine's compute_scale_from_amax and float_to_e8m0."""
 
 
 @pytest.mark.parametrize("amax, tensor_scale, block_scale, exponent", SCALES)

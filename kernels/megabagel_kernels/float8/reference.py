@@ -5,6 +5,7 @@ Shares nothing with the engines: codes come from a search for the nearest value,
 
 import math
 from bisect import bisect_left
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ NAN_CODE = 0x7F
 """The NaN that NVIDIA's conversion instructions produce in both formats, whatever the sign of the input."""
 
 
+@cache
 def values(code: Format) -> list[float]:
     """Non-negative finite values in order; the index is the code."""
     step = 2**code.mantissa_bits

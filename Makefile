@@ -43,18 +43,15 @@ $(READY): setup.py
 	$(BIN)/pip install --quiet -e ".[dev]"
 	@touch $@
 
-DRAWN := runs/demo/drawn/generate_seed0.png
-
-demo: $(READY) ## train on drawn pages with 2 local ranks (some 10 minutes of CPU), then draw, edit and ask
-	$(BIN)/megabagel train examples/configs/scenes.yaml run.dir=runs/demo train.steps=900 --nproc 2
-	$(BIN)/megabagel generate runs/demo "a red circle and a green square" -n 4 --size 64x64 --steps 25 --text-scale 2 \
+demo: $(READY) ## train on generated shapes with 2 local ranks (some minutes of CPU), then draw four pictures
+	$(BIN)/megabagel train examples/configs/demo.yaml --nproc 2
+	$(BIN)/megabagel generate runs/demo "a red circle on the left" -n 4 --size 64x64 --steps 25 --text-scale 2 \
 	  --out runs/demo/drawn
-	$(BIN)/megabagel edit runs/demo $(DRAWN) "make the circle blue" --steps 25 --out runs/demo/edited
-	$(BIN)/megabagel ask runs/demo $(DRAWN) "how many figures are there?" --max-new-tokens 40
 
-srum-demo: $(READY) ## SRUM on the model of `make demo`: draw, judge, train; then score it beside plain fine-tuning
+srum-demo: $(READY) ## train scenes.yaml (half an hour) unless it is, then SRUM on its own pictures, beside fine-tuning
+	$(BIN)/megabagel train examples/configs/scenes.yaml --nproc 2
 	$(BIN)/megabagel posttrain run examples/posttrain/srum_demo.yaml
-	$(BIN)/python tools/srum_study.py runs/demo runs/srum/round_1 runs/srum/study --seeds 0 --only sft srum
+	$(BIN)/python tools/srum_study.py runs/scenes runs/srum/round_1 runs/srum/study --seeds 0 --only sft srum
 
 lint: $(READY) ## style, formatting and types
 	$(BIN)/ruff check .

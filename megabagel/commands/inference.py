@@ -251,11 +251,19 @@ def _repeated(args: argparse.Namespace, model: Any, images: list[Any]) -> tuple[
     }
 
 
+def _make_folder(args: argparse.Namespace) -> None:
+    """Make the folder of --out, on the rank that writes pictures."""
+    try:
+        if args.writes:
+            args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be made ({error.strerror}); name a folder") from error
+
+
 def _draw(args: argparse.Namespace, model: Any, items: list[Any], options: dict[str, Any]) -> int:
     from megabagel.inference.api import Step
 
-    if not args.out.is_dir():
-        raise UserError(f"--out {args.out}: no such folder; make it first")
+    _make_folder(args)
     request = model.submit_draw(items, **options)
     began = time.monotonic()
     for event in model.stream(request):
@@ -314,6 +322,7 @@ def _chat(args: argparse.Namespace, model: Any) -> int:
     """Lines from standard input until it ends."""
     if sys.stdin.isatty():
         print(HELP, flush=True)
+    _make_folder(args)
     number = 0
     with model.chat(**_decoding(args)) as chat:
         for line in sys.stdin:

@@ -172,7 +172,7 @@ MISTAKES = {
     ("generate", "x", "--interval", "0"): "expected two numbers such as 0.4,1",
     ("generate", "x", "--steps", "0"): "--steps",
     ("generate", "x", "--shift", "0"): "shift=0.0: expected a number above 0",
-    ("generate", "x", "--out", "absent"): "--out absent: no such folder; make it first",
+    ("generate", "x", "--out", "in.png"): "--out in.png: cannot be made (File exists); name a folder",
     ("generate", "x", "--weights", "ema"): "a published folder holds one set of weights",
     ("generate", "x" * 500, "--cache-tokens", "512"): "tokens of KV cache, the cache has 512: shorten the prompt",
     ("generate", "x", "--set", "parallel.vpp=2"): "parallel.vpp = 2, parallel.pp = 1: Model chunks",

@@ -71,7 +71,7 @@ def updated_scale(
     check_shape("amax", amax, (1,))
     filled = torch.cat([amax, history_W[1:]])
     largest = filled.amax().view(1)
-    found = (code.largest * 2.0**-margin / largest).clamp(max=torch.finfo(torch.float32).max)
+    found = torch_engine.quotient(code.largest * 2.0**-margin, largest).clamp(max=torch.finfo(torch.float32).max)
     usable = largest.isfinite() & (largest > 0)
     rolled = filled.roll(-1)
     rolled[0] = 0

@@ -55,11 +55,20 @@ def _nothing(tiled: Tensor, tiles: Tiles) -> Tensor:
 def _scales(amax: Tensor, code: Format, source: torch.dtype, tiles: Tiles) -> Tensor:
     """largest / amax; 1 for an amax of 0 or infinity; the largest finite number where the quotient overflows."""
     exact = tiles.scale == "power_of_two"
-    scale = code.largest / amax
+    scale = quotient(code.largest, amax)
     scale = torch.where(scale.isinf(), torch.finfo(source if exact else torch.float32).max, scale)
     scale = torch.where((amax == 0) | amax.isinf(), 1.0, scale)
     # 448 / amax rounded down to a power of two by cutting the mantissa: log2 is inexact beside powers of two.
     return (scale.view(torch.int32) & 0x7F800000).view(torch.float32) if exact else scale
+
+
+def quotient(number: float, x: Tensor) -> Tensor:
+    """number / x in fp32, rounded once, as the kernels' __fdiv_rn.
+
+    `number / x` in torch is x.reciprocal() * number: another scale for 28 % of all amax, and beyond 2^126, where the
+    reciprocal is subnormal, another power of two for some.
+    """
+    return torch.full_like(x, number) / x
 
 
 def _exponents(amax: Tensor, code: Format) -> Tensor:

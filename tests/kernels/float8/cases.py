@@ -24,3 +24,24 @@ def edges(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     if rows > len(special) + 1:
         x_TD[len(special) + 1] = math.nan
     return x_TD.to(dtype)
+
+
+def hashed(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Finite numbers of many sizes, from integers alone: the same bits with every version of torch.
+
+    The first rows are zeros, one outlier among zeros, subnormals, and 1.75 beside its neighbour (448 / 256).
+    """
+    index = torch.arange(rows * columns).view(rows, columns)
+    mixed = (index * 0x9E3779B1) & 0xFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
+    mixed ^= mixed >> 12
+    exponent = 127 + torch.arange(rows)[:, None] * 7 % 24 - 12 - (mixed >> 23 & 7)
+    bits = (mixed & 0x807FFFFF) | exponent << 23
+    bits[0] = 0
+    bits[1] = 0
+    bits[1, -1] = 0x461C4000  # 10,000
+    bits[2] &= 0x807FFFFF
+    bits[3] = 0x3FE00000  # 1.75
+    bits[4] = 0x3FE00000
+    bits[4, columns // 2] += 0x10001  # its neighbours in fp32 and bf16
+    return bits.to(torch.int64).where(bits < 2**31, bits - 2**32).to(torch.int32).view(torch.float32).to(dtype)

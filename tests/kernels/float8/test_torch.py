@@ -1,8 +1,10 @@
 """FP8 in torch: the formats against OCP's tables, the recipes against their definition and against golden numbers."""
 
+import json
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from megabagel_kernels.float8 import (
@@ -23,9 +25,10 @@ from megabagel_kernels.float8 import (
     reference,
     updated_scale,
 )
-from megabagel_kernels.float8.torch import saturated
+from megabagel_kernels.float8.torch import quotient, saturated
 
-from tests.kernels.float8.cases import edges
+from tests.kernels.float8.cases import edges, hashed
+from tests.kernels.float8.make_golden import DTYPES, FORMATS, GOLDEN, SHAPES, digest, key
 
 both_formats = pytest.mark.parametrize("code", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 ONE = torch.ones(1)
@@ -128,6 +131,36 @@ def test_golden_scales(amax: float, tensor_scale: float, block_scale: float, exp
     for tiles in (ROW_128, SQUARE_128):
         assert quantize(x_TD, E4M3, tiles).factors.item() == 1 / block_scale
     assert quantize(x_TD, E4M3, ROW_32).factors.view(torch.uint8).item() == exponent
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_references_of_transformer_engine(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    golden, x_TD = json.loads(GOLDEN.read_text()), hashed(*shape, dtype)
+    row_as_tensor = Tiles(1, None, TENSOR.scale)
+    recipes = {"row": ROW_128, "column": COLUMN_128, "square": SQUARE_128, "tensor": row_as_tensor}
+    for name, code in FORMATS.items():
+        for tiles_name, tiles in recipes.items():
+            case, found = key(shape, dtype, name, tiles_name), quantize(x_TD, code, tiles)
+            assert [digest(found.codes), digest(found.factors)] == golden[case], case
+
+
+@both_formats
+def test_scales_are_quotients_rounded_once(code: Format) -> None:
+    amax = torch.cat([
+        torch.arange(1, 0x7F80, dtype=torch.int32) << 16,  # every bf16
+        torch.arange(0x3F800000, 0x40000000, 509, dtype=torch.int32),  # mantissas of fp32
+    ]).view(torch.float32)  # fmt: skip
+    with np.errstate(over="ignore"):
+        exact = torch.from_numpy(np.float32(code.largest) / amax.numpy())
+    assert torch.equal(quotient(code.largest, amax), exact)
+    exact = exact.clamp(max=torch.finfo(torch.float32).max)
+    # Tiles of one number. The factor of a scale hides its last bit, a power of two shows all of it.
+    expected = torch.from_numpy(1 / 2.0 ** (np.frexp(exact.numpy())[1] - 1.0)).float()
+    assert torch.equal(quantize(amax[:, None], code, Tiles(1, 1, "power_of_two")).factors[:, 0], expected)
+    for largest in (1.1, 3.0, 1000.0):
+        scale = updated_scale(torch.zeros(2), ONE, ONE * largest, code)[1]
+        assert scale.item() == np.float32(code.largest) / np.float32(largest)
 
 
 def test_tiles_do_not_saturate_and_keep_their_precision() -> None:
